@@ -1,0 +1,1 @@
+"""LLaVA with adaptive visual-token reduction, on today's stack. docs/architecture.md shows the house."""

@@ -1,0 +1,73 @@
+"""The `llava` command: a table of subcommands, each of which lives in the room it calls.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. Only the module that is asked
+for is imported, so `llava score` never waits for torch.
+
+Results go to stdout, progress and errors to stderr. Exit status: 0 fine, 1 the answer is "no" (incomplete
+answers, failed checks), 2 bad input (one sentence; `--debug` adds the traceback).
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from llava.errors import UserError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    # name: (module, one line for `llava --help`)
+    "chat": ("llava.serve.chat", "ask a model about pictures, in the terminal"),
+    "show": ("llava.analysis.show", "draw what a reducer keeps of a picture, and what it merges"),
+    "mini": ("llava.mini.cli", "build and use the small LLaVA that runs anywhere"),
+}
+
+
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of one subcommand (imports its module)."""
+    module_name, summary = COMMANDS[command]
+    parser = argparse.ArgumentParser(prog=f"llava {command}", description=summary)
+    importlib.import_module(module_name).add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def usage() -> str:
+    width = max(len(name) for name in COMMANDS)
+    rows = "\n".join(f"  {name.ljust(width)}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return f"usage: llava COMMAND [options]\n\n{rows}\n\n`llava COMMAND --help` lists the options.\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0
+    command = argv[0]
+    if command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        print(f"llava: there is no command `{command}`.{hint} `llava --help` lists them.", file=sys.stderr)
+        return 2
+    args = build_parser(command).parse_args(argv[1:])
+    try:
+        return importlib.import_module(COMMANDS[command][0]).run(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"llava {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # `llava ... | head`: the reader has left. Point stdout at nothing so that the interpreter's own flush
+        # at exit stays silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
