@@ -373,6 +373,7 @@ class Gpu:
 
 GIGA, TERA = 1e9, 1e12
 
+_A100 = "NVIDIA A100 datasheet, 2021"
 _GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper 2.1"
 _ADA = "NVIDIA Ada GPU Architecture whitepaper 2.1"
 
@@ -384,35 +385,15 @@ GPUS: tuple[Gpu, ...] = tuple(
         ("V100-SXM2", (7, 0), 32, 900, 125, 62.8, 15.7, "NVIDIA V100 datasheet, 2020", ("V100-SXM2",)),
         ("T4", (7, 5), 16, 320, 65, 130, 8.1, "NVIDIA T4 datasheet", ("Tesla T4",)),
         ("RTX 2080 Ti", (7, 5), 11, 616, 53.8, 215.2, 13.4, "NVIDIA Turing whitepaper", ("RTX 2080 Ti",)),
-        (
-            "A100-40G",
-            (8, 0),
-            40,
-            1555,
-            312,
-            624,
-            19.5,
-            "NVIDIA A100 datasheet",
-            ("A100-SXM4-40GB", "A100-PCIE-40GB"),
-        ),
-        ("A100-80G", (8, 0), 80, 2039, 312, 624, 19.5, "NVIDIA A100 datasheet (SXM)", ("A100-SXM4-80GB",)),
-        ("A100-80G-PCIe", (8, 0), 80, 1935, 312, 624, 19.5, "NVIDIA A100 datasheet", ("A100 80GB PCIe",)),
+        ("A100-40G", (8, 0), 40, 1555, 312, 624, 19.5, _A100, ("A100-SXM4-40GB", "A100-PCIE-40GB")),
+        ("A100-80G", (8, 0), 80, 2039, 312, 624, 19.5, _A100, ("A100-SXM4-80GB",)),
+        ("A100-80G-PCIe", (8, 0), 80, 1935, 312, 624, 19.5, _A100, ("A100 80GB PCIe",)),
         ("A30", (8, 0), 24, 933, 165, 330, 10.3, "NVIDIA A30 datasheet", ("NVIDIA A30",)),
         ("A10", (8, 6), 24, 600, 125, 250, 31.2, "NVIDIA A10 datasheet", ("NVIDIA A10",)),
         ("A40", (8, 6), 48, 696, 149.7, 299.3, 37.4, "NVIDIA A40 datasheet", ("NVIDIA A40",)),
         ("A6000", (8, 6), 48, 768, 154.8, 309.7, 38.7, _GA102, ("RTX A6000",)),
         ("RTX 3090", (8, 6), 24, 936, 71, 284, 35.6, _GA102, ("RTX 3090",)),
-        (
-            "L4",
-            (8, 9),
-            24,
-            300,
-            121,
-            242.5,
-            30.3,
-            "NVIDIA L4 datasheet, halved",
-            ("NVIDIA L4",),
-        ),
+        ("L4", (8, 9), 24, 300, 121, 242.5, 30.3, "NVIDIA L4 datasheet, halved", ("NVIDIA L4",)),
         ("L40S", (8, 9), 48, 864, 362, 733, 91.6, "NVIDIA L40S datasheet", ("NVIDIA L40S",)),
         ("RTX 4090", (8, 9), 24, 1008, 165.2, 660.6, 82.6, _ADA, ("RTX 4090",)),
         ("RTX 6000 Ada", (8, 9), 48, 960, 364.2, 728.5, 91.1, _ADA, ("RTX 6000 Ada",)),
