@@ -7,6 +7,9 @@ SUBJECTS: dict[str, tuple[str, str]] = {
     # name: (module with add_NAME_arguments and run_NAME, one line of help)
     "prepare": ("llava.mini.prepare", "build checkpoints/mini-base from two pip packages"),
     "world": ("llava.mini.world", "compose scenes and conversations about them"),
+    "align": ("llava.mini.align", "give the projector its first meaning: patches to words"),
+    "evaluate": ("llava.mini.evaluate", "accuracy by type of question and reducer, on composed scenes"),
+    "demo": ("llava.mini.demo", "ask about five pictures, with every visual token and with few"),
 }
 
 

@@ -1,0 +1,111 @@
+"""`llava mini demo`: real pictures, the same question with every visual token and with few.
+
+For each picture and reducer: one row of the table on stdout (visual tokens, times, answer) and one overlay in
+OUT: kept patches bright, merged ones tinted by the token they went to.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llava.errors import UserError
+
+MODEL = Path("checkpoints/mini-lora")
+BASE = Path("checkpoints/mini-base")
+PICTURES = Path("playground/pictures")
+REDUCERS = ("none", "prumerge+", "prumerge")
+SHORT = "\nAnswer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer: a line of the table."""
+
+    picture: str
+    question: str
+    reducer: str
+    visual_tokens: int
+    prefill_ms: float
+    total_ms: float
+    answer: str
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-path", type=Path, default=MODEL)
+    parser.add_argument("--model-base", type=Path, default=BASE)
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder with questions.json (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="where the overlays go")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON lines instead of a table")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    questions = read_questions(args.pictures)
+    rows = answer_all(args, questions)
+    if args.json:
+        for row in rows:
+            print(json.dumps(vars(row)))
+    else:
+        print(table(rows))
+    print(f"overlays: {args.out}/", file=sys.stderr)
+    return 0
+
+
+def read_questions(folder: Path) -> list[tuple[Path, str]]:
+    """(picture, question) pairs of a folder's questions.json: {file name: question}."""
+    index = folder / "questions.json"
+    if not index.is_file():
+        raise UserError(f"{index} is missing; it maps picture names to questions. Run this from the project's root.")
+    return [(folder / name, question) for name, question in json.loads(index.read_text()).items()]
+
+
+def answer_all(args: argparse.Namespace, questions: list[tuple[Path, str]]) -> list[Row]:
+    from llava.analysis.show import overlay
+    from llava.mm_utils import load_image, process_images
+    from llava.model.builder import load_pretrained_model
+    from llava.serve.session import ChatSession
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with tqdm(total=len(questions) * len(REDUCERS) + 1, desc="loading the model", file=sys.stderr) as bar:
+        tokenizer, model, processor, _ = load_pretrained_model(
+            str(args.model_path), str(args.model_base), args.model_path.name, device=None, reducer="none"
+        )
+        session = ChatSession(model, tokenizer, processor, "smollm2")
+        session.look_at([load_image(questions[0][0])])
+        session.ask(questions[0][1] + SHORT, max_new_tokens=4)  # warm-up: the first call pays for allocations
+        bar.update()
+        for path, question in questions:
+            image = load_image(path)
+            for reducer in REDUCERS:
+                bar.set_description(f"{path.stem}, {reducer}")
+                model.set_reducer(reducer)
+                session.look_at([image])
+                reply = session.ask(question + SHORT, max_new_tokens=16)
+                rows.append(
+                    Row(
+                        path.stem, question, reducer, sum(reply.visual_tokens), reply.prefill_ms, reply.total_ms, reply.text
+                    )
+                )
+                features = model.get_vision_tower()(process_images([image], processor, model.config))
+                picture = overlay(image, model.reducer(features), features.grid)
+                picture.save(args.out / f"{path.stem}-{reducer.replace('+', '-plus')}.png")
+                bar.update()
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for people, one block per picture."""
+    lines, last = [], None
+    for row in rows:
+        if row.picture != last:
+            lines += ["", f"{row.picture}: {row.question}"]
+            lines.append(f"  {'reducer':<10} {'visual tokens':>13} {'prefill ms':>11} {'total ms':>9}  answer")
+            last = row.picture
+        lines.append(
+            f"  {row.reducer:<10} {row.visual_tokens:>13} {row.prefill_ms:>11.0f} {row.total_ms:>9.0f}  {row.answer}"
+        )
+    return "\n".join(lines[1:])
