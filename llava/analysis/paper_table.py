@@ -1,0 +1,140 @@
+"""The efficiency table of the PruMerge paper, recomputed cell by cell.
+
+The paper calls it "Tesla V100, roofline model". It is the accounting of LLM-Viewer as it stood in March 2024,
+fed with sequence lengths 700 and 70. `compute()` repeats that accounting as it is, oddities included, so that
+its numbers can be checked; what it flatters is listed in `REMARKS`, and `llava.analysis.roofline` has the
+corrected model.
+"""
+
+from dataclasses import dataclass
+
+from llava.analysis.shapes import SHAPES, LanguageShape
+
+BANDWIDTH = 900e9
+"""Bytes per second the table takes for a V100."""
+
+RATES = {"fp16": 112e12, "int4": 62e12}
+"""Operations per second. There is no INT4 rate on a V100: the table uses its INT8 rate."""
+
+BYTES = {"fp16": 2.0, "int4": 0.5}
+"""Of every weight, activation and cached key or value: the table's INT4 is w4a4kv4."""
+
+LENGTHS = {"full": 700, "prumerge": 70}
+"""Tokens in prefill. The text says 576 + 40 and 40 + 40; those lengths do not give these numbers."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: operations (1e12), prefill time, bytes moved and activations written (1e9)."""
+
+    row: str
+    tflops: float
+    prefill_ms: float
+    memory_gb: float
+    activation_gb: float
+
+
+PRINTED = {
+    "7b-fp16-full": ("9.3", "88.6", "23.3", "4.60"),
+    "7b-fp16-prumerge": ("0.91", "15.3", "13.7", "0.28"),
+    "7b-int4-full": ("2.3", "151.6", "5.9", "1.20"),
+    "7b-int4-prumerge": ("0.28", "14.9", "3.5", "0.07"),
+    "13b-fp16-full": ("18.2", "170.5", "41.6", "7.30"),
+    "13b-fp16-prumerge": ("1.80", "29.5", "26.6", "0.44"),
+    "13b-int4-full": ("4.6", "294.9", "10.5", "1.80"),
+    "13b-int4-prumerge": ("0.45", "29.0", "6.8", "0.11"),
+}
+"""What the paper prints: TFLOPs, prefill ms, total memory GB, storing activation GB."""
+
+REMARKS = (
+    "7b-int4-prumerge, FLOPs: the paper prints 0.28 where its own rule (FP16 divided by 4) gives "
+    "0.91 / 4 = 0.23. Very likely a slip: 0.28 is also the activation figure two rows above.",
+    "13b-int4-full, FLOPs: 4.6 is 18.2 / 4 = 4.55 rounded once more; unrounded it is 4.54.",
+    "The lengths are 700 and 70, a ratio of 10. The text's own counts, 576 + 40 against 40 + 40 tokens, have "
+    "a ratio of 7.7 and give 7.9 times fewer operations.",
+    '"Total memory" is bytes moved during prefill, not memory occupied: that falls by 3 %, as it is mostly '
+    "weights.",
+    "INT4 is w4a4kv4 at the INT8 rate, so it looks slower than FP16. Weight-only 4 bits (w4a16) is not.",
+    "The vision tower and the merge are not counted. The tower is not reduced, so it bounds the gain.",
+    "Attention is not fused and writes its score matrix: long sequences look worse than they run.",
+)
+
+
+def compute() -> list[Row]:
+    """The eight rows, in the paper's order."""
+    return [
+        _row(model, precision, name, length)
+        for model in ("7b", "13b")
+        for precision in ("fp16", "int4")
+        for name, length in LENGTHS.items()
+    ]
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """One operation of the accounting: operations, bytes read and written, bytes of activations written."""
+
+    operations: float
+    moved: float
+    written: float
+
+    def seconds(self, rate: float) -> float:
+        intensity = self.operations / self.moved
+        return self.operations / min(rate, intensity * BANDWIDTH)
+
+
+def _row(model: str, precision: str, name: str, length: int) -> Row:
+    language, rate, width = SHAPES[model].language, RATES[precision], BYTES[precision]
+    operators = [*_layer(language, length, width) * language.layers, _head(language, width)]
+    operations = sum(operator.operations for operator in operators)
+    return Row(
+        row=f"{model}-{precision}-{name}",
+        tflops=operations * width / BYTES["fp16"] / 1e12,  # the INT4 rows are printed divided by 4
+        prefill_ms=sum(operator.seconds(rate) for operator in operators) * 1e3,
+        memory_gb=sum(operator.moved for operator in operators) / 1e9,
+        activation_gb=sum(operator.written for operator in operators) / 1e9,
+    )
+
+
+def _layer(language: LanguageShape, length: int, width: float) -> list[_Operator]:
+    """One decoder layer at batch 1, attention over the full square."""
+    hidden_row = length * language.hidden * width
+    scores = length * length * language.heads * width
+    attention = 2 * length * length * language.hidden
+
+    def operator(operations: float, *, read: float, written: float, cached: float = 0.0) -> _Operator:
+        return _Operator(operations, read + written + cached, written)
+
+    products = []
+    for name, inputs, outputs in language.linears:
+        read = (inputs * outputs + inputs * length) * width
+        result = outputs * length * width
+        is_cache = name in ("k_proj", "v_proj")  # goes to the KV cache, which does not count as activation
+        products.append(
+            operator(
+                2 * inputs * outputs * length,
+                read=read,
+                written=0.0 if is_cache else result,
+                cached=result if is_cache else 0.0,
+            )
+        )
+    norm = operator(7 * length * language.hidden, read=hidden_row, written=hidden_row)
+    add = operator(length * language.hidden, read=hidden_row, written=hidden_row)  # sic: one operand
+    return [
+        *products,
+        operator(attention, read=2 * hidden_row, written=scores),  # q k: reads K twice and no Q
+        operator(5 * length * length * language.heads, read=scores, written=scores),
+        operator(attention, read=scores + hidden_row, written=hidden_row),
+        norm,
+        norm,
+        add,
+        add,
+        operator(2 * length * language.hidden, read=2 * hidden_row, written=hidden_row),
+    ]
+
+
+def _head(language: LanguageShape, width: float) -> _Operator:
+    """lm_head of one position. Sic: one operation per multiply-add, one byte per weight in any precision."""
+    weights = language.hidden * language.vocabulary
+    written = language.vocabulary * width
+    return _Operator(weights, weights + language.hidden * width + written, written)
