@@ -1,0 +1,151 @@
+"""Tokenizers exactly as the released weights saw them: transformers 4's, on transformers 5.
+
+Two kinds exist. A sentencepiece BPE (LLaMA, Vicuna, Mistral) is loaded as `LlamaTokenizer` by name, whatever
+config.json says: the automatic choice takes `model_type: llava` for another model and silently loses the
+space in front of a text. transformers 5 also differs from the sentencepiece tokenizer of 4 where a text
+begins with a space, and in `legacy` mode after every special token: `_as_sentencepiece` mends both, ids and
+decoded text. Anything else (GPT-2, ChatML and later kinds) is what its tokenizer.json says.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import decoders, normalizers, pre_tokenizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from llava.errors import UserError, first_line
+
+_SPACE = "▁"  # how sentencepiece writes a space (U+2581)
+_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+
+
+def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint directory (or hub name).
+
+    `legacy` is what the checkpoint's tokenizer_config.json says, else what its tokenizer.json was built with,
+    else True (transformers 4's default). `padding_side` is "right" unless given. A tokenizer without a pad
+    token pads with its unk token (else with eos), as LLaVA trains; `pad_token="[PAD]"` adds one of its own.
+    Other keywords go to transformers' `from_pretrained`.
+
+    Raises UserError where there are no tokenizer files or they cannot be read.
+    """
+    directory = _directory(path)
+    config = _read_json(directory / "tokenizer_config.json")
+    kwargs = {"padding_side": "right", **kwargs}
+    try:
+        if _is_sentencepiece(directory, config):
+            legacy = kwargs.pop("legacy", None)
+            if legacy is None:
+                legacy = _legacy(directory, config)
+            tokenizer = LlamaTokenizer.from_pretrained(directory, legacy=legacy, **kwargs)
+            _as_sentencepiece(tokenizer, legacy)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its parser meets first
+        raise UserError(
+            f"the tokenizer in {path} cannot be read ({first_line(error)}); copy its files again."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
+    """Write the tokenizer's files, and beside them the `tokenizer.model` it came from where there is one:
+    original LLaVA on transformers 4 reads nothing else."""
+    tokenizer.save_pretrained(directory)
+    source = Path(tokenizer.name_or_path) / "tokenizer.model"
+    if source.is_file() and source.resolve().parent != Path(directory).resolve():
+        shutil.copyfile(source, Path(directory) / "tokenizer.model")
+
+
+def _directory(path: str | Path) -> Path:
+    """A local directory that holds tokenizer files; a hub name is looked up in the cache, then fetched."""
+    directory = Path(path)
+    if not directory.is_dir() and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            directory = Path(snapshot_download(str(path), allow_patterns=list(_FILES)))
+        except Exception as error:  # no such repository, no network, no valid name
+            raise UserError(
+                f"there is no tokenizer at {path}: no such directory, and the hub does not give it either "
+                f"({first_line(error)}); check the path, or go online once to fetch it."
+            ) from None
+    if not directory.is_dir():
+        raise UserError(f"there is no directory {path} to read a tokenizer from; check the path.")
+    if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        raise UserError(
+            f"{path} has no tokenizer (neither tokenizer.model nor tokenizer.json); LoRA and projector "
+            "checkpoints use their base model's: give it with --model-base."
+        )
+    return directory
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also a UnicodeDecodeError
+        raise UserError(f"{file} is not valid JSON ({first_line(error)}); copy it again.") from None
+
+
+def _is_sentencepiece(directory: Path, config: dict[str, Any]) -> bool:
+    """By content: a sentencepiece file, or a tokenizer.json with its BPE (byte fallback, "▁" for spaces). The
+    class name alone does not tell: byte-level tokenizers have been published under LLaMA's."""
+    if not (directory / "tokenizer.json").is_file():
+        return True
+    if not config.get("tokenizer_class", "LlamaTokenizer").startswith("LlamaTokenizer"):
+        return False
+    model = _read_json(directory / "tokenizer.json")["model"]
+    return model["type"] == "BPE" and model.get("byte_fallback", False)
+
+
+def _legacy(directory: Path, config: dict[str, Any]) -> bool:
+    if config.get("legacy") is not None:
+        return config["legacy"]
+    saved = _read_json(directory / "tokenizer.json")
+    if not saved:
+        return True
+    # Legacy tokenizers prepend a space to every segment, the others to the first one.
+    text = json.dumps([saved["normalizer"], saved["pre_tokenizer"]])
+    return '"Prepend"' in text or '"always"' in text
+
+
+def _as_sentencepiece(tokenizer: LlamaTokenizer, legacy: bool) -> None:
+    """Set the backend so that it puts sentencepiece's dummy space in front, also where one stands already.
+
+    `legacy`: in front of every segment between special tokens; decoding drops up to two leading spaces.
+    Otherwise: in front of the text, unless it begins with a special token. Two Metaspaces do it: the first
+    prepends a blank where the text begins with none, which after the normalizer is always; the second turns
+    that blank into "▁".
+    """
+    backend = tokenizer.backend_tokenizer
+    if legacy:
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+        )
+        backend.pre_tokenizer = None
+        backend.decoder = decoders.Sequence(
+            [
+                decoders.Replace(_SPACE, " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(content=" ", left=2, right=0),
+            ]
+        )
+    else:
+        backend.normalizer = normalizers.Replace(" ", _SPACE)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
+                pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False),
+            ]
+        )
+    tokenizer.init_kwargs["legacy"] = legacy  # save_pretrained writes init_kwargs, and forgets this one
