@@ -1,0 +1,196 @@
+"""Reducers by name: the base class, the registry, and the spec strings users write ("prumerge(ratio=0.125)").
+
+A spec is `name` or `name(option=value, ...)`; spaces do not matter. Options are the fields of the method's
+dataclass: their types and ranges are read from there, so a new method needs no parser of its own.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+
+from llava.reducers.features import ReducedTokens, VisionFeatures
+
+
+class ReducerSpecError(ValueError):
+    """A spec that names no known method, or an option it does not have, or a value out of range."""
+
+
+class ReducerInputError(ValueError):
+    """Features a method cannot reduce: NaN or infinite values, or no CLS token where it reads one."""
+
+
+def option(
+    default: Any, *, low: float | None = None, high: float | None = None, open_low: bool = False
+) -> Any:
+    """A dataclass field with a range: low <= value <= high, or low < value where `open_low`."""
+    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """A method and its options: calling it turns `VisionFeatures` into `ReducedTokens`.
+
+    Subclasses are frozen dataclasses, so two reducers with the same options are equal, and hold no state.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Checks every option against its type and range, however the reducer was made.
+
+        Raises:
+            ReducerSpecError: a value of the wrong type or out of range.
+        """
+        for f in fields(self):
+            _check(self, f.name, getattr(self, f.name), *_option_type(type(self), f.name), f.metadata)
+
+    @property
+    def spec(self) -> str:
+        """The canonical spec: every option that is set, in order; `build_reducer(r.spec) == r`."""
+        given = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        kinds = {f.name: _option_type(type(self), f.name)[0] for f in fields(self)}
+        text = ", ".join(
+            f"{name}={_written(value, kinds[name])}" for name, value in given if value is not None
+        )
+        return f"{self.name}({text})" if text else self.name
+
+    def __call__(self, features: VisionFeatures) -> ReducedTokens:
+        raise NotImplementedError
+
+
+R = TypeVar("R", bound=type[Reducer])
+_METHODS: dict[str, type[Reducer]] = {}
+
+
+def register(name: str) -> Callable[[R], R]:
+    """Class decorator: makes a reducer known under `name`.
+
+    Raises:
+        ValueError: the name is taken, or could not be written in a spec.
+    """
+
+    def decorate(cls: R) -> R:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be a reducer's name: letters, digits, '_', '-' and '+' only")
+        if name in _METHODS:
+            raise ValueError(f"reducer {name!r} is already registered, by {_METHODS[name].__qualname__}")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return decorate
+
+
+def available_reducers() -> list[str]:
+    """The names of all methods, in the order in which they were registered."""
+    return list(_METHODS)
+
+
+def build_reducer(spec: "str | Reducer | None") -> Reducer:
+    """The reducer a spec describes. None means "none"; a reducer is returned as it is.
+
+    Raises:
+        ReducerSpecError: with what is wrong, the nearest name, and the names there are.
+    """
+    if isinstance(spec, Reducer):
+        return spec
+    if spec is None:
+        spec = "none"
+    if not isinstance(spec, str):
+        raise ReducerSpecError(f"a reducer spec is a string such as 'prumerge+', not {spec!r}")
+    name, given = _parse(spec)
+    if name not in _METHODS:
+        raise ReducerSpecError(f"no reducer is called {name!r}{_near(name, _METHODS)}")
+    method = _METHODS[name]
+    known = [f.name for f in fields(method)]
+    for key in given:
+        if key not in known:
+            there = _near(key, known) if known else "; it takes no options"
+            raise ReducerSpecError(f"reducer {name!r} has no option {key!r}{there}")
+    return method(**{key: _read(name, key, text, *_option_type(method, key)) for key, text in given.items()})
+
+
+_NAME = re.compile(r"[A-Za-z][\w+-]*")
+_SPEC = re.compile(rf"\s*({_NAME.pattern})\s*(?:\((.*)\)\s*)?", re.DOTALL)
+_WORD = re.compile(r"\w[\w.+-]*")
+_OPTION = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*([^\s=](?:[^=]*[^\s=])?)\s*")
+
+
+def _parse(spec: str) -> tuple[str, dict[str, str]]:
+    """'name(key=value, ...)' -> the name and the options as text."""
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise ReducerSpecError(
+            f"cannot read the reducer spec {spec!r}: write a name, or name(option=value, ...), "
+            "for example prumerge(ratio=0.125)"
+        )
+    name, inside = match.groups()
+    given: dict[str, str] = {}
+    for part in inside.split(",") if inside and inside.strip() else []:
+        pair = _OPTION.fullmatch(part)
+        if pair is None:
+            raise ReducerSpecError(
+                f"cannot read {part.strip()!r} in the reducer spec {spec!r}: options are written option=value"
+            )
+        if pair[1] in given:
+            raise ReducerSpecError(f"option {pair[1]!r} is given twice in the reducer spec {spec!r}")
+        given[pair[1]] = pair[2]
+    return name, given
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    """'; did you mean ...? There are: ...' for an error about an unknown word."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return (f"; did you mean {near[0]!r}?" if near else ".") + f" There are: {', '.join(names)}"
+
+
+def _option_type(method: type[Reducer], name: str) -> tuple[type, bool]:
+    """The type of an option (int, float, bool or str), and whether it may be left unset (None)."""
+    hint = get_type_hints(method)[name]
+    types = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    return types[0], NoneType in get_args(hint)
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+_TRUTH = {"true": True, "false": False}
+
+
+def _read(method: str, name: str, text: str, kind: type, optional: bool) -> Any:
+    """An option's text as its type; 'none' unsets an optional one."""
+    if optional and text.lower() == "none":
+        return None
+    try:
+        return _TRUTH[text.lower()] if kind is bool else text.strip("'\"") if kind is str else kind(text)
+    except (KeyError, ValueError):
+        message = f"reducer {method!r}: {name} is {_WORDS[kind]}, not {text!r}"
+        raise ReducerSpecError(message) from None
+
+
+def _written(value: Any, kind: type) -> str:
+    """An option's value as a spec writes it; `_read` gives the same value back."""
+    return str(value).lower() if kind is bool else repr(float(value)) if kind is float else str(value)
+
+
+def _check(reducer: Reducer, name: str, value: Any, kind: type, optional: bool, limits: Any) -> None:
+    """Refuses a value of the wrong type or outside its range."""
+    if value is None and optional:
+        return
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if (
+        not fits
+        or (kind is float and not math.isfinite(value))
+        or (kind is str and not _WORD.fullmatch(value))
+    ):
+        raise ReducerSpecError(f"reducer {reducer.name!r}: {name} is {_WORDS[kind]}, not {value!r}")
+    low, high, open_low = limits.get("low"), limits.get("high"), limits.get("open_low", False)
+    if low is not None and (value <= low if open_low else value < low):
+        raise ReducerSpecError(
+            f"reducer {reducer.name!r}: {name} must be {'above' if open_low else 'at least'} {low}, not {value}"
+        )
+    if high is not None and value > high:
+        raise ReducerSpecError(f"reducer {reducer.name!r}: {name} must be at most {high}, not {value}")
