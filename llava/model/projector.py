@@ -20,8 +20,8 @@ def build_projector(projector_type: str, mm_hidden_size: int, hidden_size: int) 
     if projector_type == "identity":
         if mm_hidden_size != hidden_size:
             raise UserError(
-                f"mm_projector_type 'identity' needs equal widths, but the tower has {mm_hidden_size} and the "
-                f"language model {hidden_size}: use mlp2x_gelu"
+                f"mm_projector_type 'identity' needs equal widths, but the tower has {mm_hidden_size} and "
+                f"the language model {hidden_size}: use mlp2x_gelu"
             )
         return nn.Identity()
     if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type):

@@ -66,15 +66,15 @@ class VisionTower(nn.Module):
         num_blocks = len(self.blocks)
         if not -num_blocks - 1 <= select_layer <= num_blocks:
             raise UserError(
-                f"mm_vision_select_layer {select_layer} does not exist: this tower has {num_blocks} blocks, so "
-                f"{-num_blocks - 1} to {num_blocks} are possible (LLaVA-1.5 uses -2)"
+                f"mm_vision_select_layer {select_layer} does not exist: this tower has {num_blocks} blocks, "
+                f"so {-num_blocks - 1} to {num_blocks} are possible (LLaVA-1.5 uses -2)"
             )
         if select_feature not in ("patch", "cls_patch"):
             raise UserError(f"mm_vision_select_feature is 'patch' or 'cls_patch', not {select_feature!r}")
         if select_feature == "cls_patch" and not self.has_cls:
             raise UserError(
-                f"mm_vision_select_feature 'cls_patch' needs a tower with a CLS token; {self.config.model_type} "
-                "has none: use 'patch'"
+                f"mm_vision_select_feature 'cls_patch' needs a tower with a CLS token; "
+                f"{self.config.model_type} has none: use 'patch'"
             )
 
     # What a family of models calls its parts.
@@ -196,7 +196,7 @@ class VisionTower(nn.Module):
         return self.select_layer % (len(self.blocks) + 1)
 
     def _hidden_states(self, pixel_values: Tensor, *indices: int) -> list[Tensor]:
-        """The hidden states with these indices (0: embedding, i: output of block i), running no block more."""
+        """The hidden states with these indices (0: embedding, i: output of block i), and no block more."""
         hidden = self.embed(pixel_values)
         found = {0: hidden}
         for index, block in enumerate(self.blocks[: max(indices)], start=1):
@@ -210,8 +210,8 @@ class VisionTower(nn.Module):
         patch = self.config.patch_size
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or min(pixel_values.shape[2:]) < patch:
             raise UserError(
-                f"a vision tower takes pixels of shape [images, 3, height, width] of at least {patch} x {patch}, "
-                f"not {list(pixel_values.shape)}"
+                f"a vision tower takes pixels of shape [images, 3, height, width] of at least {patch} x "
+                f"{patch}, not {list(pixel_values.shape)}"
             )
         return pixel_values.to(device=self.device, dtype=self.dtype)
 
@@ -367,11 +367,12 @@ def _vision_config(path: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:
         raise UserError(f"cannot read {path / 'config.json'}: {first_line(error)}") from error
-    config = config.sub_configs and getattr(config, "vision_config", None) or config
+    if "vision_config" in config.sub_configs:
+        config = config.vision_config
     if config.model_type not in TOWERS:
         raise UserError(
-            f"{path / 'config.json'} describes a {config.model_type!r} model, which cannot serve as vision tower: "
-            f"supported are {', '.join(TOWERS)}"
+            f"{path / 'config.json'} describes a {config.model_type!r} model, which cannot serve as vision "
+            f"tower: supported are {', '.join(TOWERS)}"
         )
     return config
 
@@ -380,8 +381,8 @@ def _image_processor(path: Path):
     """The PIL image processor of a directory: the torchvision one gives other pixels."""
     if not (path / "preprocessor_config.json").is_file():
         raise UserError(
-            f"the vision tower at {path} has no preprocessor_config.json: copy it from where the tower's weights "
-            "came from"
+            f"the vision tower at {path} has no preprocessor_config.json: copy it from where the tower's "
+            "weights came from"
         )
     try:
         return AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
@@ -391,7 +392,7 @@ def _image_processor(path: Path):
 
 def _processor_size(image_processor) -> int:
     """Side of the square a processor's pictures end as."""
-    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
     return size["height"]
 
 

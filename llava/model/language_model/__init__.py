@@ -1,0 +1,1 @@
+"""Where LLaVA keeps its model classes; others import them from here."""

@@ -1,0 +1,436 @@
+"""The model: tower -> reducer -> projector -> splice -> LLaMA, and nothing else.
+
+A transformers model like any other (save_pretrained, from_pretrained, device_map, quantization_config,
+Trainer), called `llava_llama`. Two things differ from a text model:
+
+- `input_ids` hold IMAGE_TOKEN_INDEX (-200) where an image goes; `images=` (pixels) or `visual_tokens=`
+  (already reduced, before the projector) are consumed in the order of these placeholders over the batch.
+- The vision tower is frozen and has its own home on disk: from_pretrained leaves it out, even if the
+  checkpoint has its keys, and `set_vision_tower(load_vision_tower(path))` puts it in.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.utils import logging
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import UserError
+from llava.mm_utils import get_anyres_image_grid_shape, unpad_image
+from llava.model.projector import build_projector
+from llava.model.splice import gather, lay_out, split_padding
+from llava.model.vision_tower import VisionTower
+from llava.reducers import ReducerInputError, ReducerSpecError, build_reducer
+
+logger = logging.get_logger(__name__)
+
+Images = Tensor | Sequence[Tensor]
+"""[n, 3, H, W] or a list of [3, H, W]; for anyres [n, crops, 3, H, W] or a list of [crops, 3, H, W]."""
+
+
+class LlavaConfig(LlamaConfig):
+    """LLaMA's config and what LLaVA adds. Fields of old checkpoints not named here are kept as they are.
+
+    Attributes:
+        mm_token_reducer: spec of the token reducer, see `llava.reducers`; "none" keeps every token.
+        mm_vision_tower: directory or hub name of the vision tower; None: a language model alone.
+        mm_hidden_size: width of the tower's patches; None: no projector yet.
+        mm_projector_type: see `llava.model.projector`.
+        mm_vision_select_layer, mm_vision_select_feature: see `llava.model.vision_tower`.
+        mm_patch_merge_type: how the crops of an anyres image are joined: flat, spatial or spatial_unpad.
+        image_aspect_ratio, image_grid_pinpoints: how pictures become pixels, see `llava.mm_utils`.
+        mm_use_im_start_end, mm_use_im_patch_token: which tokens were added to the vocabulary. True is what
+            LLaVA takes the latter for where a config does not say.
+        tokenizer_padding_side: of batches that `forward` splices; `generate` always pads on the left.
+        tokenizer_model_max_length: longer samples, and prompts, are cut to this many tokens.
+        tune_mm_mlp_adapter, freeze_mm_mlp_adapter, mm_projector_lr: how the model was trained.
+        unfreeze_mm_vision_tower: the checkpoint carries a tower of its own (LLaVA-1.6).
+    """
+
+    model_type = "llava_llama"
+
+    mm_token_reducer: str = "none"
+    mm_vision_tower: str | None = None
+    mm_hidden_size: int | None = None
+    use_mm_proj: bool = True
+    mm_projector_type: str = "linear"
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_patch_merge_type: str = "flat"
+    image_aspect_ratio: str | None = None
+    image_grid_pinpoints: list | str | None = None
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = True
+    tokenizer_padding_side: str = "right"
+    tokenizer_model_max_length: int | None = None
+    tune_mm_mlp_adapter: bool = False
+    freeze_mm_mlp_adapter: bool = False
+    mm_projector_lr: float | None = None
+    unfreeze_mm_vision_tower: bool = False
+
+
+class LlavaPreTrainedModel(LlamaPreTrainedModel):
+    """What both classes below tell transformers about themselves."""
+
+    config: LlavaConfig
+    config_class = LlavaConfig
+    # The tower comes from its own path.
+    _keys_to_ignore_on_load_unexpected = (r"(^|\.)vision_tower\.",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LlavaLlamaModel) and module.image_newline is not None:
+            module.image_newline.normal_(std=self.config.hidden_size**-0.5)
+
+
+class LlavaLlamaModel(LlavaPreTrainedModel, LlamaModel):
+    """LLaMA's body with the two modules whose weights LLaVA keeps beside it.
+
+    Attributes:
+        mm_projector: None until the tower's width is known (`config.mm_hidden_size`).
+        vision_tower: None until `LlavaLlamaForCausalLM.set_vision_tower`.
+        image_newline: [hidden], ends each row of an anyres image; only with the merge type spatial_unpad.
+    """
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.vision_tower: VisionTower | None = None
+        self.mm_projector: nn.Module | None = None
+        if config.mm_hidden_size is not None:
+            self.mm_projector = build_projector(
+                config.mm_projector_type, config.mm_hidden_size, config.hidden_size
+            )
+        self.image_newline: nn.Parameter | None = None
+        if "unpad" in config.mm_patch_merge_type:
+            self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+        self.post_init()
+
+
+class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
+    """LLaVA on LLaMA. See the file's head for what it takes."""
+
+    def __init__(self, config: LlavaConfig):
+        LlamaPreTrainedModel.__init__(self, config)  # LlamaForCausalLM's would build a second body
+        self.model = LlavaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.set_reducer(config.mm_token_reducer)
+        self.post_init()
+
+    # Parts
+
+    def get_model(self) -> LlavaLlamaModel:
+        return self.model
+
+    def get_vision_tower(self) -> VisionTower | None:
+        return self.model.vision_tower
+
+    def set_vision_tower(self, tower: VisionTower) -> None:
+        """Puts in the tower; creates the projector if the model has none yet. Writes both into the config.
+
+        Raises:
+            UserError: the projector was made for another width.
+        """
+        config = self.config
+        if self.model.mm_projector is None:
+            projector = build_projector(config.mm_projector_type, tower.hidden_size, config.hidden_size)
+            self.model.mm_projector = projector.to(device=self.device, dtype=self.dtype)
+        elif config.mm_hidden_size != tower.hidden_size:
+            raise UserError(
+                f"the projector takes visual tokens {config.mm_hidden_size} wide (mm_hidden_size) but this "
+                f"vision tower's are {tower.hidden_size}: use the tower the checkpoint was trained with "
+                "(--vision-tower)"
+            )
+        config.mm_hidden_size = tower.hidden_size
+        config.mm_vision_select_layer = tower.select_layer
+        config.mm_vision_select_feature = tower.select_feature
+        self.model.vision_tower = tower
+
+    @property
+    def reducer(self):
+        """The token reducer: a callable from VisionFeatures to ReducedTokens, see `llava.reducers`."""
+        return self._reducer
+
+    def set_reducer(self, spec: str) -> None:
+        """Reduces visual tokens as `spec` says from now on; saved with the config.
+
+        Raises:
+            UserError: no such reducer or option.
+        """
+        try:
+            self._reducer = build_reducer(spec)
+        except ReducerSpecError as error:
+            raise UserError(str(error)) from error
+        self.config.mm_token_reducer = self._reducer.spec
+
+    # Pixels to embeddings
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> list[Tensor]:
+        """The visual tokens of B images: tower, then reducer, before the projector. They may be cached.
+
+        Args:
+            pixel_values: [B, 3, H, W].
+
+        Returns:
+            B tensors [K_i, mm_hidden_size] in the tower's dtype.
+
+        Raises:
+            UserError: no tower, pixels that are NaN or infinite, a reducer that cannot work with this tower.
+        """
+        tower = self.model.vision_tower
+        if tower is None:
+            raise UserError(
+                "this model has no vision tower, so it cannot take images: load it with "
+                "load_pretrained_model, or put one in with set_vision_tower"
+            )
+        if not pixel_values.isfinite().all():
+            raise UserError("the pixels of an image are NaN or infinite: check how it was processed")
+        if self.reducer.name == "none":
+            return list(tower.tokens(pixel_values))
+        if tower.select_feature != "patch":
+            raise UserError(
+                f"reducer {self.reducer.spec!r} reduces patches, but mm_vision_select_feature is "
+                f"{tower.select_feature!r}: set it to 'patch', or use the reducer 'none'"
+            )
+        try:
+            return self.reducer(tower(pixel_values)).unbind()
+        except ReducerInputError as error:
+            raise UserError(str(error)) from error
+
+    def project(self, visual_tokens: Sequence[Tensor]) -> list[Tensor]:
+        """The embeddings of visual tokens: [K_i, mm_hidden_size] each -> [K_i, hidden_size] each."""
+        projector = self.model.mm_projector
+        if projector is None:
+            raise UserError("this model has no projector: load a LLaVA checkpoint, or call set_vision_tower")
+        if not visual_tokens:
+            return []
+        # One call for all: under ZeRO-3 every rank must call each module equally often.
+        tokens = torch.cat(list(visual_tokens)).to(self.device)
+        # A projector quantised to 4 bits keeps its bias in floating point, an identity has nothing.
+        weight = next((p for p in projector.parameters() if p.is_floating_point()), tokens)
+        return list(projector(tokens.to(weight.dtype)).split([len(block) for block in visual_tokens]))
+
+    def _embed_images(self, images: Images, image_sizes: Sequence[tuple[int, int]] | None) -> list[Tensor]:
+        """One [K_i, hidden_size] block per image; an anyres image's crops are joined."""
+        crops = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
+        per_image = [len(crop) for crop in crops]
+        blocks = self.project(self._encode_by_size([view for crop in crops for view in crop]))
+
+        merge = self.config.mm_patch_merge_type
+        if merge.startswith("spatial") and self.reducer.name != "none":
+            logger.warning_once(
+                f"mm_patch_merge_type {merge!r} needs every patch in its place; with the reducer "
+                f"{self.reducer.spec!r} the crops of an image are reduced each by itself and joined flat"
+            )
+            merge = "flat"
+        is_single = isinstance(images, Tensor) and images.ndim == 4  # plain images know nothing of crops
+        groups, start = [], 0
+        for index, count in enumerate(per_image):
+            group = blocks[start : start + count]
+            start += count
+            if merge == "flat" or is_single:
+                groups.append(group[0] if count == 1 else torch.cat(group))
+            else:
+                size = None if image_sizes is None else image_sizes[index]
+                groups.append(self._merge_crops(group, merge, size))
+        return groups
+
+    def _encode_by_size(self, views: list[Tensor]) -> list[Tensor]:
+        """`encode_images` over single views [3, H, W], one batch per size, results in the given order."""
+        tokens: list[Tensor | None] = [None] * len(views)
+        for shape in dict.fromkeys(view.shape for view in views):
+            rows = [row for row, view in enumerate(views) if view.shape == shape]
+            encoded = self.encode_images(torch.stack([views[row] for row in rows]))
+            for row, token in zip(rows, encoded, strict=True):
+                tokens[row] = token
+        return tokens
+
+    def _merge_crops(self, crops: list[Tensor], merge: str, size: tuple[int, int] | None) -> Tensor:
+        """LLaVA-1.6's joining of one image: the small copy, then the tiles' patches by rows of the picture.
+
+        With spatial_unpad the rows and columns that saw only padding go, and image_newline ends each row.
+        """
+        if merge not in ("spatial", "spatial_unpad"):
+            raise UserError(f"unknown mm_patch_merge_type {merge!r}: flat, spatial or spatial_unpad")
+        newline = self.model.image_newline if merge == "spatial_unpad" else None
+        overview, tiles = crops[0], crops[1:]
+        if not tiles:
+            return overview if newline is None else torch.cat([overview, newline[None].to(overview)])
+        if size is None:
+            raise UserError(
+                f"mm_patch_merge_type {merge!r} needs image_sizes=, the (width, height) of each picture"
+            )
+        tower = self.model.vision_tower
+        rows, columns = tower.grid
+        across, down = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.image_size)
+        picture = torch.stack(tiles).view(down, across, rows, columns, -1)
+        picture = picture.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # [hidden, rows, columns]
+        if newline is not None:
+            picture = unpad_image(picture, size)
+            line_ends = newline.to(picture)[:, None, None].expand(-1, picture.shape[1], 1)
+            picture = torch.cat([picture, line_ends], dim=2)
+        return torch.cat([overview, picture.flatten(1).T])
+
+    def _prepare(
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        attention_mask: Tensor | None,
+        labels: Tensor | Sequence[Tensor] | None,
+        images: Images | None,
+        image_sizes: Sequence[tuple[int, int]] | None,
+        visual_tokens: Sequence[Tensor] | None,
+        padding_side: str,
+    ):
+        """The spliced batch: its embeddings [B, L, hidden] and its Layout."""
+        if images is not None and visual_tokens is not None:
+            raise UserError("give images= or visual_tokens=, not both")
+        if visual_tokens is not None:
+            visual = self.project(visual_tokens)
+        elif images is not None and len(images) > 0:
+            visual = self._embed_images(images, image_sizes)
+        else:
+            visual = []
+
+        layout = lay_out(
+            split_padding(input_ids, attention_mask),
+            [len(block) for block in visual],
+            None if labels is None else split_padding(labels, attention_mask),
+            padding_side=padding_side,
+            max_length=self.config.tokenizer_model_max_length,
+        )
+        if not visual and self._must_touch_vision():
+            visual = self._no_visual_tokens(encode=visual_tokens is None)
+        text = self.model.embed_tokens(layout.text_ids.to(self.device))
+        return gather(layout, text, [block.to(text) for block in visual]), layout
+
+    def _must_touch_vision(self) -> bool:
+        """Whether a batch without images still has to pass through the projector.
+
+        In distributed training another rank may have images: DDP waits for a gradient of every trained
+        parameter, ZeRO-3 for every rank to call every partitioned module.
+        """
+        return self.training and torch.is_grad_enabled() and self.model.mm_projector is not None
+
+    def _no_visual_tokens(self, encode: bool) -> list[Tensor]:
+        """A visual block of no tokens, connected to the projector, whose gradient becomes zero."""
+        tower = self.model.vision_tower
+        if encode and tower is not None and is_deepspeed_zero3_enabled():
+            token = self.encode_images(torch.zeros(1, 3, tower.image_size, tower.image_size))[0][:1]
+        else:
+            token = torch.zeros(1, self.config.mm_hidden_size, device=self.device)
+        return [self.project([token])[0][:0]]
+
+    # What transformers calls
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        images: Images | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        visual_tokens: Sequence[Tensor] | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """LLaMA's forward over the spliced batch.
+
+        With images the outputs are as long as the spliced batch, not as `input_ids`: samples are padded anew
+        on `config.tokenizer_padding_side`, positions are counted from 0 per sample, and labels are moved
+        along (visual tokens take no part in the loss). Extra keywords (num_items_in_batch, ...) go to LLaMA.
+
+        Args:
+            input_ids: [B, L] ids with IMAGE_TOKEN_INDEX for each image.
+            images: pixels of the images, in the order of the placeholders, see `Images`.
+            image_sizes: (width, height) of each picture, for the spatial merge types.
+            visual_tokens: instead of images, what `encode_images` returned for them.
+
+        Raises:
+            UserError: placeholders and images differ in number, and what `encode_images` raises.
+        """
+        if inputs_embeds is None and self._has_vision(input_ids, past_key_values, images, visual_tokens):
+            inputs_embeds, layout = self._prepare(
+                input_ids,
+                attention_mask,
+                labels,
+                images,
+                image_sizes,
+                visual_tokens,
+                self.config.tokenizer_padding_side,
+            )
+            device = inputs_embeds.device
+            input_ids = None
+            # Without padding no mask: the attention kernels are faster and positions are the default ones.
+            attention_mask = layout.attention_mask.to(device) if layout.padded else None
+            position_ids = layout.position_ids.to(device) if layout.padded else None
+            labels = None if layout.labels is None else layout.labels.to(device)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _has_vision(self, input_ids, past_key_values, images, visual_tokens) -> bool:
+        """Whether this call needs splicing; later steps of a generation are plain text."""
+        if images is not None or visual_tokens is not None or self._must_touch_vision():
+            return True
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return False
+        return bool((input_ids == IMAGE_TOKEN_INDEX).any())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | Sequence[Tensor] | None = None,
+        images: Images | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        visual_tokens: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ):
+        """transformers' generate over prompts with images; returns only the NEW ids, [B, <= max_new_tokens].
+
+        Args:
+            inputs: [B, L] ids with IMAGE_TOKEN_INDEX for each image, padded on any side if `attention_mask`
+                says where; or a list of B 1-D tensors. `input_ids=` is the same argument.
+            images, image_sizes, visual_tokens: as in `forward`.
+            kwargs: everything else `GenerationMixin.generate` takes (streamer, num_beams, do_sample, ...).
+
+        Raises:
+            UserError: as `forward`.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if input_ids is None:
+            raise UserError("generate needs a prompt: input_ids, with -200 where an image goes")
+        kwargs.pop("position_ids", None)  # counted anew: the visual tokens move every position
+        inputs_embeds, layout = self._prepare(
+            input_ids, attention_mask, None, images, image_sizes, visual_tokens, "left"
+        )
+        if layout.truncated:
+            logger.warning_once(
+                f"{layout.truncated} of {len(layout.lengths)} prompts were cut to "
+                f"{self.config.tokenizer_model_max_length} tokens (tokenizer_model_max_length)"
+            )
+        mask = layout.attention_mask.to(inputs_embeds.device, torch.long)
+        return super().generate(inputs_embeds=inputs_embeds, attention_mask=mask, **kwargs)
+
+
+AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
+AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)
