@@ -2,9 +2,10 @@
 
 Two kinds exist. A sentencepiece BPE (LLaMA, Vicuna, Mistral) is loaded as `LlamaTokenizer` by name, whatever
 config.json says: the automatic choice takes `model_type: llava` for another model and silently loses the
-space in front of a text. transformers 5 also differs from the sentencepiece tokenizer of 4 where a text
-begins with a space, and in `legacy` mode after every special token: `_as_sentencepiece` mends both, ids and
-decoded text. Anything else (GPT-2, ChatML and later kinds) is what its tokenizer.json says.
+space in front of a text. transformers 5 also differs from the sentencepiece tokenizer of 4 in three things:
+a text that begins with a space, `legacy` mode after special tokens, and runs of spaces (it ranks merges by id,
+where scores may put those of spaces last). `_as_sentencepiece` mends all three. Anything else (GPT-2, ChatML
+and later kinds) is what its tokenizer.json says.
 """
 
 import json
@@ -12,7 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tokenizers import decoders, normalizers, pre_tokenizers
+from sentencepiece import SentencePieceProcessor
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.errors import UserError, first_line
@@ -41,7 +43,7 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
             if legacy is None:
                 legacy = _legacy(directory, config)
             tokenizer = LlamaTokenizer.from_pretrained(directory, legacy=legacy, **kwargs)
-            _as_sentencepiece(tokenizer, legacy)
+            _as_sentencepiece(tokenizer, legacy, directory / "tokenizer.model")
         else:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, **kwargs)
     except UserError:
@@ -118,8 +120,9 @@ def _legacy(directory: Path, config: dict[str, Any]) -> bool:
     return '"Prepend"' in text or '"always"' in text
 
 
-def _as_sentencepiece(tokenizer: LlamaTokenizer, legacy: bool) -> None:
-    """Set the backend so that it puts sentencepiece's dummy space in front, also where one stands already.
+def _as_sentencepiece(tokenizer: LlamaTokenizer, legacy: bool, model_file: Path) -> None:
+    """Set the backend so that it merges by the model's scores, where its file is there (what we saved has the
+    right merges), and puts sentencepiece's dummy space in front, also where one stands already.
 
     `legacy`: in front of every segment between special tokens; decoding drops up to two leading spaces.
     Otherwise: in front of the text, unless it begins with a special token. Two Metaspaces do it: the first
@@ -127,6 +130,9 @@ def _as_sentencepiece(tokenizer: LlamaTokenizer, legacy: bool) -> None:
     that blank into "▁".
     """
     backend = tokenizer.backend_tokenizer
+    if model_file.is_file():
+        vocabulary, merges = _by_score(model_file)
+        backend.model = models.BPE(vocabulary, merges, fuse_unk=True, byte_fallback=True)
     if legacy:
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
@@ -149,3 +155,20 @@ def _as_sentencepiece(tokenizer: LlamaTokenizer, legacy: bool) -> None:
             ]
         )
     tokenizer.init_kwargs["legacy"] = legacy  # save_pretrained writes init_kwargs, and forgets this one
+
+
+def _by_score(model_file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a sentencepiece BPE: every way to make a piece out of two, best score first.
+
+    Runs of spaces may share one score; sentencepiece then takes the leftmost pair, so that a run grows from its
+    left end: the longer left half goes first.
+    """
+    pieces = SentencePieceProcessor(model_file=str(model_file))
+    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    ranked = [
+        (-pieces.get_score(i), -cut, piece[:cut], piece[cut:])
+        for piece, i in vocabulary.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    return vocabulary, [(left, right) for *_, left, right in sorted(ranked)]
