@@ -565,7 +565,7 @@ def read_model_weights(info: CheckpointInfo) -> Weights:
     return found
 
 
-def fit_vocabulary(found: Weights, rows: int, *, origin: Path) -> Weights:
+def fit_vocabulary(found: Weights, rows: int) -> Weights:
     """Embeddings and head with `rows` rows; up to MAX_ADDED_TOKENS new ones are the mean of the old.
 
     That is how LLaVA starts the rows of the tokens it adds. Weights that have enough rows are returned as
@@ -576,7 +576,7 @@ def fit_vocabulary(found: Weights, rows: int, *, origin: Path) -> Weights:
         table = found.tensors.get(name)
         if table is None or not 0 < rows - table.shape[0] <= MAX_ADDED_TOKENS:
             continue
-        logger.info("%s: %d rows of %s are new (mean of the others)", origin, rows - table.shape[0], name)
+        logger.info("%d rows of %s are new (mean of the others)", rows - table.shape[0], name)
         mean = table.float().mean(0, keepdim=True).to(table.dtype)
         grown.set(name, torch.cat([table, mean.expand(rows - table.shape[0], -1)]), found.source[name])
     return grown

@@ -1,0 +1,439 @@
+"""From a directory on disk to a model that answers: `load_pretrained_model`.
+
+What to do is decided by what the checkpoint holds (`llava.model.checkpoints`) and by the device
+(`llava.hardware`), not by how things are called. Weights go once from the file to their device.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from llava import hardware
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.errors import UserError, first_line
+from llava.model.checkpoints import (
+    KINDS,
+    MAX_ADDED_TOKENS,
+    TOWER,
+    CheckpointInfo,
+    Weights,
+    check_weights,
+    fit_vocabulary,
+    hf_vocabulary,
+    inspect_checkpoint,
+    llava_config_dict,
+    read_adapter,
+    read_json,
+    read_model_weights,
+    resolve_directory,
+)
+from llava.model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.tokenization import load_tokenizer
+from llava.model.vision_tower import VisionTower, load_vision_tower
+from llava.reducers import ReducerSpecError, build_reducer
+
+__all__ = ["load_pretrained_model", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that accelerate works out."""
+
+KEEP_PRECISION = ["lm_head", "model.mm_projector", "model.vision_tower"]
+"""What stays out of 4- and 8-bit; bitsandbytes matches whole names from the start."""
+
+DEFAULT_CONTEXT = 2048
+"""Tokens of context where a config has no max_sequence_length, which no released one has."""
+
+
+def load_pretrained_model(
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: str | int | torch.device | Mapping[str, Any] | None = "auto",
+    device: str | torch.device = "cuda",
+    use_flash_attn: bool = False,
+    *,
+    reducer: str | None = None,
+    vision_tower: str | Path | None = None,
+    merge_lora: bool = True,
+    attn_implementation: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    customized_config: str | Path | Mapping[str, Any] | LlavaConfig | None = None,
+    use_flash_attention_2: bool = False,
+    multimodal: bool | None = None,
+):
+    """A model ready to answer, with its tokenizer and image processor.
+
+    Reads whole LLaVA checkpoints (.bin or safetensors, sharded or not), LoRA and projector-only checkpoints
+    on their base, llava-hf, and language models without vision. The model is frozen, in eval mode, in the
+    dtype and with the attention kernel that suit the device (`llava.hardware.plan`).
+
+    Args:
+        model_path: directory, or `owner/name` on the Hub; a directory wins.
+        model_base: the base of a LoRA or projector-only checkpoint.
+        model_name: not used: what the directory holds decides. Here because every caller passes it.
+        load_8bit, load_4bit: quantise the language model with bitsandbytes (LLM.int8; NF4, double quantised).
+        device_map: a device, a map of modules to devices, or "auto" to spread over all GPUs.
+        device: "cuda" means the best there is: without a GPU it becomes "cpu", and that is said.
+        use_flash_attn, use_flash_attention_2: ask for FlashAttention 2.
+        reducer: spec of a token reducer (`llava.reducers`) instead of the one in config.json.
+        vision_tower: directory or Hub name of the tower instead of the one in config.json.
+        merge_lora: add LoRA weights to the base's; False returns a PeftModel with the adapter in place.
+        attn_implementation: "sdpa", "eager", "flash_attention_2" ... instead of the device's best.
+        dtype, torch_dtype: "float16", "bfloat16" or "float32" instead of the device's best.
+        customized_config: config.json (its path or content) instead of the checkpoint's.
+        multimodal: accepted, because evaluation harnesses pass it.
+
+    Returns:
+        (tokenizer, model, image_processor, context_len); the processor is None for a model without vision.
+
+    Raises:
+        UserError: one sentence about what is wrong with the checkpoint, the flags or the device.
+    """
+    if load_8bit and load_4bit:
+        raise UserError("load_8bit and load_4bit exclude each other: choose one")
+    if reducer is not None:
+        _check_reducer(reducer)  # before minutes of loading
+    info = inspect_checkpoint(model_path, model_base)
+    if info.kind == "vision_tower":
+        raise UserError(
+            f"{info.path} is {KINDS[info.kind]}, not a model that answers: pass it as vision_tower"
+        )
+    if info.needs_base:
+        info.require_base()
+
+    if use_flash_attn or use_flash_attention_2:
+        attn_implementation = attn_implementation or "flash_attention_2"
+    plan, device_map = _place(device, device_map, dtype or torch_dtype, attn_implementation)
+    options = {
+        "dtype": plan.dtype,
+        "attn_implementation": plan.attention,
+        "device_map": device_map,
+        "quantization_config": _quantization(load_8bit, load_4bit, plan),
+    }
+    tokenizer = _load_tokenizer(info)
+    if not info.is_llava:
+        model = _load_plain(info.base or info, options)
+        if info.kind == "lora":
+            model = apply_lora(model, info, merge=merge_lora)
+        _finish(model, info)
+        return tokenizer, model, None, _context_length(info.config)
+
+    raw = _config_dict(customized_config) if customized_config is not None else llava_config_dict(info)
+    if reducer is not None:
+        raw["mm_token_reducer"] = reducer
+    if raw.get("mm_use_im_patch_token", True):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if raw.get("mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+
+    config = build_config(raw, info)
+    weights = read_model_weights(info)
+    model = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
+    if info.kind == "lora":
+        model = apply_lora(model, info, merge=merge_lora)
+    llava = model.get_base_model() if isinstance(model, PeftModel) else model
+    tower = _load_tower(info, config, weights, vision_tower, device=llava.device, dtype=plan.dtype)
+    llava.set_vision_tower(tower)
+    _finish(model, info)
+    if "mm_token_reducer" not in raw:
+        logger.warning(
+            "%s does not say which tokens to use: all %d visual tokens of an image are; "
+            "--reducer prumerge+ (reducer=) keeps fewer",
+            info.llava_config.path / "config.json",
+            tower.num_patches,
+        )
+    return tokenizer, model, tower.image_processor, _context_length(raw)
+
+
+# Device ------------------------------------------------------------------------------------------
+
+
+def _place(
+    device: str | torch.device,
+    device_map: Any,
+    dtype: str | torch.dtype | None,
+    attention: str | None,
+) -> tuple[hardware.Plan, Any]:
+    """What the device wants, and the device map for from_pretrained."""
+    single = _as_device(device_map)
+    if single is not None:
+        device = single
+    elif isinstance(device_map, Mapping):
+        device = _as_device(next(iter(device_map.values()), None)) or device
+    wanted = str(device)
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("there is no CUDA device here: using what there is instead of %s", wanted)
+        device = None
+        device_map = "auto" if isinstance(device_map, Mapping) else device_map
+        single = None
+    elif wanted == "cuda":
+        device = None  # the default: LLAVA_DEVICE may say otherwise
+    try:
+        plan = hardware.plan(device, dtype=dtype, attention=attention)
+        if wanted == "cpu" and single is not None and dtype is None and torch.cuda.is_available():
+            # Harnesses load with device_map="cpu" and move the model to the GPU themselves.
+            logger.warning("loading on the CPU in the GPU's dtype; pass dtype= to choose another")
+            plan = hardware.plan("cpu", dtype=hardware.plan("cuda").dtype, attention=attention)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for reason in plan.reasons:
+        logger.info("%s", reason)
+    spread = isinstance(device_map, Mapping) or (device_map in AUTOMATIC_MAPS and plan.device.type == "cuda")
+    if spread and single is None and wanted in ("cuda", str(plan.device)):
+        return plan, device_map
+    return plan, {"": plan.device}
+
+
+def _as_device(value: Any) -> torch.device | None:
+    """The one device a device map names, if it does."""
+    if isinstance(value, bool) or value is None or value == "" or value in AUTOMATIC_MAPS:
+        return None
+    if isinstance(value, Mapping):
+        return _as_device(value[""]) if list(value) == [""] else None
+    if isinstance(value, int):
+        return torch.device("cuda", value)
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"device_map {value!r} is no device (cuda, cuda:1, cpu) and none of {', '.join(AUTOMATIC_MAPS)}"
+        ) from error
+
+
+def _quantization(load_8bit: bool, load_4bit: bool, plan: hardware.Plan) -> BitsAndBytesConfig | None:
+    if not (load_8bit or load_4bit):
+        return None
+    flag = "8-bit" if load_8bit else "4-bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{flag} loading needs bitsandbytes: pip install 'llava[quant]'")
+    if load_8bit and not hardware.supports_llm_int8(plan.device):
+        raise UserError(
+            "8-bit loading (LLM.int8) needs compute capability 7.5, which this GPU lacks: use load_4bit"
+        )
+    if load_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEEP_PRECISION)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=plan.dtype,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=KEEP_PRECISION,
+    )
+
+
+# Parts -------------------------------------------------------------------------------------------
+
+
+def build_config(raw: Mapping[str, Any], info: CheckpointInfo) -> LlavaConfig:
+    """Our config from a config.json of any age.
+
+    Raises:
+        UserError: a field that makes no sense.
+    """
+    # Released checkpoints say "llava", which is another class of transformers today.
+    fields = {name: value for name, value in raw.items() if name != "model_type"}
+    try:
+        return LlavaConfig.from_dict(fields)
+    except Exception as error:  # whatever a field of the wrong type meets first
+        raise UserError(
+            f"{info.llava_config.path / 'config.json'} makes no sense: {first_line(error)}"
+        ) from error
+
+
+def load_language_model(
+    info: CheckpointInfo,
+    config: LlavaConfig,
+    weights: Weights | None = None,
+    *,
+    num_tokens: int | None = None,
+    **options: Any,
+) -> LlavaLlamaForCausalLM:
+    """The model without tower and adapters, every weight from the files.
+
+    Args:
+        info: what is loaded; a language model without vision will do, then there is no projector.
+        config: its config; `vocab_size` is raised where tokens were added.
+        weights: `read_model_weights(info)` where it is known already.
+        num_tokens: length of the tokenizer; the embeddings get as many rows at least.
+        options: for from_pretrained: dtype, device_map, attn_implementation, quantization_config.
+
+    Raises:
+        UserError: a weight is missing, of the wrong shape, or unknown.
+    """
+    found = read_model_weights(info) if weights is None else weights
+    found = found.select(lambda name: not name.startswith(TOWER))
+    if config.tie_word_embeddings:
+        found = found.select(lambda name: name != "lm_head.weight")
+    if info.needs_base:
+        found = fit_vocabulary(found, config.vocab_size)
+    check_weights(found, _shapes(config), info)
+    if num_tokens is not None and num_tokens > config.vocab_size:
+        if num_tokens - config.vocab_size > MAX_ADDED_TOKENS:
+            raise UserError(
+                f"the tokenizer has {num_tokens} tokens but {info.path} only {config.vocab_size} embeddings: "
+                "use the tokenizer the model was trained with"
+            )
+        found = fit_vocabulary(found, num_tokens)
+        config.vocab_size = num_tokens
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return LlavaLlamaForCausalLM.from_pretrained(None, config=config, state_dict=found.tensors, **options)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _shapes(config: LlavaConfig) -> dict[str, torch.Size]:
+    """The weights such a model has, tower aside."""
+    with torch.device("meta"):
+        model = LlavaLlamaForCausalLM(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def apply_lora(model: PreTrainedModel, info: CheckpointInfo, *, merge: bool) -> PreTrainedModel | PeftModel:
+    """The model with a checkpoint's LoRA weights added, or with its adapter in place.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
+    file = info.adapter
+    adapter = read_adapter(info)
+    try:
+        settings = LoraConfig.from_pretrained(str(info.path))
+        if not isinstance(settings, LoraConfig):
+            raise ValueError(f"peft_type is {settings.peft_type}, not LORA")
+        settings.inference_mode = True
+        peft_model = get_peft_model(model, settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{info.path / 'adapter_config.json'} does not fit this model: {first_line(error)}"
+        ) from error
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(peft_model).items()}
+    for name in sorted(expected.keys() | adapter.keys()):
+        if name not in adapter:
+            raise UserError(
+                f"{file} lacks {name}: it does not belong to its adapter_config.json; download both"
+            )
+        if name not in expected:
+            raise UserError(
+                f"{file} holds {name}, which {_base_path(info)} has no place for: it is the wrong base"
+            )
+        if adapter[name].shape != expected[name]:
+            raise UserError(
+                f"{file}: {name} has shape {list(adapter[name].shape)}, but {_base_path(info)} asks for "
+                f"{list(expected[name])}: it is probably the wrong base"
+            )
+    set_peft_model_state_dict(peft_model, adapter)
+    if merge:
+        return peft_model.merge_and_unload()
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(model.dtype)
+    return peft_model
+
+
+def _base_path(info: CheckpointInfo) -> Path:
+    return info.base.path if info.base is not None else info.path
+
+
+def _load_tower(
+    info: CheckpointInfo,
+    config: LlavaConfig,
+    weights: Weights,
+    override: str | Path | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> VisionTower:
+    """The tower from its own path; from the checkpoint only where that carries one of its own."""
+    name = override or config.mm_vision_tower
+    if not name:
+        raise UserError(f"{info.path / 'config.json'} names no vision tower: pass --vision-tower PATH")
+    owner = info.llava_config
+    path = resolve_directory(
+        name, beside=None if override else owner.path, remedy="--vision-tower PATH (vision_tower=)"
+    )
+    own = None
+    if override is None and (owner.kind == "llava_hf" or config.unfreeze_mm_vision_tower):
+        carried = weights.select(lambda key: key.startswith(TOWER)).tensors
+        own = {key.removeprefix(TOWER): tensor for key, tensor in carried.items()} or None
+    return load_vision_tower(
+        path,
+        select_layer=config.mm_vision_select_layer,
+        select_feature=config.mm_vision_select_feature,
+        dtype=dtype,
+        device=device,
+        state_dict=own,
+    )
+
+
+def _load_tokenizer(info: CheckpointInfo):
+    """The checkpoint's own tokenizer, else its base's; llava-hf's without the tokens LLaVA does not use."""
+    owner = next((one for one in (info, info.base) if one is not None and one.has_tokenizer), info)
+    if owner.kind != "llava_hf":
+        return load_tokenizer(owner.path)
+    tokens = load_tokenizer(owner.path).added_tokens_decoder
+    rows = hf_vocabulary(owner.config)
+    kept = {index: token for index, token in tokens.items() if index < rows}
+    return load_tokenizer(owner.path, added_tokens_decoder=kept, pad_token="<unk>")
+
+
+def _load_plain(info: CheckpointInfo, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(info.path, local_files_only=True, **options)
+    except Exception as error:  # torch, safetensors, pickle and transformers each have their own
+        raise UserError(f"cannot load {info.path}: {first_line(error)}") from error
+
+
+def _finish(model: PreTrainedModel | PeftModel, info: CheckpointInfo) -> None:
+    """Frozen, in eval mode, with the generation settings of the files."""
+    model.requires_grad_(False)
+    model.eval()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.config.name_or_path = str(info.path)
+    for owner in (info, info.base):
+        if owner is not None and (owner.path / "generation_config.json").is_file():
+            read_json(owner.path / "generation_config.json")  # complains in our words
+            base.generation_config = GenerationConfig.from_pretrained(owner.path)
+            break
+    if not base.generation_config.do_sample:
+        # Vicuna's file has a temperature without do_sample: greedy decoding would warn about it every time.
+        base.generation_config.temperature = None
+        base.generation_config.top_p = None
+        base.generation_config.top_k = None
+
+
+def _context_length(raw: Mapping[str, Any]) -> int:
+    return raw.get("max_sequence_length") or DEFAULT_CONTEXT
+
+
+def _config_dict(given: str | Path | Mapping[str, Any] | LlavaConfig) -> dict[str, Any]:
+    if isinstance(given, LlavaConfig):
+        return given.to_dict()
+    if isinstance(given, Mapping):
+        return dict(given)
+    path = Path(given)
+    return read_json(path / "config.json" if path.is_dir() else path)
+
+
+def _check_reducer(spec: str) -> None:
+    try:
+        build_reducer(spec)
+    except ReducerSpecError as error:
+        raise UserError(str(error)) from error
