@@ -1,0 +1,393 @@
+"""The model made ready for one training stage: what is frozen, what trains, in which dtype.
+
+`build` loads language model, tower and projector; `choose_trainables` is the one place where `requires_grad`
+is decided; `describe` says the outcome in a few lines, which a run logs before its first step.
+
+Dtypes. What is frozen is kept in the dtype we compute in. What trains is float32: under mixed precision small
+updates would be lost in a half-precision weight, and float16's loss scaling needs float32 gradients.
+DeepSpeed keeps float32 masters itself and wants one dtype throughout, so there everything has the dtype we
+compute in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.errors import UserError
+from llava.model.checkpoints import (
+    KINDS,
+    CheckpointInfo,
+    inspect_checkpoint,
+    llava_config_dict,
+    read_json,
+    read_projector,
+    resolve_directory,
+)
+from llava.model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.tokenization import load_tokenizer
+from llava.model.vision_tower import load_vision_tower
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+
+Stage = Literal["projector", "full", "lora"]
+Trainable = LlavaLlamaForCausalLM | PeftModel
+Say = Callable[[str], None]
+
+NOT_LANGUAGE_MODEL = r".*(vision_tower|mm_projector|image_newline).*"
+"""Names LoRA and quantization stay away from."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to train, with what goes with it."""
+
+    model: Trainable
+    tokenizer: PreTrainedTokenizerFast
+    stage: Stage
+
+    @property
+    def llava(self) -> LlavaLlamaForCausalLM:
+        """The model without PEFT's wrapping."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+
+def stage_of(model: ModelArguments, training: TrainingArguments) -> Stage:
+    if model.tune_mm_mlp_adapter:
+        return "projector"
+    return "lora" if training.lora_enable else "full"
+
+
+def compute_dtype(training: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
+def build(model: ModelArguments, data: DataArguments, training: TrainingArguments, say: Say) -> Prepared:
+    """Load everything and decide what trains.
+
+    Raises:
+        UserError: a file is missing or does not fit, or nothing would train.
+    """
+    stage = stage_of(model, training)
+    info = _base(model.model_name_or_path)
+    config = _config(info, model, data, training, say)
+    llava = _load_language_model(info, config, stage, training)
+    _add_vision(llava, info, model, training)
+    tokenizer = _tokenizer(info, llava, model, training)
+    if model.pretrain_mm_mlp_adapter:
+        _load_projector(llava, Path(model.pretrain_mm_mlp_adapter))
+
+    trainable: Trainable = llava
+    if stage == "lora":
+        trainable = _with_lora(llava, training)
+    choose_trainables(llava, stage, model, training)
+    _cast(trainable, training)
+    for line in describe(trainable):
+        say(line)
+    return Prepared(trainable, tokenizer, stage)
+
+
+# What is loaded
+
+
+def _base(name: str) -> CheckpointInfo:
+    info = inspect_checkpoint(resolve_directory(name, remedy="--model_name_or_path PATH"))
+    if info.kind in ("plain_lm", "full"):
+        return info
+    remedy = {
+        "lora": "merge it into its base first (llava merge-lora)",
+        "projector": "pass its language model, and this one's mm_projector.bin as --pretrain_mm_mlp_adapter",
+        "llava_hf": "convert it first (llava convert)",
+    }.get(info.kind, "pass a language model or a LLaVA checkpoint")
+    raise UserError(f"--model_name_or_path {name} is {KINDS[info.kind]}: {remedy}.")
+
+
+def _config(
+    info: CheckpointInfo,
+    model: ModelArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    say: Say,
+) -> LlavaConfig:
+    """The base's config with the run's choices; a flag at its default leaves a LLaVA checkpoint's value."""
+    content = {**llava_config_dict(info)}
+    for key in ("model_type", "dtype", "torch_dtype", "quantization_config"):
+        content.pop(key, None)
+    tower = model.vision_tower or content.get("mm_vision_tower")
+    if tower is None and not info.is_llava:
+        raise UserError("--vision_tower is missing: the language model has none of its own.")
+
+    chosen: dict[str, Any] = {
+        "mm_vision_tower": tower,
+        "use_mm_proj": True,
+        "image_aspect_ratio": data.image_aspect_ratio,
+        "mm_use_im_start_end": model.mm_use_im_start_end,
+        "mm_use_im_patch_token": model.mm_use_im_patch_token,
+        "mm_projector_lr": training.mm_projector_lr,
+        "tune_mm_mlp_adapter": model.tune_mm_mlp_adapter,
+        "freeze_mm_mlp_adapter": training.freeze_mm_mlp_adapter,
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": training.model_max_length,
+    }
+    defaults = ModelArguments()
+    for name in (
+        "mm_projector_type",
+        "mm_vision_select_layer",
+        "mm_vision_select_feature",
+        "mm_patch_merge_type",
+        "mm_token_reducer",
+    ):
+        asked, recorded = getattr(model, name), content.get(name)
+        if info.is_llava and recorded is not None and asked == getattr(defaults, name):
+            if recorded != asked and asked is not None:
+                say(f"{name} {recorded}: the checkpoint's (pass --{name} to change it)")
+            asked = recorded
+        chosen[name] = "none" if asked is None else asked
+    if info.is_llava and content.get("mm_projector_type", "linear") != chosen["mm_projector_type"]:
+        raise UserError(
+            f"--mm_projector_type {chosen['mm_projector_type']}: the checkpoint's projector is "
+            f"{content.get('mm_projector_type', 'linear')}; leave the flag out."
+        )
+    config = LlavaConfig(**{**content, **chosen})
+    config._name_or_path = model.model_name_or_path
+    return config
+
+
+def _load_language_model(
+    info: CheckpointInfo, config: LlavaConfig, stage: Stage, training: TrainingArguments
+) -> LlavaLlamaForCausalLM:
+    own_masters = training.deepspeed is None  # DeepSpeed keeps float32 copies itself
+    dtype = torch.float32 if stage == "full" and own_masters else compute_dtype(training)
+    quantization: dict[str, Any] = {}
+    if training.bits in (4, 8):
+        quantization = {
+            "quantization_config": _quantization(training),
+            "device_map": {"": training.device},  # quantized weights cannot be moved later
+        }
+    try:
+        llava = LlavaLlamaForCausalLM.from_pretrained(
+            info.path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=training.attn_implementation,
+            **quantization,
+        )
+    except ImportError as error:
+        raise UserError(f"--bits {training.bits} needs bitsandbytes: pip install 'llava[quant]'") from error
+    # vicuna's generation config has sampling settings without do_sample, which newer versions refuse to save.
+    if llava.generation_config is not None and not llava.generation_config.do_sample:
+        llava.generation_config.temperature = llava.generation_config.top_p = None
+    return llava
+
+
+def _quantization(training: TrainingArguments) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=training.bits == 4,
+        load_in_8bit=training.bits == 8,
+        llm_int8_threshold=6.0,
+        llm_int8_has_fp16_weight=False,
+        # Full names: a mere suffix would not match the projector's numbered layers.
+        llm_int8_skip_modules=["lm_head", "model.mm_projector", "model.vision_tower"],
+        bnb_4bit_compute_dtype=compute_dtype(training),
+        bnb_4bit_use_double_quant=training.double_quant,
+        bnb_4bit_quant_type=training.quant_type,
+    )
+
+
+def _add_vision(
+    llava: LlavaLlamaForCausalLM, info: CheckpointInfo, model: ModelArguments, training: TrainingArguments
+) -> None:
+    config = llava.config
+    path = resolve_directory(config.mm_vision_tower, beside=info.path, remedy="--vision_tower PATH")
+    tower = load_vision_tower(
+        path,
+        select_layer=config.mm_vision_select_layer,
+        select_feature=config.mm_vision_select_feature,
+        dtype=compute_dtype(training),
+        device=llava.device,
+    )
+    llava.set_vision_tower(tower)
+
+
+def _load_projector(llava: LlavaLlamaForCausalLM, file: Path) -> None:
+    """The weights of the pre-training stage (and of the tokens it added, where there are any)."""
+    found = read_projector(file).tensors
+    wanted = dict(llava.get_model().mm_projector.named_parameters(prefix="model.mm_projector"))
+    if "model.embed_tokens.weight" in found:
+        wanted["model.embed_tokens.weight"] = llava.get_input_embeddings().weight
+    shapes = {name: tuple(full_shape(parameter)) for name, parameter in wanted.items()}
+    given = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != given:
+        raise UserError(
+            f"--pretrain_mm_mlp_adapter {file} does not fit: it holds {given}, needed are {shapes}; "
+            "check --mm_projector_type, --vision_tower and the language model."
+        )
+    with torch.no_grad(), gathered(list(wanted.values()), modify=True):
+        for name, parameter in wanted.items():
+            if parameter.numel():
+                parameter.copy_(found[name])
+
+
+def _tokenizer(
+    info: CheckpointInfo, llava: LlavaLlamaForCausalLM, model: ModelArguments, training: TrainingArguments
+) -> PreTrainedTokenizerFast:
+    """The base's tokenizer with the tokens LLaVA adds; embeddings grow by the mean of the old rows."""
+    options: dict[str, Any] = {"model_max_length": training.model_max_length, "padding_side": "right"}
+    if model.version == "v0" and not _has_pad_token(info.path):
+        options["pad_token"] = "[PAD]"
+    tokenizer = load_tokenizer(info.path, **options)
+    if model.version != "v0" and tokenizer.unk_token is not None:
+        tokenizer.pad_token = tokenizer.unk_token
+    if model.mm_use_im_patch_token:
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if model.mm_use_im_start_end:
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    _grow_vocabulary(llava, len(tokenizer))
+    return tokenizer
+
+
+def _has_pad_token(directory: Path) -> bool:
+    files = [directory / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    return any(read_json(file).get("pad_token") is not None for file in files if file.is_file())
+
+
+def _grow_vocabulary(llava: LlavaLlamaForCausalLM, size: int) -> None:
+    """Embeddings for `size` tokens; new rows are the mean of the old ones. Never shrinks."""
+    old = llava.config.vocab_size
+    if size <= old:
+        return
+    llava.resize_token_embeddings(size, mean_resizing=False)
+    tables = {id(table.weight): table.weight for table in (llava.get_input_embeddings(), llava.lm_head)}
+    with torch.no_grad(), gathered(list(tables.values()), modify=True):
+        for table in tables.values():
+            if table.numel():
+                table[old:] = table[:old].float().mean(0, keepdim=True).to(table.dtype)
+
+
+# What trains
+
+
+def _with_lora(llava: LlavaLlamaForCausalLM, training: TrainingArguments) -> PeftModel:
+    """LoRA on every linear layer of the language model but its head."""
+    config = LoraConfig(
+        r=training.lora_r,
+        lora_alpha=training.lora_alpha,
+        lora_dropout=training.lora_dropout,
+        bias=training.lora_bias,
+        target_modules=lora_targets(llava),
+        exclude_modules=NOT_LANGUAGE_MODEL,
+        task_type="CAUSAL_LM",
+    )
+    # DeepSpeed wants one dtype throughout; otherwise `_cast` makes float32 of what trains.
+    return get_peft_model(llava, config, autocast_adapter_dtype=False)
+
+
+def lora_targets(llava: LlavaLlamaForCausalLM) -> list[str]:
+    """Last name parts of the language model's linear layers, its head left out: q_proj, ..., down_proj."""
+    body = llava.get_model().layers
+    return sorted({name.rpartition(".")[2] for name, module in body.named_modules() if _is_linear(module)})
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # bitsandbytes' Linear4bit and Linear8bitLt are subclasses.
+    return isinstance(module, nn.Linear)
+
+
+def choose_trainables(
+    llava: LlavaLlamaForCausalLM, stage: Stage, model: ModelArguments, training: TrainingArguments
+) -> None:
+    """Sets `requires_grad` of every parameter that is no LoRA weight (PEFT has set those).
+
+    projector: the projector alone. lora: the projector beside the LoRA weights. full: all but the tower, with
+    `freeze_backbone` the head and the projector. `freeze_mm_mlp_adapter` freezes the projector. The tower
+    never trains.
+
+    Raises:
+        UserError: nothing is left that trains.
+    """
+    body = llava.get_model()
+    if stage != "lora":
+        llava.requires_grad_(stage == "full")
+        if model.freeze_backbone:
+            body.requires_grad_(False)
+    vision = [body.mm_projector, *([body.image_newline] if body.image_newline is not None else [])]
+    for part in vision:
+        part.requires_grad_(not training.freeze_mm_mlp_adapter)
+    body.vision_tower.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in llava.parameters()):
+        raise UserError("Nothing trains: every part is frozen by the flags given.")
+
+
+def _cast(model: Trainable, training: TrainingArguments) -> None:
+    """Trainable parameters to float32, unless DeepSpeed holds float32 copies of them; norms of a quantized
+    model too, as QLoRA does."""
+    if training.bits in (4, 8):
+        for name, parameter in model.named_parameters():
+            if "norm" in name and "vision_tower" not in name:
+                parameter.data = parameter.data.float()
+    if training.deepspeed is not None:
+        dtype = compute_dtype(training)
+        for parameter in model.parameters():
+            if parameter.requires_grad and not is_deepspeed_zero3_enabled():
+                parameter.data = parameter.data.to(dtype)
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def describe(model: nn.Module) -> list[str]:
+    """What trains and what is frozen, one line a part: parameters and dtypes."""
+    parts: dict[str, dict[bool, tuple[int, set[str]]]] = {}
+    for name, parameter in model.named_parameters():
+        counts = parts.setdefault(_part(name), {})
+        number, dtypes = counts.get(parameter.requires_grad, (0, set()))
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        counts[parameter.requires_grad] = (number + full_shape(parameter).numel(), dtypes | {dtype})
+    lines = []
+    for part, counts in parts.items():
+        texts = [
+            f"{'trains' if trains else 'frozen'} {number:,} ({', '.join(sorted(dtypes))})"
+            for trains, (number, dtypes) in sorted(counts.items(), reverse=True)
+        ]
+        lines.append(f"{part}: {'; '.join(texts)}")
+    trained = sum(number for counts in parts.values() for trains, (number, _) in counts.items() if trains)
+    total = sum(number for counts in parts.values() for number, _ in counts.values())
+    return [*lines, f"in all {trained:,} of {total:,} parameters train ({trained / total:.2%})"]
+
+
+def _part(name: str) -> str:
+    for key, part in (("lora_", "LoRA"), ("vision_tower", "vision tower"), ("mm_projector", "projector")):
+        if key in name:
+            return part
+    return "language model"
+
+
+# ZeRO-3 keeps each parameter cut up over the processes
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's shape, also where ZeRO-3 holds only a piece of it."""
+    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
+
+
+def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[Any]:
+    """Whole parameters inside the block, on every process; a change by the main one is handed back.
+
+    Without ZeRO-3, or for parameters that are not cut up, nothing is done.
+    """
+    cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not cut:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(cut, modifier_rank=0 if modify else None)

@@ -1,0 +1,246 @@
+"""transformers' Trainer, with what LLaVA does differently: the order of the samples, the optimizer's groups,
+how the loss is averaged, what a checkpoint holds, and what is logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.data import length_grouped_order
+from llava.train import save
+from llava.train.arguments import TrainingArguments
+from llava.train.log import Console, JsonlLog, Meter
+from llava.train.setup import Prepared
+
+
+class EpochSampler(Sampler[int]):
+    """An order of the samples that follows from seed and epoch alone, so that a resumed run sees the same.
+
+    Args:
+        lengths: one per sample; text-only samples negative. None: a plain shuffle of `size` samples.
+        by_modality: batches of one modality (`--group_by_modality_length`), else of similar length only.
+        batch_size: per device.
+        world_size: processes times accumulation steps.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        *,
+        lengths: list[int] | None = None,
+        by_modality: bool = True,
+        batch_size: int = 1,
+        world_size: int = 1,
+    ):
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+        self.lengths = lengths
+        self.by_modality = by_modality
+        self.batch_size = batch_size
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + self.epoch)
+            if self.lengths is None:
+                return iter(torch.randperm(self.size).tolist())
+            order = length_grouped_order(self.lengths, self.batch_size, self.world_size, self.by_modality)
+            return iter(order)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins; accelerate's wrappers do not reach it where batches are skipped."""
+
+    def __init__(self, trainer: LlavaTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        # After a resumption in the middle of an epoch `state.epoch` is fractional.
+        self.trainer.sampler.epoch = int((state.epoch or 0) + 1e-6)
+
+
+class LlavaTrainer(Trainer):
+    """Trains a `Prepared` model.
+
+    Args:
+        prepared: the model, as `llava.train.setup.build` made it.
+        args: TrainingArguments of this package.
+        train_dataset: samples; `lengths` and `modality_lengths` are asked for only where batches are grouped.
+        data_collator: samples to the keywords of the model's forward.
+    """
+
+    args: TrainingArguments
+
+    def __init__(
+        self, prepared: Prepared, args: TrainingArguments, train_dataset: Dataset, data_collator: Any
+    ):
+        self.prepared = prepared
+        self.meter = Meter()
+        self.sampler: EpochSampler | None = None
+        self._projected = 0
+        super().__init__(
+            model=prepared.model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            processing_class=prepared.tokenizer,
+        )
+        # LLaVA averages the means of micro batches; transformers 5 would count tokens over all of them.
+        self.model_accepts_loss_kwargs = args.loss_average == "token"
+        prepared.llava.config.use_cache = True  # for whoever loads it; `compute_loss` says False for training
+        prepared.llava.get_model().mm_projector.register_forward_hook(self._count_visual_tokens)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        for callback in (Console(), JsonlLog(Path(args.output_dir)), _SetEpoch(self)):
+            self.add_callback(callback)
+
+    # Order of the samples
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        by_modality = args.group_by_modality_length
+        lengths = None
+        if by_modality:
+            lengths = dataset.modality_lengths
+        elif args.train_sampling_strategy == "group_by_length":
+            lengths = dataset.lengths
+        self.sampler = EpochSampler(
+            len(dataset),
+            args.seed if args.data_seed is None else args.data_seed,
+            lengths=lengths,
+            by_modality=by_modality,
+            batch_size=args.train_batch_size,
+            world_size=args.world_size * args.gradient_accumulation_steps,
+        )
+        return self.sampler
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """LLaVA's groups: weights with decay, norms and biases without; the projector apart where it has a
+        learning rate of its own. A group may be empty (LoRA has no norms)."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = cls(parameter_groups(model, self.args), **options)
+        if options.get("optim_bits") == 8:
+            _keep_embeddings_in_32_bit(model)
+        return self.optimizer
+
+    # Loss
+
+    def _count_visual_tokens(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._projected += output.shape[:-1].numel()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        self._projected = 0
+        loss = super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        placeholders = (ids == IMAGE_TOKEN_INDEX) & mask
+        images = placeholders.sum()
+        self.meter.add(
+            samples=len(ids),
+            text=mask.sum() - images,
+            images=images,
+            # Without images one row passes through the projector to keep it in the graph.
+            visual=torch.where(images > 0, self._projected, 0),
+        )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.meter.read(self.accelerator))
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        out = Path(output_dir or self.args.output_dir)
+        save.write_model(self, self.prepared, out, final=not _internal_call)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoint-N is created: while it is written, a folder of its own."""
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    _staging: Path | None = None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint aside and rename it when it is complete; then delete the oldest ones."""
+        run = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = run / f"{save.STAGING}{name}"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            save.publish(staging / name, run / name)
+            staging.rmdir()
+            save.rotate(run, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            save.read_model(self.prepared, Path(resume_from_checkpoint))
+
+
+def _keep_embeddings_in_32_bit(model: nn.Module) -> None:
+    """Embedding rows get rare, large gradients, which an 8-bit optimizer state does not hold well."""
+    import bitsandbytes
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+
+def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[str, Any]]:
+    """The optimizer's groups, in LLaVA's order: [decay, no decay], or with `mm_projector_lr` these two without
+    the projector, then the projector's two. Decay is for weights outside layer norms; biases have none."""
+    norms = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def group(*, decay: bool, projector: bool | None) -> dict[str, Any]:
+        chosen = [
+            parameter
+            for name, parameter in trainable
+            if (name not in norms and "bias" not in name) == decay
+            and (projector is None or ("mm_projector" in name) == projector)
+        ]
+        options = {"weight_decay": args.weight_decay if decay else 0.0}
+        if projector:
+            options["lr"] = args.mm_projector_lr
+        return {"params": chosen, **options}
+
+    parts = (None,) if args.mm_projector_lr is None else (False, True)
+    return [group(decay=decay, projector=part) for part in parts for decay in (True, False)]
