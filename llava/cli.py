@@ -19,6 +19,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module, one line for `llava --help`)
     "chat": ("llava.serve.chat", "ask a model about pictures, in the terminal"),
     "show": ("llava.analysis.show", "draw what a reducer keeps of a picture, and what it merges"),
+    "score": ("llava.eval.score", "score an answers file of a benchmark; no torch needed"),
+    "submit": ("llava.eval.submit", "write the file a benchmark's server takes"),
+    "doctor": ("llava.eval.doctor", "`doctor eval`: which benchmark files are missing, where they come from"),
     "mini": ("llava.mini.cli", "build and use the small LLaVA that runs anywhere"),
 }
 

@@ -1,0 +1,135 @@
+"""VQAv2, test-dev 2015: 107,394 questions, answered offline and scored by the EvalAI server (challenge 830).
+
+    llava submit vqav2 --root playground/data/eval --answers answers/*.jsonl --out upload.json
+
+The upload names every question of test2015 (447,793), with "" outside test-dev. Answers pass the M4C
+normaliser on the way, as LLaVA's do. `llava score vqav2` needs an annotation file (val has one) and is the
+official accuracy: references and answer are normalised only where the ten raw references differ, then
+compared as strings. Published: LLaVA-1.5-7B 78.5.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from llava.errors import UserError
+from llava.eval.benchmarks.base import (
+    BUNDLE,
+    Benchmark,
+    Counts,
+    DataFile,
+    Sample,
+    Totals,
+    per_question,
+    percent,
+    percent_by,
+    read_json,
+    read_rows,
+    write_text,
+)
+from llava.eval.normalize import digits_and_articles, flatten, m4c, punctuation, soft_score
+
+FOLDER = "vqav2"
+TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
+TEST = "llava_vqav2_mscoco_test2015.jsonl"
+
+
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
+    folder = root / FOLDER
+    samples = [
+        Sample(row["question_id"], row["text"], folder / "test2015" / row["image"], row["image"], where)
+        for where, row in read_rows(questions or folder / TEST_DEV, "question_id", "image", "text")
+    ]
+    found = sorted(folder.glob("v2_*_annotations.json"))
+    if not found:
+        return samples
+    if len(found) > 1:
+        raise UserError(
+            f"{folder}: {len(found)} annotation files ({', '.join(f.name for f in found)}); leave one."
+        )
+    annotations = {str(entry["question_id"]): entry for entry in read_json(found[0])["annotations"]}
+    return [replace(sample, reference=_reference(sample, annotations, found[0])) for sample in samples]
+
+
+def _reference(sample: Sample, annotations: dict[str, dict], file: Path) -> tuple[str, str, list[str]]:
+    entry = annotations.get(str(sample.id))
+    if entry is None:
+        raise UserError(
+            f"{sample.where}: question {sample.id} is not in {file}; the two are of different splits."
+        )
+    answers = [answer["answer"] for answer in entry["answers"]]
+    if len(answers) != 10:
+        raise UserError(f"{file}: question {sample.id} has {len(answers)} reference answers instead of 10.")
+    return entry["answer_type"], entry["question_type"], answers
+
+
+def accuracy(answer: str, references: Sequence[str]) -> float:
+    """Official VQA accuracy of one answer against ten references, 0 to 1."""
+    answer, references = flatten(answer), [flatten(reference) for reference in references]
+    if len(set(references)) > 1:
+        answer, *references = (digits_and_articles(punctuation(text)) for text in (answer, *references))
+    return soft_score(references.count(answer))
+
+
+def judge(sample: Sample, answer: str) -> Counts:
+    answer_type, question_type, references = sample.reference
+    right = accuracy(m4c(answer), references)
+    counts = {"right": right, "n": 1.0}
+    for name in (f"answer_type/{answer_type}", f"question_type/{question_type}"):
+        counts |= {f"{name}/right": right, f"{name}/n": 1.0}
+    return counts
+
+
+def metrics(totals: Totals) -> dict:
+    def rounded(value: np.ndarray) -> np.ndarray:
+        return np.round(value, 6)  # the official tool rounds too (to two places)
+
+    return {
+        "accuracy": rounded(percent(totals["right"], totals["n"])),
+        "per_answer_type": {x: rounded(y) for x, y in percent_by(totals, "answer_type").items()},
+        "per_question_type": {x: rounded(y) for x, y in percent_by(totals, "question_type").items()},
+    }
+
+
+def outside(root: Path, samples: Sequence[Sample]) -> list[Sample]:
+    """The questions of test2015 that are not among `samples`."""
+    asked = {str(sample.id) for sample in samples}
+    rows = read_rows(root / FOLDER / TEST, "question_id", "text")
+    return [
+        Sample(row["question_id"], row["text"], None, "", where)
+        for where, row in rows
+        if str(row["question_id"]) not in asked
+    ]
+
+
+def write(out: Path, root: Path, answers: Mapping[str, str]) -> None:
+    rows = read_rows(root / FOLDER / TEST, "question_id")
+    upload = [
+        {"question_id": row["question_id"], "answer": m4c(answers.get(str(row["question_id"]), ""))}
+        for _, row in rows
+    ]
+    write_text(out, json.dumps(upload))
+
+
+BENCHMARK = Benchmark(
+    name="vqav2",
+    title="VQAv2 test-dev",
+    version="v2, test-dev2015",
+    questions=107_394,
+    headline="accuracy",
+    files=(
+        DataFile(f"{FOLDER}/{TEST_DEV}", 107_394, BUNDLE, "ask, score, submit"),
+        DataFile(f"{FOLDER}/{TEST}", 447_793, BUNDLE, "submit"),
+        DataFile(f"{FOLDER}/test2015", 81_434, "http://images.cocodataset.org/zips/test2015.zip", "ask"),
+    ),
+    load=load,
+    measure=per_question(judge),
+    metrics=metrics,
+    unscored="test-dev has no public labels: `llava submit vqav2` writes what the server scores "
+    "(val can be scored here: put its v2_*_annotations.json into vqav2/).",
+    optional=outside,
+    write=write,
+)

@@ -1,0 +1,103 @@
+"""`llava doctor eval [BENCHMARK ...]`: which files are missing, where they belong, how many rows they must
+have and where they come from. `--rebuild` makes those that other files determine.
+
+Exit status 0: everything is there; 1: something is missing or has another number of rows than the official
+release.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.eval import benchmarks
+from llava.eval.answers import numbered_lines
+from llava.eval.benchmarks.base import Benchmark, DataFile, write_text
+from llava.eval.benchmarks.mmbench import read_table
+
+NO_PICTURE = (".txt", ".json", ".zip")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is to be said of one file: `rows` None where it is missing, `trouble` empty where it is fine."""
+
+    file: DataFile
+    rows: int | None
+    trouble: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("eval",), help="what to look at")
+    parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="default: all")
+    parser.add_argument(
+        "--root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s"
+    )
+    parser.add_argument("--rebuild", action="store_true", help="make the files that other files determine")
+
+
+def run(args: argparse.Namespace) -> int:
+    healthy = True
+    for benchmark in map(benchmarks.get, args.benchmarks or benchmarks.MODULES):
+        if args.rebuild:
+            rebuild(benchmark, args.root)
+        findings = [examine(file, args.root) for file in benchmark.files]
+        healthy &= not any(finding.trouble for finding in findings)
+        print("\n".join(as_lines(benchmark, findings)))
+    return 0 if healthy else 1
+
+
+def examine(file: DataFile, root: Path) -> Finding:
+    path = root / file.path
+    if not path.exists():
+        how = "missing" + ("; `--rebuild` makes it" if file.rebuild else "")
+        return Finding(file, None, how)
+    rows = count_rows(path)
+    if file.rows is not None and rows != file.rows:
+        return Finding(file, rows, f"{rows:,} rows instead of {file.rows:,}: not the official set")
+    return Finding(file, rows, "")
+
+
+def count_rows(path: Path) -> int:
+    """Questions of a question file, entries of an annotation file, pictures of a folder."""
+    if path.is_dir():
+        return sum(not name.endswith(NO_PICTURE) for _, _, names in os.walk(path) for name in names)
+    if path.suffix == ".tsv":
+        return sum(1 for _ in read_table(path))
+    if path.suffix == ".json":
+        try:
+            table = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError:  # POPE's labels are JSON Lines
+            return sum(1 for _ in numbered_lines(path))
+        for key in ("data", "questions", "test"):
+            if isinstance(table, dict) and key in table:
+                return len(table[key])
+        return len(table)
+    return sum(1 for _ in numbered_lines(path))
+
+
+def rebuild(benchmark: Benchmark, root: Path) -> None:
+    """Write the files that are missing and can be made; say which."""
+    for file in benchmark.files:
+        path = root / file.path
+        if file.rebuild is None or path.exists():
+            continue
+        try:
+            write_text(path, file.rebuild(root))
+            print(f"{benchmark.name}: {path} made")
+        except UserError as error:
+            print(f"{benchmark.name}: {path} cannot be made: {error}")
+
+
+def as_lines(benchmark: Benchmark, findings: list[Finding]) -> list[str]:
+    lines = [f"{benchmark.name}  ({benchmark.title}, {benchmark.questions:,} questions)"]
+    for finding in findings:
+        file = finding.file
+        rows = f"{finding.rows:,} rows" if finding.rows is not None else ""
+        lines.append(f"  {'!!' if finding.trouble else 'ok'} {file.path}  {finding.trouble or rows}")
+        if finding.rows is None:
+            expected = f"{file.rows:,} rows; " if file.rows is not None else ""
+            lines.append(f"       {expected}needed to {file.purpose}; from {file.source}")
+    return lines
