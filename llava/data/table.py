@@ -33,21 +33,21 @@ class Row:
     image: list[str]
     conversations: list[dict[str, str]]
     words: int
-    """Words over all turns, separated by whitespace; negative for a sample without an image."""
+    """Words over all turns, separated by whitespace, at least 1; negative for a sample without an image."""
     problem: str | None
 
 
 def normalise(raw: Any) -> Row:
     """A row of the file as our schema has it."""
     if not isinstance(raw, dict):
-        return Row("", [], [], 0, f"it is not an object but a {type(raw).__name__}")
+        return Row("", [], [], -1, f"it is not an object but a {type(raw).__name__}")
     identity = str(raw.get("id", ""))
     try:
         images = _images(raw.get("image"))
         turns = _turns(raw.get("conversations"))
     except ValueError as error:
-        return Row(_encodable(identity), [], [], 0, str(error))
-    words = sum(len(turn["value"].split()) for turn in turns)
+        return Row(_encodable(identity), [], [], 1 if raw.get("image") else -1, str(error))
+    words = max(sum(len(turn["value"].split()) for turn in turns), 1)
     return Row(_encodable(identity), images, turns, words if images else -words, None)
 
 
@@ -64,11 +64,8 @@ def _turns(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise ValueError("it has no list of `conversations`")
     for i, turn in enumerate(value, 1):
-        if not (
-            isinstance(turn, dict)
-            and isinstance(turn.get("from"), str)
-            and isinstance(turn.get("value"), str)
-        ):
+        fields = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else ()
+        if not fields or not all(isinstance(field, str) for field in fields):
             raise ValueError(f"turn {i} is not an object with the strings `from` and `value`")
     return [{"from": _text(turn["from"]), "value": _text(turn["value"])} for turn in value]
 
@@ -181,7 +178,7 @@ def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Datase
     together one copies and the others wait.
     """
     try:
-        from datasets import Dataset, disable_progress_bars
+        from datasets import Dataset
     except ImportError:
         raise UserError("training data needs the `datasets` package: pip install 'llava[train]'.") from None
     from filelock import FileLock
@@ -207,7 +204,6 @@ def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Datase
         with FileLock(f"{copy}.lock"):
             if not copy.is_file():
                 _write_copy(path, copy)
-    disable_progress_bars()
     return Dataset.from_file(str(copy))
 
 

@@ -1,0 +1,214 @@
+"""Samples and batches for training.
+
+A sample is tokenised and its images opened when it is asked for, in the loader's worker. Samples without an
+image carry none: the model takes batches with fewer images than rows, so nothing stands in for them.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.table import open_table
+from llava.data.text import encode_conversation
+from llava.errors import UserError
+from llava.mm_utils import load_image, process_images
+
+logger = logging.getLogger(__name__)
+
+
+class BadSample(UserError):
+    """A sample that cannot be trained on; the message names the file, the row and the reason."""
+
+
+class LazySupervisedDataset(Dataset):
+    """The samples of a data file.
+
+    data_path: JSON list, JSON lines or parquet, see `llava.data.table`.
+    image_folder: what the names in `image` are relative to.
+    image_processor: the tower's. Needed for rows with images unless `load_visual` is given.
+    version, is_multimodal, mm_use_im_start_end: see `encode_conversation`.
+    image_aspect_ratio: "pad" or "square", see `process_images`.
+    load_visual: takes a name in `image` and returns that image's cached visual tokens [K, mm_hidden];
+        images are then not opened.
+    on_bad_sample: "error" raises `BadSample`; "skip" gives the next good sample of the same kind (with or
+        without image) in its place and counts it in `bad_rows`.
+
+    A sample is `input_ids`, `labels` (int64 [n]), and with images one of `images` (list of float32 [3, S, S])
+    and `visual_tokens` (list of [K, mm_hidden]), in the order of the placeholders in `input_ids`.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        tokenizer: Any,
+        image_processor: Any = None,
+        *,
+        image_folder: str | Path | None = None,
+        version: str = "v1",
+        image_aspect_ratio: str = "square",
+        is_multimodal: bool = True,
+        mm_use_im_start_end: bool = False,
+        load_visual: Callable[[str], torch.Tensor] | None = None,
+        on_bad_sample: str = "error",
+        cache_dir: str | Path | None = None,
+    ):
+        if on_bad_sample not in ("error", "skip"):
+            raise UserError(f'--on_bad_sample is "error" or "skip", not {on_bad_sample!r}.')
+        if image_aspect_ratio not in ("pad", "square"):
+            raise UserError(
+                f'--image_aspect_ratio is "pad" or "square" in training, not {image_aspect_ratio!r}.'
+            )
+        self.data_path = Path(data_path)
+        self.table = open_table(data_path, cache_dir)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_folder = Path(image_folder) if image_folder else None
+        self.version = version
+        self.image_aspect_ratio = image_aspect_ratio
+        self.is_multimodal = is_multimodal
+        self.mm_use_im_start_end = mm_use_im_start_end
+        self.load_visual = load_visual
+        self.on_bad_sample = on_bad_sample
+        words = self.table.with_format("numpy", columns=["words"])
+        self._words = torch.from_numpy(words[:]["words"].copy())
+        # Shared memory: workers mark the rows they skip, the main process reads them.
+        self._bad = torch.zeros(len(self.table), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """Words of each sample, negative for those without an image."""
+        return self._words.tolist()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each sample, and 128 for the image of those that have one."""
+        return (self._words.abs() + 128 * (self._words > 0)).tolist()
+
+    @property
+    def bad_rows(self) -> list[int]:
+        """Rows skipped so far, by this process and its workers."""
+        return self._bad.nonzero().flatten().tolist()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.on_bad_sample == "error":
+            return self.sample(index)
+        for candidate in self._from(index):
+            if self._bad[candidate]:
+                continue
+            try:
+                return self.sample(candidate)
+            except BadSample as error:
+                self._bad[candidate] = True
+                logger.warning("skipped: %s", error)
+        raise UserError(
+            f"{self.data_path}: no sample like row {index} is usable; `llava doctor data` says why."
+        )
+
+    def _from(self, index: int):
+        """The index, then those after it of the same kind, round to the start."""
+        with_image = bool(self._words[index] > 0)
+        for candidate in range(index, index + len(self)):
+            if bool(self._words[candidate % len(self)] > 0) == with_image:
+                yield candidate % len(self)
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Sample `index` itself, whatever `on_bad_sample` says. Raises BadSample."""
+        row = self.table[index]
+        try:
+            return self._encode(row)
+        except UserError as error:
+            raise BadSample(f"{self.data_path} row {index} (id {row['id']}): {error}") from None
+
+    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["problem"]:
+            raise UserError(f"{row['problem']}.")
+        names = row["image"]
+        input_ids, labels = encode_conversation(
+            row["conversations"],
+            self.tokenizer,
+            self.version,
+            has_image=bool(names),
+            is_multimodal=self.is_multimodal,
+            mm_use_im_start_end=self.mm_use_im_start_end,
+            several_images=len(names) > 1,
+        )
+        sample: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
+        if not self.is_multimodal:
+            return sample
+        check_placeholders(row["conversations"], len(names), int((input_ids == IMAGE_TOKEN_INDEX).sum()))
+        if not names:
+            return sample
+        if self.load_visual is not None:
+            sample["visual_tokens"] = [self.load_visual(name) for name in names]
+        else:
+            sample["images"] = [self._pixels(name) for name in names]
+        return sample
+
+    def _pixels(self, name: str) -> torch.Tensor:
+        if self.image_processor is None:
+            raise ValueError("rows with images need an image_processor (or load_visual)")
+        image = load_image(self.image_folder / name if self.image_folder else name)
+        config = SimpleNamespace(image_aspect_ratio=self.image_aspect_ratio)
+        return process_images([image], self.image_processor, config)[0]
+
+
+def check_placeholders(turns: Sequence[dict[str, str]], images: int, placeholders: int) -> None:
+    """Refuse a sample whose `<image>` do not match its images: later images of the batch would be shifted.
+
+    `placeholders` counts those left in the ids (several in one turn become one for a single image).
+    """
+    if images == 0:
+        placeholders = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    if placeholders != images:
+        have = "1 image" if images == 1 else f"{images or 'no'} images"
+        raise UserError(
+            f"it has {have} but {placeholders} {DEFAULT_IMAGE_TOKEN} to put them; make them match."
+        )
+
+
+class DataCollatorForSupervisedDataset:
+    """Samples as one batch: ids padded on the right with the pad token, labels with IGNORE_INDEX, both cut at
+    `max_length` (default: the tokenizer's model_max_length).
+
+    `attention_mask` is True up to each sample's length, not where ids differ from the pad id: the pad token
+    is often `<unk>`, which may stand in a text. `images` and `visual_tokens` are lists over the batch in the
+    order of the placeholders; those whose placeholder was cut off are left out, and a batch without any has no
+    such key.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int | None = None):
+        if tokenizer.pad_token_id is None:
+            raise UserError("the tokenizer has no pad token; load it with llava's load_tokenizer.")
+        self.pad_token_id = tokenizer.pad_token_id
+        self.max_length = max_length or tokenizer.model_max_length
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        # Tokenizers without a limit say 10**30, which no tensor takes as an index.
+        end = min(self.max_length, max(len(sample["input_ids"]) for sample in samples))
+        ids = [sample["input_ids"][:end] for sample in samples]
+        labels = [sample["labels"][:end] for sample in samples]
+        lengths = torch.tensor([len(one) for one in ids])
+        pad = torch.nn.utils.rnn.pad_sequence
+        batch: dict[str, Any] = {
+            "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            "attention_mask": torch.arange(int(lengths.max())) < lengths[:, None],
+        }
+        for key in ("images", "visual_tokens"):
+            visuals = [
+                visual
+                for sample, one in zip(samples, ids, strict=True)
+                for visual in sample.get(key, [])[: int((one == IMAGE_TOKEN_INDEX).sum())]
+            ]
+            if visuals:
+                batch[key] = visuals
+        return batch
