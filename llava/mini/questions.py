@@ -1,0 +1,315 @@
+"""What can be asked about a scene: questions with one short answer, and conversations made of them.
+
+Six types -- presence, naming, colour, counting, position, words -- in three forms: `open` (a word or phrase),
+`yesno`, and `choice` (the option's letter). Each ends with LLaVA's own prompt for short answers, so that the
+benchmarks' prompts are nothing new to a model trained on these.
+
+`ask` gives all questions of a scene: for evaluation, one at a time. `converse` picks from them the turns of
+one training conversation, leaving out what earlier turns have given away, so that answers must be looked up
+in the picture and not in the text before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llava.mini.sprites import COLOURS, WORDS, article, coloured_classes, drawings, plural
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+TYPES = ("presence", "naming", "colour", "counting", "position", "words")
+REGIONS = ("top left", "top right", "bottom left", "bottom right")
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+LETTERS = "ABCD"
+
+TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("presence", "yesno"): (
+        "Is there {a_name} in the picture?",
+        "Is there {a_name} in the image?",
+        "Can you see {a_name} in this image?",
+    ),
+    ("naming", "open"): (
+        "What is in the {region} of the picture?",
+        "What object is in the {region} of the image?",
+        "What can you see in the {region} corner?",
+    ),
+    ("naming", "alone"): (
+        "What is in the picture?",
+        "What is the object in the image?",
+        "What is shown in this picture?",
+    ),
+    ("colour", "open"): (
+        "What color is the {name}?",
+        "What is the color of the {name} in the image?",
+        "Which color does the {name} have?",
+    ),
+    ("colour", "group"): (
+        "What color are the {names}?",
+        "What is the color of the {names} in the image?",
+    ),
+    ("colour", "yesno"): (
+        "Is the {name} {colour}?",
+        "Is there a {colour} {name} in the image?",
+    ),
+    ("counting", "open"): (
+        "How many {names} are there in the picture?",
+        "How many {names} are in the image?",
+        "How many {names} can you see?",
+    ),
+    ("counting", "yesno"): (
+        "Are there a total of {number} {names} in the image?",
+        "Are there {number} {names} in the picture?",
+    ),
+    ("counting", "one"): (
+        "Is there only one {name} in the image?",
+        "Is there just one {name} in the picture?",
+    ),
+    ("position", "open"): (
+        "Where is the {name} in the picture?",
+        "In which corner of the image is the {name}?",
+        "Where in the image is the {name}?",
+    ),
+    ("position", "yesno"): (
+        "Is the {name} in the {region} of the image?",
+        "Is the {name} {side} the {other} in the image?",
+    ),
+    ("words", "open"): (
+        "What word is written in the picture?",
+        "What does the text in the image say?",
+        "What is the word in the image?",
+    ),
+    ("words", "yesno"): (
+        'Is the word in the image "{text}"?',
+        'Does the text in the picture say "{text}"?',
+    ),
+    ("caption", "open"): ("Describe the picture.", "What objects are in the picture?", "What do you see?"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one scene. `about`: the class or region asked for; `mentions`: classes it names."""
+
+    type: str
+    form: str  # "open", "yesno" or "choice"
+    text: str  # without the image tag, with the prompt for a short answer
+    answer: str
+    choices: tuple[str, ...] = ()  # option texts in the order of their letters
+    about: str = ""
+    mentions: tuple[str, ...] = ()
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[rng.integers(len(options))]
+
+
+def _form(rng: np.random.Generator) -> str:
+    return str(rng.choice(["open", "yesno", "choice"], p=[0.74, 0.13, 0.13]))
+
+
+def _choice(rng, question: str, right: str, others: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
+    """(text with options, letter of the right one, options): three wrong ones, the right letter uniform."""
+    wrong = [str(other) for other in rng.permutation([o for o in others if o != right])[:3]]
+    place = int(rng.integers(len(wrong) + 1))
+    options = (*wrong[:place], right, *wrong[place:])
+    listing = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return question + listing + LETTER, LETTERS[place], options
+
+
+def _yes(flag: bool) -> str:
+    return "Yes" if flag else "No"
+
+
+def presence(rng, scene, coins: Sequence[bool]) -> list[Question]:
+    """One question per coin: about a class in the scene (True) or about one that is absent (False)."""
+    weights = class_weights()
+    here = list(rng.permutation(sorted({o.name for o in scene.objects if o.text is None})))
+    absent = [name for name in weights if name not in here]
+    odds = np.array([weights[name] for name in absent])
+    gone = list(rng.choice(absent, len(coins), replace=False, p=odds / odds.sum()))
+    questions = []
+    for coin in coins:
+        name = str((here if coin else gone).pop())
+        text = _pick(rng, TEMPLATES["presence", "yesno"]).format(a_name=article(name))
+        questions.append(Question("presence", "yesno", text + SHORT, _yes(coin), (), name, (name,)))
+    return questions
+
+
+def class_weights() -> dict[str, float]:
+    """How often a class is drawn, relatively: those that take a colour twice as often as the others."""
+    return {name: 2.0 if name in coloured_classes() else 1.0 for name in drawings()}
+
+
+def naming(rng, scene) -> list[Question]:
+    """What is in a region; in a scene of one object, what the object is. At most two."""
+    things = [o for o in scene.objects if o.text is None]
+    alone = len(scene.objects) == 1
+    questions = []
+    for index in rng.permutation(len(things))[:2]:
+        thing = things[index]
+        template = "alone" if alone and rng.random() < 0.7 else "open"
+        text = _pick(rng, TEMPLATES["naming", template]).format(region=thing.region)
+        about = "" if template == "alone" else thing.region
+        if rng.random() < 0.85:
+            questions.append(Question("naming", "open", text + SHORT, thing.name, (), about, (thing.name,)))
+        else:
+            absent = [name for name in drawings() if all(o.name != name for o in things)]
+            text, letter, options = _choice(rng, text, thing.name, absent)
+            questions.append(Question("naming", "choice", text, letter, options, about, (thing.name,)))
+    return questions
+
+
+def colour(rng, scene) -> list[Question]:
+    """The colour of each class that has one (objects of one class share it)."""
+    questions = []
+    for name in sorted({o.name for o in scene.objects if o.colour}):
+        group = [o for o in scene.objects if o.name == name]
+        right, form = group[0].colour, _form(rng)
+        if form == "yesno" and len(group) == 1:
+            truth = bool(rng.random() < 0.5)
+            said = right if truth else _pick(rng, [c for c in COLOURS if c != right])
+            text = _pick(rng, TEMPLATES["colour", "yesno"]).format(name=name, colour=said)
+            text = text.replace("a orange", "an orange")
+            questions.append(Question("colour", "yesno", text + SHORT, _yes(truth), (), name, (name,)))
+            continue
+        template = TEMPLATES["colour", "open" if len(group) == 1 else "group"]
+        text = _pick(rng, template).format(name=name, names=plural(name))
+        if form == "choice":
+            text, letter, options = _choice(rng, text, right, list(COLOURS))
+            questions.append(Question("colour", "choice", text, letter, options, name, (name,)))
+        else:
+            questions.append(Question("colour", "open", text + SHORT, right, (), name, (name,)))
+    return questions
+
+
+def counting(rng, scene) -> list[Question]:
+    """How many there are of the class that the scene was laid out to count, if any."""
+    if scene.counted is None:
+        return []
+    name = scene.counted
+    right, form = sum(o.name == name for o in scene.objects), _form(rng)
+    if form == "yesno":
+        truth = bool(rng.random() < 0.5)
+        said = right if truth else int(rng.choice([n for n in NUMBERS if n != right]))
+        template = TEMPLATES["counting", "one" if said == 1 else "yesno"]
+        text = _pick(rng, template).format(number=NUMBERS[said], name=name, names=plural(name))
+        return [Question("counting", "yesno", text + SHORT, _yes(truth), (), name, (name,))]
+    text = _pick(rng, TEMPLATES["counting", "open"]).format(names=plural(name))
+    if form == "choice":
+        text, letter, options = _choice(rng, text, str(right), [str(n) for n in NUMBERS])
+        return [Question("counting", "choice", text, letter, options, name, (name,))]
+    return [Question("counting", "open", text + SHORT, str(right), (), name, (name,))]
+
+
+def position(rng, scene) -> list[Question]:
+    """Where things are of which there is only one. At most two."""
+    names = [o.name for o in scene.objects if o.text is None]
+    single = [o for o in scene.objects if o.text is None and names.count(o.name) == 1]
+    questions = []
+    for index in rng.permutation(len(single))[:2]:
+        thing, form = single[index], _form(rng)
+        if form == "yesno":
+            questions.append(_position_yesno(rng, thing, [o for o in single if o is not thing]))
+            continue
+        text = _pick(rng, TEMPLATES["position", "open"]).format(name=thing.name)
+        if form == "choice":
+            text, letter, options = _choice(rng, text, thing.region, REGIONS)
+            questions.append(Question("position", "choice", text, letter, options, thing.name, (thing.name,)))
+        else:
+            questions.append(
+                Question("position", "open", text + SHORT, thing.region, (), thing.name, (thing.name,))
+            )
+    return questions
+
+
+def _position_yesno(rng, thing, others) -> Question:
+    """Is it in that corner; or, where another thing stands in the other half, on that side of it."""
+    truth = bool(rng.random() < 0.5)
+    across = [o for o in others if o.region.split()[1] != thing.region.split()[1]]
+    if across and rng.random() < 0.5:
+        other = across[rng.integers(len(across))]
+        left = thing.region.endswith("left") == truth
+        side = "on the left of" if left else "on the right of"
+        text = TEMPLATES["position", "yesno"][1].format(name=thing.name, side=side, other=other.name)
+        mentions = (thing.name, other.name)
+    else:
+        said = thing.region if truth else _pick(rng, [r for r in REGIONS if r != thing.region])
+        text = TEMPLATES["position", "yesno"][0].format(name=thing.name, region=said)
+        mentions = (thing.name,)
+    return Question("position", "yesno", text + SHORT, _yes(truth), (), thing.name, mentions)
+
+
+def words(rng, scene) -> list[Question]:
+    """What the rendered word says, if there is one."""
+    right = next((o.text for o in scene.objects if o.text), None)
+    if right is None:
+        return []
+    form = _form(rng)
+    if form == "yesno":
+        truth = bool(rng.random() < 0.5)
+        said = right if truth else _pick(rng, [w for w in WORDS if w != right])
+        text = _pick(rng, TEMPLATES["words", "yesno"]).format(text=said)
+        return [Question("words", "yesno", text + SHORT, _yes(truth), (), "word")]
+    text = _pick(rng, TEMPLATES["words", "open"])
+    if form == "choice":
+        text, letter, options = _choice(rng, text, right, WORDS)
+        return [Question("words", "choice", text, letter, options, "word")]
+    return [Question("words", "open", text + SHORT, right, (), "word")]
+
+
+def caption(rng, scene) -> Question:
+    """All things in reading order, as one short sentence without verb: "A red star, two dogs and a cat."."""
+    parts, seen = [], set()
+    for thing in sorted(scene.objects, key=lambda o: REGIONS.index(o.region)):
+        key = thing.text or thing.name
+        if key in seen:
+            continue
+        seen.add(key)
+        count = sum(o.name == thing.name for o in scene.objects)
+        tone = f"{thing.colour} " if thing.colour else ""
+        if thing.text:
+            parts.append(f'the word "{thing.text}"')
+        else:
+            parts.append(
+                article(tone + thing.name) if count == 1 else f"{NUMBERS[count]} {tone}{plural(key)}"
+            )
+    sentence = (", ".join(parts[:-1]) + " and " if parts[1:] else "") + parts[-1] + "."
+    text = _pick(rng, TEMPLATES["caption", "open"])
+    return Question("caption", "open", text, sentence[0].upper() + sentence[1:])
+
+
+def ask(rng: np.random.Generator, scene, coins: Sequence[bool]) -> list[Question]:
+    """All questions of a scene, type by type. `coins` are the answers of its presence questions."""
+    return [
+        *presence(rng, scene, coins),
+        *naming(rng, scene),
+        *colour(rng, scene),
+        *counting(rng, scene),
+        *position(rng, scene),
+        *words(rng, scene),
+    ]
+
+
+def converse(rng: np.random.Generator, questions: Sequence[Question]) -> list[Question]:
+    """The turns of a training conversation in random order, without those that earlier turns give away.
+
+    Presence comes first (in 60 % of the scenes) or not at all: later, the other questions would have named
+    what is there. Naming is left out once its class was mentioned, position once its region was.
+    """
+    first = [q for q in questions if q.type == "presence"] if rng.random() < 0.6 else []
+    rest = [q for q in questions if q.type != "presence"]
+    ordered = [first[i] for i in rng.permutation(len(first))] + [rest[i] for i in rng.permutation(len(rest))]
+    turns: list[Question] = []
+    mentioned: set[str] = set()
+    for question in ordered:
+        known = question.type == "naming" and mentioned.intersection(question.mentions)
+        # "What is in the top left?" has been answered with this class: its place is known.
+        placed = question.type == "position" and any(
+            q.type == "naming" and q.about and question.about in q.mentions for q in turns
+        )
+        if known or placed:
+            continue
+        turns.append(question)
+        mentioned.update(question.mentions)
+    return turns
