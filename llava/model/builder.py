@@ -6,14 +6,15 @@ What to do is decided by what the checkpoint holds (`llava.model.checkpoints`) a
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
-from transformers import logging as transformers_logging
+from transformers.utils import logging as transformers_logging
 
 from llava import hardware
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -39,6 +40,9 @@ from llava.model.tokenization import load_tokenizer
 from llava.model.vision_tower import VisionTower, load_vision_tower
 from llava.reducers import ReducerSpecError, build_reducer
 
+if TYPE_CHECKING:
+    from peft import PeftModel  # imported where it is needed: it takes seconds
+
 __all__ = ["load_pretrained_model", "load_tokenizer"]
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,9 @@ AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 KEEP_PRECISION = ["lm_head", "model.mm_projector", "model.vision_tower"]
 """What stays out of 4- and 8-bit; bitsandbytes matches whole names from the start."""
+
+SMALL = 2**30
+"""Bytes of weights that load before a progress bar is of use."""
 
 DEFAULT_CONTEXT = 2048
 """Tokens of context where a config has no max_sequence_length, which no released one has."""
@@ -125,10 +132,9 @@ def load_pretrained_model(
     tokenizer = _load_tokenizer(info)
     if not info.is_llava:
         model = _load_plain(info.base or info, options)
-        if info.kind == "lora":
-            model = apply_lora(model, info, merge=merge_lora)
+        answering = apply_lora(model, info, merge=merge_lora) if info.kind == "lora" else model
         _finish(model, info)
-        return tokenizer, model, None, _context_length(info.config)
+        return tokenizer, answering.eval(), None, _context_length(info.config)
 
     raw = _config_dict(customized_config) if customized_config is not None else llava_config_dict(info)
     if reducer is not None:
@@ -141,11 +147,10 @@ def load_pretrained_model(
     config = build_config(raw, info)
     weights = read_model_weights(info)
     model = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
-    if info.kind == "lora":
-        model = apply_lora(model, info, merge=merge_lora)
-    llava = model.get_base_model() if isinstance(model, PeftModel) else model
-    tower = _load_tower(info, config, weights, vision_tower, device=llava.device, dtype=plan.dtype)
-    llava.set_vision_tower(tower)
+    # LoRA first: its target names (q_proj ...) exist in the tower too.
+    answering = apply_lora(model, info, merge=merge_lora) if info.kind == "lora" else model
+    tower = _load_tower(info, config, weights, vision_tower, device=model.device, dtype=plan.dtype)
+    model.set_vision_tower(tower)
     _finish(model, info)
     if "mm_token_reducer" not in raw:
         logger.warning(
@@ -154,7 +159,7 @@ def load_pretrained_model(
             info.llava_config.path / "config.json",
             tower.num_patches,
         )
-    return tokenizer, model, tower.image_processor, _context_length(raw)
+    return tokenizer, answering.eval(), tower.image_processor, _context_length(raw)
 
 
 # Device ------------------------------------------------------------------------------------------
@@ -167,41 +172,36 @@ def _place(
     attention: str | None,
 ) -> tuple[hardware.Plan, Any]:
     """What the device wants, and the device map for from_pretrained."""
-    single = _as_device(device_map)
-    if single is not None:
-        device = single
-    elif isinstance(device_map, Mapping):
-        device = _as_device(next(iter(device_map.values()), None)) or device
-    wanted = str(device)
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("there is no CUDA device here: using what there is instead of %s", wanted)
-        device = None
-        device_map = "auto" if isinstance(device_map, Mapping) else device_map
-        single = None
-    elif wanted == "cuda":
-        device = None  # the default: LLAVA_DEVICE may say otherwise
+    named = _as_device(device_map)
+    wanted = named or torch.device(device)
+    missing = wanted.type == "cuda" and not torch.cuda.is_available()
+    # "cuda" without a number leaves the choice to the plan, and so to LLAVA_DEVICE.
+    asked = None if missing or wanted == torch.device("cuda") else wanted
     try:
-        plan = hardware.plan(device, dtype=dtype, attention=attention)
-        if wanted == "cpu" and single is not None and dtype is None and torch.cuda.is_available():
+        plan = hardware.plan(asked, dtype=dtype, attention=attention)
+        if named is not None and named.type == "cpu" and dtype is None and torch.cuda.is_available():
             # Harnesses load with device_map="cpu" and move the model to the GPU themselves.
-            logger.warning("loading on the CPU in the GPU's dtype; pass dtype= to choose another")
             plan = hardware.plan("cpu", dtype=hardware.plan("cuda").dtype, attention=attention)
+            logger.warning("loading to the CPU in the GPU's dtype, %s: dtype= changes it", plan.dtype)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if missing:
+        logger.warning("no CUDA device here: using %s, in %s", plan.device, plan.dtype)
     for reason in plan.reasons:
         logger.info("%s", reason)
-    spread = isinstance(device_map, Mapping) or (device_map in AUTOMATIC_MAPS and plan.device.type == "cuda")
-    if spread and single is None and wanted in ("cuda", str(plan.device)):
+    if isinstance(device_map, Mapping) and named is None and not missing:
+        return plan, dict(device_map)
+    if named is None and device_map in AUTOMATIC_MAPS and device == "cuda" and plan.device.type == "cuda":
         return plan, device_map
     return plan, {"": plan.device}
 
 
 def _as_device(value: Any) -> torch.device | None:
     """The one device a device map names, if it does."""
-    if isinstance(value, bool) or value is None or value == "" or value in AUTOMATIC_MAPS:
-        return None
     if isinstance(value, Mapping):
         return _as_device(value[""]) if list(value) == [""] else None
+    if value is None or value == "" or value in AUTOMATIC_MAPS:
+        return None
     if isinstance(value, int):
         return torch.device("cuda", value)
     try:
@@ -288,12 +288,24 @@ def load_language_model(
         found = fit_vocabulary(found, num_tokens)
         config.vocab_size = num_tokens
 
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    size = sum(tensor.nbytes for tensor in found.tensors.values())
+    with _quiet(size):
         return LlavaLlamaForCausalLM.from_pretrained(None, config=config, state_dict=found.tensors, **options)
+
+
+@contextmanager
+def _quiet(size: int) -> Iterator[None]:
+    """transformers without its load report, and without a progress bar for a few weights."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if size < SMALL:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def _shapes(config: LlavaConfig) -> dict[str, torch.Size]:
@@ -306,44 +318,49 @@ def _shapes(config: LlavaConfig) -> dict[str, torch.Size]:
     return shapes
 
 
-def apply_lora(model: PreTrainedModel, info: CheckpointInfo, *, merge: bool) -> PreTrainedModel | PeftModel:
-    """The model with a checkpoint's LoRA weights added, or with its adapter in place.
+def apply_lora(model: PreTrainedModel, info: CheckpointInfo, *, merge: bool) -> "PreTrainedModel | PeftModel":
+    """The model with a checkpoint's LoRA weights added (the same object), or in a PeftModel with its adapter.
 
     Raises:
         UserError: the adapter does not fit the model.
     """
-    file = info.adapter
+    # bitsandbytes, which peft imports, reports a kernel that is only an optimisation.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    settings_file, base = info.path / "adapter_config.json", _base_path(info)
     adapter = read_adapter(info)
+    model.name_or_path = str(base)
     try:
         settings = LoraConfig.from_pretrained(str(info.path))
-        if not isinstance(settings, LoraConfig):
-            raise ValueError(f"peft_type is {settings.peft_type}, not LORA")
         settings.inference_mode = True
-        peft_model = get_peft_model(model, settings)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{info.path / 'adapter_config.json'} does not fit this model: {first_line(error)}"
-        ) from error
-    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(peft_model).items()}
+        settings.base_model_name_or_path = str(base)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
+            peft_model = get_peft_model(model, settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{settings_file} does not fit {base}: {first_line(error)}") from error
+    # False: "auto" would ask the Hub about the base.
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     for name in sorted(expected.keys() | adapter.keys()):
         if name not in adapter:
             raise UserError(
-                f"{file} lacks {name}: it does not belong to its adapter_config.json; download both"
+                f"{info.adapter} lacks {name}, which {settings_file} asks for: download both again"
             )
         if name not in expected:
             raise UserError(
-                f"{file} holds {name}, which {_base_path(info)} has no place for: it is the wrong base"
+                f"{info.adapter} holds {name}, but {base} has no such layer: it is the wrong base"
             )
-        if adapter[name].shape != expected[name]:
+        if adapter[name].shape != expected[name].shape:
             raise UserError(
-                f"{file}: {name} has shape {list(adapter[name].shape)}, but {_base_path(info)} asks for "
-                f"{list(expected[name])}: it is probably the wrong base"
+                f"{info.adapter}: {name} has shape {list(adapter[name].shape)}, but {base} asks for "
+                f"{list(expected[name].shape)}: it is probably the wrong base"
             )
     set_peft_model_state_dict(peft_model, adapter)
     if merge:
         return peft_model.merge_and_unload()
     for name, parameter in peft_model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name:  # peft makes them float32, for training
             parameter.data = parameter.data.to(model.dtype)
     return peft_model
 
@@ -373,14 +390,15 @@ def _load_tower(
     if override is None and (owner.kind == "llava_hf" or config.unfreeze_mm_vision_tower):
         carried = weights.select(lambda key: key.startswith(TOWER)).tensors
         own = {key.removeprefix(TOWER): tensor for key, tensor in carried.items()} or None
-    return load_vision_tower(
-        path,
-        select_layer=config.mm_vision_select_layer,
-        select_feature=config.mm_vision_select_feature,
-        dtype=dtype,
-        device=device,
-        state_dict=own,
-    )
+    with _quiet(0):
+        return load_vision_tower(
+            path,
+            select_layer=config.mm_vision_select_layer,
+            select_feature=config.mm_vision_select_feature,
+            dtype=dtype,
+            device=device,
+            state_dict=own,
+        )
 
 
 def _load_tokenizer(info: CheckpointInfo):
@@ -395,28 +413,40 @@ def _load_tokenizer(info: CheckpointInfo):
 
 
 def _load_plain(info: CheckpointInfo, options: dict[str, Any]) -> PreTrainedModel:
+    size = sum(file.stat().st_size for file in info.files if file.is_file())
     try:
-        return AutoModelForCausalLM.from_pretrained(info.path, local_files_only=True, **options)
+        with _quiet(size):
+            return AutoModelForCausalLM.from_pretrained(info.path, local_files_only=True, **options)
     except Exception as error:  # torch, safetensors, pickle and transformers each have their own
         raise UserError(f"cannot load {info.path}: {first_line(error)}") from error
 
 
-def _finish(model: PreTrainedModel | PeftModel, info: CheckpointInfo) -> None:
+def _finish(model: PreTrainedModel, info: CheckpointInfo) -> None:
     """Frozen, in eval mode, with the generation settings of the files."""
     model.requires_grad_(False)
     model.eval()
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.config.name_or_path = str(info.path)
+    model.name_or_path = model.config.name_or_path = str(info.path)
     for owner in (info, info.base):
         if owner is not None and (owner.path / "generation_config.json").is_file():
-            read_json(owner.path / "generation_config.json")  # complains in our words
-            base.generation_config = GenerationConfig.from_pretrained(owner.path)
+            model.generation_config = generation_config(read_json(owner.path / "generation_config.json"))
             break
-    if not base.generation_config.do_sample:
-        # Vicuna's file has a temperature without do_sample: greedy decoding would warn about it every time.
-        base.generation_config.temperature = None
-        base.generation_config.top_p = None
-        base.generation_config.top_k = None
+    else:
+        model.generation_config = generation_config(model.generation_config.to_dict())
+
+
+def generation_config(content: Mapping[str, Any]) -> GenerationConfig:
+    """Generation settings without what old files get wrong.
+
+    Vicuna's has a temperature but no do_sample, about which every greedy run would be warned; LLaVA's has the
+    context as max_length, about which every run with max_new_tokens would be.
+    """
+    kept = {name: value for name, value in content.items() if not name.startswith(("_", "transformers_"))}
+    if not kept.get("do_sample"):
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            kept.pop(name, None)
+    if (limit := kept.pop("max_length", None)) is not None:
+        kept.setdefault("max_new_tokens", limit)
+    return GenerationConfig.from_dict(kept)
 
 
 def _context_length(raw: Mapping[str, Any]) -> int:
