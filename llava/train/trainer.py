@@ -63,7 +63,7 @@ class EpochSampler(Sampler[int]):
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins; accelerate's wrappers do not reach it where batches are skipped."""
+    """Tells the sampler which epoch begins; where batches are skipped, accelerate's wrappers do not."""
 
     def __init__(self, trainer: LlavaTrainer):
         self.trainer = trainer
@@ -220,8 +220,8 @@ def _keep_embeddings_in_32_bit(model: nn.Module) -> None:
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[str, Any]]:
-    """The optimizer's groups, in LLaVA's order: [decay, no decay], or with `mm_projector_lr` these two without
-    the projector, then the projector's two. Decay is for weights outside layer norms; biases have none."""
+    """The optimizer's groups, in LLaVA's order: [decay, no decay]; with `mm_projector_lr` these two for the
+    rest, then for the projector. Decay is for weights outside layer norms; biases have none."""
     norms = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()

@@ -1,13 +1,13 @@
 """Visual tokens kept on disk: tower and reducer are frozen, so each image needs them only once.
 
 A cache folder has one subfolder per way of making tokens (`Recipe`: the tower's weights, the reducer, how
-pictures become pixels, the dtype), and in it entries by the content of the image file. So nothing in it can be
-stale: a changed image, tower, reducer or preprocessing is another key. Against changes of the program itself, a
-few synthetic pictures are encoded anew at each start and compared with what the cache was made with.
+pictures become pixels, the dtype), and in it entries by the content of the image file. So nothing in it can
+be stale: a changed image, tower, reducer or preprocessing is another key. Against changes of the program
+itself a few synthetic pictures are encoded at each start and compared with what the cache was begun with.
 
-On disk, per writing process: `<name>.tokens`, float16 rows [C] one after the other, and `<name>.index`, one line
-`digest first_row rows` per image, written after the rows. A killed process leaves at most rows without a line.
-Several processes may fill one folder at a time; reading takes all files together, memory-mapped.
+On disk, per writing process: `<name>.tokens`, float16 rows [C] one after the other, and `<name>.index`, one
+line `digest first_row rows` per image, written after the rows. A killed process leaves at most rows without
+a line. Several processes may fill one folder at a time; reading takes all files together, memory-mapped.
 """
 
 from __future__ import annotations
