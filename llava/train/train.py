@@ -136,7 +136,7 @@ def fill_visual_cache(
     """Encode every image of the data that is not in the cache yet; each process takes its share.
 
     Returns:
-        The dataset's `load_visual`: the name of an image -> its visual tokens [K, C], float16.
+        The dataset's `load_visual`: the name of an image -> its visual tokens [K, C], float32.
     """
     llava = prepared.llava
     tower = llava.get_vision_tower()
@@ -193,7 +193,7 @@ class _CachedTokens:
         if entry < 0:
             load_image(file)  # says what is wrong with it
             raise UserError(f"{file} has changed since the visual cache was filled: start the run again")
-        return self.cache[entry]
+        return self.cache[entry].float()  # a CPU's autocast does not know float16
 
 
 def _wait(training: TrainingArguments) -> None:

@@ -108,6 +108,10 @@ class LlavaTrainer(Trainer):
         for callback in (Console(), JsonlLog(Path(args.output_dir)), _SetEpoch(self)):
             self.add_callback(callback)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.meter = Meter()
+        return super().train(*args, **kwargs)
+
     # Order of the samples
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
