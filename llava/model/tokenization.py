@@ -3,9 +3,9 @@
 Two kinds exist. A sentencepiece BPE (LLaMA, Vicuna, Mistral) is loaded as `LlamaTokenizer` by name, whatever
 config.json says: the automatic choice takes `model_type: llava` for another model and silently loses the
 space in front of a text. transformers 5 also differs from the sentencepiece tokenizer of 4 in three things:
-a text that begins with a space, `legacy` mode after special tokens, and runs of spaces (it ranks merges by id,
-where scores may put those of spaces last). `_as_sentencepiece` mends all three. Anything else (GPT-2, ChatML
-and later kinds) is what its tokenizer.json says.
+a text that begins with a space, `legacy` mode after special tokens, and runs of spaces (it ranks merges by
+id, where scores may put those of spaces last). `_as_sentencepiece` mends all three. Anything else (GPT-2,
+ChatML and later kinds) is what its tokenizer.json says.
 """
 
 import json
@@ -160,8 +160,8 @@ def _as_sentencepiece(tokenizer: LlamaTokenizer, legacy: bool, model_file: Path)
 def _by_score(model_file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a sentencepiece BPE: every way to make a piece out of two, best score first.
 
-    Runs of spaces may share one score; sentencepiece then takes the leftmost pair, so that a run grows from its
-    left end: the longer left half goes first.
+    Runs of spaces may share one score; sentencepiece then takes the leftmost pair, so that a run grows from
+    its left end: the longer left half goes first.
     """
     pieces = SentencePieceProcessor(model_file=str(model_file))
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
