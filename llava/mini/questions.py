@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava.mini.sprites import COLOURS, WORDS, article, coloured_classes, drawings, plural
+from llava.mini.sprites import COLORS, WORDS, article, colored_classes, drawings, plural
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-TYPES = ("presence", "naming", "colour", "counting", "position", "words")
+TYPES = ("presence", "naming", "color", "counting", "position", "words")
 REGIONS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 LETTERS = "ABCD"
@@ -39,18 +39,18 @@ TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the object in the image?",
         "What is shown in this picture?",
     ),
-    ("colour", "open"): (
+    ("color", "open"): (
         "What color is the {name}?",
         "What is the color of the {name} in the image?",
         "Which color does the {name} have?",
     ),
-    ("colour", "group"): (
+    ("color", "group"): (
         "What color are the {names}?",
         "What is the color of the {names} in the image?",
     ),
-    ("colour", "yesno"): (
-        "Is the {name} {colour}?",
-        "Is there a {colour} {name} in the image?",
+    ("color", "yesno"): (
+        "Is the {name} {color}?",
+        "Is there a {color} {name} in the image?",
     ),
     ("counting", "open"): (
         "How many {names} are there in the picture?",
@@ -124,7 +124,7 @@ def _yes(flag: bool) -> str:
 def presence(rng, scene, coins: Sequence[bool]) -> list[Question]:
     """One question per coin: about a class in the scene (True) or about one that is absent (False)."""
     weights = class_weights()
-    here = list(rng.permutation(sorted({o.name for o in scene.objects if o.text is None})))
+    here = list(rng.permutation(sorted({o.name for o in scene.objects if not o.written})))
     absent = [name for name in weights if name not in here]
     odds = np.array([weights[name] for name in absent])
     gone = list(rng.choice(absent, len(coins), replace=False, p=odds / odds.sum()))
@@ -138,15 +138,15 @@ def presence(rng, scene, coins: Sequence[bool]) -> list[Question]:
 
 def class_weights() -> dict[str, float]:
     """How often a class is drawn, relatively: those that take a colour twice as often as the others."""
-    return {name: 2.0 if name in coloured_classes() else 1.0 for name in drawings()}
+    return {name: 2.0 if name in colored_classes() else 1.0 for name in drawings()}
 
 
 def naming(rng, scene) -> list[Question]:
-    """What is in a region; in a scene of one object, what the object is. At most two."""
-    things = [o for o in scene.objects if o.text is None]
+    """What is in a region; in a scene of one object, what the object is."""
+    things = [o for o in scene.objects if not o.written]
     alone = len(scene.objects) == 1
     questions = []
-    for index in rng.permutation(len(things))[:2]:
+    for index in rng.permutation(len(things)):
         thing = things[index]
         template = "alone" if alone and rng.random() < 0.7 else "open"
         text = _pick(rng, TEMPLATES["naming", template]).format(region=thing.region)
@@ -160,26 +160,26 @@ def naming(rng, scene) -> list[Question]:
     return questions
 
 
-def colour(rng, scene) -> list[Question]:
+def color(rng, scene) -> list[Question]:
     """The colour of each class that has one (objects of one class share it)."""
     questions = []
-    for name in sorted({o.name for o in scene.objects if o.colour}):
+    for name in sorted({o.name for o in scene.objects if o.color}):
         group = [o for o in scene.objects if o.name == name]
-        right, form = group[0].colour, _form(rng)
+        right, form = group[0].color, _form(rng)
         if form == "yesno" and len(group) == 1:
             truth = bool(rng.random() < 0.5)
-            said = right if truth else _pick(rng, [c for c in COLOURS if c != right])
-            text = _pick(rng, TEMPLATES["colour", "yesno"]).format(name=name, colour=said)
+            said = right if truth else _pick(rng, [c for c in COLORS if c != right])
+            text = _pick(rng, TEMPLATES["color", "yesno"]).format(name=name, color=said)
             text = text.replace("a orange", "an orange")
-            questions.append(Question("colour", "yesno", text + SHORT, _yes(truth), (), name, (name,)))
+            questions.append(Question("color", "yesno", text + SHORT, _yes(truth), (), name, (name,)))
             continue
-        template = TEMPLATES["colour", "open" if len(group) == 1 else "group"]
+        template = TEMPLATES["color", "open" if len(group) == 1 else "group"]
         text = _pick(rng, template).format(name=name, names=plural(name))
         if form == "choice":
-            text, letter, options = _choice(rng, text, right, list(COLOURS))
-            questions.append(Question("colour", "choice", text, letter, options, name, (name,)))
+            text, letter, options = _choice(rng, text, right, list(COLORS))
+            questions.append(Question("color", "choice", text, letter, options, name, (name,)))
         else:
-            questions.append(Question("colour", "open", text + SHORT, right, (), name, (name,)))
+            questions.append(Question("color", "open", text + SHORT, right, (), name, (name,)))
     return questions
 
 
@@ -203,11 +203,11 @@ def counting(rng, scene) -> list[Question]:
 
 
 def position(rng, scene) -> list[Question]:
-    """Where things are of which there is only one. At most two."""
-    names = [o.name for o in scene.objects if o.text is None]
-    single = [o for o in scene.objects if o.text is None and names.count(o.name) == 1]
+    """Where things are of which there is only one."""
+    names = [o.name for o in scene.objects if not o.written]
+    single = [o for o in scene.objects if not o.written and names.count(o.name) == 1]
     questions = []
-    for index in rng.permutation(len(single))[:2]:
+    for index in rng.permutation(len(single)):
         thing, form = single[index], _form(rng)
         if form == "yesno":
             questions.append(_position_yesno(rng, thing, [o for o in single if o is not thing]))
@@ -242,7 +242,7 @@ def _position_yesno(rng, thing, others) -> Question:
 
 def words(rng, scene) -> list[Question]:
     """What the rendered word says, if there is one."""
-    right = next((o.text for o in scene.objects if o.text), None)
+    right = next((o.name for o in scene.objects if o.written), None)
     if right is None:
         return []
     form = _form(rng)
@@ -262,18 +262,16 @@ def caption(rng, scene) -> Question:
     """All things in reading order, as one short sentence without verb: "A red star, two dogs and a cat."."""
     parts, seen = [], set()
     for thing in sorted(scene.objects, key=lambda o: REGIONS.index(o.region)):
-        key = thing.text or thing.name
-        if key in seen:
+        if thing.name in seen:
             continue
-        seen.add(key)
+        seen.add(thing.name)
         count = sum(o.name == thing.name for o in scene.objects)
-        tone = f"{thing.colour} " if thing.colour else ""
-        if thing.text:
-            parts.append(f'the word "{thing.text}"')
+        tone = f"{thing.color} " if thing.color else ""
+        if thing.written:
+            parts.append(f'the word "{thing.name}"')
         else:
-            parts.append(
-                article(tone + thing.name) if count == 1 else f"{NUMBERS[count]} {tone}{plural(key)}"
-            )
+            many = f"{NUMBERS[count]} {tone}{plural(thing.name)}"
+            parts.append(many if count > 1 else article(tone + thing.name))
     sentence = (", ".join(parts[:-1]) + " and " if parts[1:] else "") + parts[-1] + "."
     text = _pick(rng, TEMPLATES["caption", "open"])
     return Question("caption", "open", text, sentence[0].upper() + sentence[1:])
@@ -284,7 +282,7 @@ def ask(rng: np.random.Generator, scene, coins: Sequence[bool]) -> list[Question
     return [
         *presence(rng, scene, coins),
         *naming(rng, scene),
-        *colour(rng, scene),
+        *color(rng, scene),
         *counting(rng, scene),
         *position(rng, scene),
         *words(rng, scene),
@@ -294,10 +292,10 @@ def ask(rng: np.random.Generator, scene, coins: Sequence[bool]) -> list[Question
 def converse(rng: np.random.Generator, questions: Sequence[Question]) -> list[Question]:
     """The turns of a training conversation in random order, without those that earlier turns give away.
 
-    Presence comes first (in 60 % of the scenes) or not at all: later, the other questions would have named
+    Presence comes first (in 70 % of the scenes) or not at all: later, the other questions would have named
     what is there. Naming is left out once its class was mentioned, position once its region was.
     """
-    first = [q for q in questions if q.type == "presence"] if rng.random() < 0.6 else []
+    first = [q for q in questions if q.type == "presence"] if rng.random() < 0.7 else []
     rest = [q for q in questions if q.type != "presence"]
     ordered = [first[i] for i in rng.permutation(len(first))] + [rest[i] for i in rng.permutation(len(rest))]
     turns: list[Question] = []

@@ -20,7 +20,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 SIZE = 104
 """Longest side of a drawing in pixels."""
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 35),
     "orange": (250, 135, 20),
     "yellow": (252, 220, 40),
@@ -140,7 +140,7 @@ def drawings() -> dict[str, tuple[Drawing, ...]]:
 
 
 @functools.cache
-def coloured_classes() -> frozenset[str]:
+def colored_classes() -> frozenset[str]:
     """Classes whose objects have one nameable colour."""
     return frozenset(name for name, row in drawings().items() if row[0].tint is not None)
 
@@ -159,10 +159,10 @@ def paint(drawing: Drawing, rgb: tuple[float, float, float] | None) -> Image.Ima
     if drawing.tint is None:
         return Image.fromarray(drawing.rgba)
     if rgb is None:
-        raise ValueError(f"{drawing.name}/{drawing.style} must be given a colour")
+        raise ValueError(f"{drawing.name}/{drawing.style} must be given a color")
     mask, shade = drawing.tint
-    colour = np.asarray(rgb, np.float32)
-    out = colour * np.minimum(shade, 1) + (255 - colour) * np.clip(shade - 1, 0, 1)
+    color = np.asarray(rgb, np.float32)
+    out = color * np.minimum(shade, 1) + (255 - color) * np.clip(shade - 1, 0, 1)
     pixels = drawing.rgba.copy()
     pixels[..., :3] = np.where(mask, out.clip(0, 255).astype(np.uint8), pixels[..., :3])
     return Image.fromarray(pixels)

@@ -23,10 +23,11 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -50,12 +51,12 @@ _LAYOUT, _CONTENT, _PIXELS, _QUESTIONS = range(4)
 class Thing:
     """One object of a scene. `box`: left, top, right, bottom in pixels of the 336 image, tight around it."""
 
-    name: str  # class, or "word"
-    colour: str | None
-    region: str  # one of questions.REGIONS; a word stands in a whole half and carries its left region
-    style: str  # which drawing; for a word, the font
+    name: str  # class; of a rendered word, what it says
+    color: str | None
+    region: str  # one of questions.REGIONS; a written word fills a half and carries its left region
+    style: str  # which drawing; of a word, the font
     held_out: bool  # this drawing or font appears in test scenes only
-    text: str | None = None  # what a word says
+    written: bool = False  # a rendered word
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
@@ -67,6 +68,12 @@ class Scene:
     objects: tuple[Thing, ...]
     counted: str | None
     background: str = ""
+    size: ClassVar[int] = SIZE
+
+    @property
+    def image(self) -> str:
+        """Where the picture lies, relative to the world's folder."""
+        return f"images/{self.index:06d}.jpg"
 
 
 @dataclass(frozen=True)
@@ -146,16 +153,16 @@ def plan(split: str, seed: int, index: int) -> Scene:
         free = [region for region in REGIONS if not region.startswith(row)]
         font = rng.choice([f for f, held_out in sprites.FONTS.items() if held_out == (split == "test")])
         text = str(rng.choice(sprites.WORDS))
-        things.append(Thing("word", None, f"{row} left", str(font), sprites.FONTS[font], text))
+        things.append(Thing(text, None, f"{row} left", str(font), sprites.FONTS[font], written=True))
     else:
         free = list(REGIONS)
     look: dict[str, tuple[sprites.Drawing, str | None]] = {}  # copies look alike
     for name, region in zip(names, rng.permutation(free), strict=False):
         if name not in look:
-            colour = str(rng.choice(list(sprites.COLOURS))) if name in sprites.coloured_classes() else None
-            look[name] = (_drawing(rng, name, split), colour)
-        drawing, colour = look[name]
-        things.append(Thing(name, colour, str(region), drawing.style, drawing.held_out))
+            color = str(rng.choice(list(sprites.COLORS))) if name in sprites.colored_classes() else None
+            look[name] = (_drawing(rng, name, split), color)
+        drawing, color = look[name]
+        things.append(Thing(name, color, str(region), drawing.style, drawing.held_out))
     return Scene(index, tuple(things), classes[0] if shape.copies else None)
 
 
@@ -164,21 +171,21 @@ def render(scene: Scene, split: str, seed: int) -> tuple[Image.Image, Scene]:
     rng = _rng(split, seed, scene.index, _PIXELS)
     family, canvas = backgrounds.paint_background(rng, SIZE, held_out=split == "test")
     shadow = rng.random() < 0.4
-    tint = {t.name: sprites.jittered(sprites.COLOURS[t.colour], rng) for t in scene.objects if t.colour}
+    tint = {t.name: sprites.jittered(sprites.COLORS[t.color], rng) for t in scene.objects if t.color}
     alone, placed = len(scene.objects) == 1, []
     for thing in scene.objects:
         rgb = tint.get(thing.name)
-        tile = _word_tile(rng, thing) if thing.text else _thing_tile(rng, thing, rgb, alone)
+        tile = _word_tile(rng, thing) if thing.written else _thing_tile(rng, thing, rgb, alone)
         left, top = _place(rng, thing, tile.size)
         ink = tile.getchannel("A")
-        if shadow and not thing.text:
+        if shadow and not thing.written:
             dark = ink.filter(ImageFilter.GaussianBlur(3)).point(lambda a: a * 0.4)
             canvas.paste((20, 20, 20), (left + 4, top + 5), dark)
         canvas.paste(tile, (left, top), ink)
         box = ink.point(lambda a: 255 * (a > 24)).getbbox()
         box = (max(left + box[0], 0), max(top + box[1], 0), min(left + box[2], SIZE), min(top + box[3], SIZE))
-        placed.append(Thing(**{**asdict(thing), "box": box}))
-    return canvas, Scene(scene.index, tuple(placed), scene.counted, family)
+        placed.append(replace(thing, box=box))
+    return canvas, replace(scene, objects=tuple(placed), background=family)
 
 
 def _thing_tile(rng, thing: Thing, rgb, alone: bool) -> Image.Image:
@@ -192,13 +199,13 @@ def _thing_tile(rng, thing: Thing, rgb, alone: bool) -> Image.Image:
 
 
 def _word_tile(rng, thing: Thing) -> Image.Image:
-    shown = thing.text.upper() if rng.random() < 0.3 else thing.text
+    shown = thing.name.upper() if rng.random() < 0.3 else thing.name
     dark, light = rng.integers(0, 60, 3), rng.integers(225, 256, 3)
     if rng.random() < 0.4:
         ink, plate = tuple(map(int, dark)), None
     else:
         pair = (dark, light) if rng.random() < 0.6 else (light, dark)
-        ink, plate = (tuple(map(int, colour)) for colour in pair)
+        ink, plate = (tuple(map(int, color)) for color in pair)
     tile = sprites.draw_word(shown, thing.style, rng.uniform(120, 220), ink, plate)
     return tile.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC, expand=True)
 
@@ -214,7 +221,7 @@ def _place(rng, thing: Thing, size: tuple[int, int]) -> tuple[int, int]:
     width, height = size
     row, column = thing.region.split()
     top = start(height, row == "bottom")
-    if thing.text:
+    if thing.written:
         return int(rng.integers(4, max(5, SIZE - width - 3))), top
     return start(width, column == "right"), top
 
@@ -236,6 +243,25 @@ def interview(split: str, seed: int, scene: Scene) -> tuple[list[Question], list
     return questions, converse(rng, [q for q in questions if not (alone and q.type == fit)])
 
 
+_KEYS = {"name": "class"}  # where a field is called otherwise in objects.jsonl
+
+
+def read_scenes(folder: Path) -> list[Scene]:
+    """What the pictures of a world show, from its objects.jsonl."""
+    back = {on_disk: field for field, on_disk in _KEYS.items()}
+    path = folder / "objects.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no objects.jsonl: make it with `llava mini world --out {folder}`.")
+    scenes = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        things = [{back.get(key, key): value for key, value in thing.items()} for thing in row["objects"]]
+        objects = tuple(Thing(**{**thing, "box": tuple(thing["box"])}) for thing in things)
+        index = int(Path(row["image"]).stem)
+        scenes.append(Scene(index, objects, row["counted"], row["background"]))
+    return scenes
+
+
 def to_llava(name: str, image: str, turns: list[Question]) -> dict:
     """One entry of LLaVA's training JSON; the first turn carries the image tag."""
     talk = []
@@ -248,18 +274,15 @@ def to_llava(name: str, image: str, turns: list[Question]) -> dict:
 def _write_scene(index: int, *, split: str, seed: int, out: str) -> tuple[dict, dict, list[dict]]:
     """Write one picture; return its rows of conversations.json, objects.jsonl and questions.jsonl."""
     picture, scene = compose(split, seed, index)
-    name = f"{index:06d}"
-    image = f"images/{name}.jpg"
-    picture.save(Path(out) / image, quality=90)
+    picture.save(Path(out) / scene.image, quality=90)
     questions, turns = interview(split, seed, scene)
-    objects = [{**asdict(thing), "class": thing.name} for thing in scene.objects]
-    for row in objects:
-        del row["name"]
-    shown = {"image": image, "background": scene.background, "counted": scene.counted, "objects": objects}
+    objects = [{_KEYS.get(key, key): v for key, v in asdict(thing).items()} for thing in scene.objects]
+    shown = {"image": scene.image, "background": scene.background, "counted": scene.counted}
+    shown["objects"] = objects
     rows = [
         {
             "question_id": index * 100 + number,
-            "image": image,
+            "image": scene.image,
             "type": question.type,
             "form": question.form,
             "text": question.text,
@@ -268,7 +291,7 @@ def _write_scene(index: int, *, split: str, seed: int, out: str) -> tuple[dict, 
         }
         for number, question in enumerate(questions)
     ]
-    return to_llava(f"{split}-{seed}-{name}", image, turns), shown, rows
+    return to_llava(f"{split}-{seed}-{index:06d}", scene.image, turns), shown, rows
 
 
 def manifest(split: str, seed: int, count: int) -> dict:
@@ -280,8 +303,8 @@ def manifest(split: str, seed: int, count: int) -> dict:
         "seed": seed,
         "n": count,
         "classes": {name: [d.style for d in row] for name, row in table.items()},
-        "colours": list(sprites.COLOURS),
-        "coloured_classes": sorted(sprites.coloured_classes()),
+        "colors": list(sprites.COLORS),
+        "colored_classes": sorted(sprites.colored_classes()),
         "words": list(sprites.WORDS),
         "held_out": {
             "drawings": {name: d.style for name, row in table.items() for d in row if d.held_out},
@@ -345,7 +368,7 @@ def generate(split: str, seed: int, count: int, out: Path, workers: int = 1) -> 
     return wanted
 
 
-def add_world_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=SPLITS, required=True, help="test holds what train never shows")
     parser.add_argument("--n", type=int, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0)
@@ -353,7 +376,7 @@ def add_world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw (default 1)")
 
 
-def run_world(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     if args.n < 1 or args.seed < 0 or args.workers < 1:
         raise UserError("--n and --workers must be at least 1, and --seed at least 0.")
     world = generate(args.split, args.seed, args.n, args.out, args.workers)
