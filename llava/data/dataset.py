@@ -181,8 +181,8 @@ class DataCollatorForSupervisedDataset:
 
     `attention_mask` is True up to each sample's length, not where ids differ from the pad id: the pad token
     is often `<unk>`, which may stand in a text. `images` and `visual_tokens` are lists over the batch in the
-    order of the placeholders; those whose placeholder was cut off are left out, and a batch without any has no
-    such key.
+    order of the placeholders; those whose placeholder was cut off are left out, and a batch without any has
+    no such key.
     """
 
     def __init__(self, tokenizer: Any, max_length: int | None = None):

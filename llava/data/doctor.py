@@ -158,7 +158,7 @@ def _in_parallel(checks: Sequence[Any], workers: int, what: str) -> Iterator[Any
     level = text.level
     text.setLevel(logging.ERROR)
     try:
-        with tqdm(total=len(checks), desc=f"checking {what}", unit=f" {what}", disable=None) as bar:
+        with tqdm(total=len(checks), desc=f"checking {what}", unit=f" {what}", delay=1) as bar:
             for results in loader:
                 yield from results
                 bar.update(len(results))

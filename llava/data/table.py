@@ -187,9 +187,9 @@ def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Datase
     try:
         state = path.stat()
     except OSError:
-        raise UserError(f"there is no data file {path}; check --data_path.") from None
+        raise UserError(f"there is no data file {path}; check the path.") from None
     if path.is_dir():
-        raise UserError(f"{path} is a directory; --data_path takes one JSON, JSONL or parquet file.")
+        raise UserError(f"{path} is a directory; training data is one JSON, JSONL or parquet file.")
     key = f"{_FORMAT} {path.resolve()} {state.st_size} {state.st_mtime_ns}"
     name = f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
     directory = Path(cache_dir) if cache_dir else cache_directory() / "data"
@@ -225,7 +225,9 @@ def _write_copy(path: Path, copy: Path) -> None:
     unfinished = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
     try:
         with (
-            tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"reading {path.name}") as bar,
+            tqdm(
+                total=path.stat().st_size, unit="B", unit_scale=True, desc=f"reading {path.name}", delay=1
+            ) as bar,
             pa.OSFile(str(unfinished), "wb") as sink,
             pa.ipc.new_stream(sink, schema) as writer,
         ):
