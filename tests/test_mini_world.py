@@ -1,0 +1,280 @@
+"""The composed world: exact reproduction, true boxes and answers, and that what is held out stays out."""
+
+import json
+import re
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.cli import main
+from llava.errors import UserError
+from llava.mini import backgrounds, sprites, world
+from llava.mini.questions import LETTER, LETTERS, NUMBERS, REGIONS, SHORT, TEMPLATES, TYPES
+
+N = 60
+
+
+@pytest.fixture(scope="module", params=world.SPLITS)
+def made(request, tmp_path_factory):
+    """(split, folder, manifest) of a small world on disk."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, world.generate(request.param, 3, N, folder)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """Many scenes of both splits, without pixels."""
+    return {split: [world.plan(split, 5, index) for index in range(1500)] for split in world.SPLITS}
+
+
+def things_of(scene):
+    return {thing.name for thing in scene.objects if not thing.written}
+
+
+def test_world_on_disk_is_whole(made):
+    split, folder, manifest = made
+    entries = json.loads((folder / "conversations.json").read_text())
+    scenes, questions = world.read_scenes(folder), rows(folder / "questions.jsonl")
+    assert len(entries) == len(scenes) == N and not list(folder.rglob("*.part"))
+    assert len({entry["id"] for entry in entries}) == N
+    assert len({row["question_id"] for row in questions}) == len(questions)
+    for entry, scene in zip(entries, scenes, strict=True):
+        assert entry["image"] == scene.image
+        with Image.open(folder / scene.image) as picture:
+            assert picture.size == (336, 336) and picture.mode == "RGB" and picture.format == "JPEG"
+        turns = entry["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2) and turns
+        tags = [turn["value"].count("<image>") for turn in turns]
+        assert tags == [1] + [0] * (len(turns) - 1) and turns[0]["value"].startswith("<image>\n")
+    assert {row["type"] for row in questions} == set(TYPES)
+    assert json.loads((folder / "world.json").read_text()) == manifest
+    assert manifest["split"] == split and manifest["constant_answers"]["presence/yesno"]["share"] == 0.5
+
+
+def test_any_scene_can_be_made_again_alone(made):
+    split, folder, _ = made
+    picture, scene = world.compose(split, 3, 17)
+    assert scene == world.read_scenes(folder)[17]
+    with Image.open(folder / scene.image) as saved:
+        error = np.abs(np.asarray(saved, float) - np.asarray(picture, float)).mean()
+    assert error < 4  # what JPEG loses
+    again, _ = world.compose(split, 3, 17)
+    assert again.tobytes() == picture.tobytes()
+    other, _ = world.compose(split, 4, 17)
+    assert other.tobytes() != picture.tobytes()
+
+
+def test_processes_make_the_same_world(tmp_path):
+    world.generate("train", 1, 6, tmp_path / "one")
+    world.generate("train", 1, 6, tmp_path / "two", workers=2)
+    for name in ("conversations.json", "objects.jsonl", "questions.jsonl", "images/000005.jpg"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_finished_world_is_kept_and_another_refused(tmp_path):
+    world.generate("train", 1, 2, tmp_path)
+    before = (tmp_path / "conversations.json").stat().st_mtime_ns
+    world.generate("train", 1, 2, tmp_path)
+    assert (tmp_path / "conversations.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="another world"):
+        world.generate("train", 2, 2, tmp_path)
+
+
+def test_boxes_hold_the_things():
+    """Pixels differ from the bare background inside the boxes and (but for shadows) nowhere else."""
+    for index in range(8):
+        plan = world.plan("train", 9, index)
+        picture, scene = world.render(plan, "train", 9)
+        bare, _ = world.render(world.Scene(index, (), None), "train", 9)
+        changed = np.abs(np.asarray(picture, int) - np.asarray(bare, int)).max(-1) > 110  # not a shadow
+        covered = np.zeros((336, 336), bool)
+        for thing in scene.objects:
+            left, top, right, bottom = thing.box
+            assert 0 <= left < right <= 336 and 0 <= top < bottom <= 336
+            covered[top:bottom, left:right] = True
+        assert changed.any() and not (changed & ~covered).any()
+
+
+def test_things_stand_in_their_regions():
+    for index in range(40):
+        _, scene = world.compose("test", 2, index)
+        for thing in scene.objects:
+            left, top, right, bottom = thing.box
+            row, column = thing.region.split()
+            assert ((top + bottom) / 2 < 168) == (row == "top")
+            if not thing.written:
+                assert ((left + right) / 2 < 168) == (column == "left")
+                assert 40 < max(right - left, bottom - top) < 190
+
+
+def test_held_out_stays_out(plans):
+    for scene in plans["train"]:
+        assert not any(thing.held_out for thing in scene.objects)
+        assert not any(world.held_out_pair(a, b) for a, b in combinations(things_of(scene), 2))
+    several = [scene for scene in plans["test"] if len(things_of(scene)) > 1]
+    assert several
+    for scene in several:
+        assert any(world.held_out_pair(a, b) for a, b in combinations(things_of(scene), 2))
+    used = {(t.name, t.style) for scene in plans["test"] for t in scene.objects if t.held_out}
+    assert used >= {(d.name, d.style) for row in sprites.drawings().values() for d in row if d.held_out}
+    assert not set(backgrounds.TRAIN) & set(backgrounds.HELD_OUT)
+    families = {world.compose("test", 5, index)[1].background for index in range(30)}
+    assert families == set(backgrounds.HELD_OUT)
+
+
+def test_every_class_with_several_drawings_holds_one_out():
+    for name, row in sprites.drawings().items():
+        assert sum(d.held_out for d in row) == (len(row) > 1), name
+        assert len({d.style for d in row}) == len(row)
+    assert not set(sprites.WORDS) & set(sprites.drawings()) and len(set(sprites.WORDS)) == 40
+
+
+def truth(row, scene):
+    """Answer of a question, worked out from its text and the scene by other means than the generator's."""
+    text = row["text"].split("\n")[0]
+    if row["form"] == "choice":
+        assert row["text"].endswith(LETTER)
+        assert row["text"].split("\n")[1:-1] == [
+            f"{letter}. {option}" for letter, option in zip(LETTERS, row["choices"], strict=True)
+        ]
+        return {v: k for k, v in zip(LETTERS, row["choices"], strict=True)}[open_truth(text, row, scene)]
+    assert row["text"].endswith(SHORT)
+    if row["form"] == "open":
+        return open_truth(text, row, scene)
+    said = [name for name in sprites.drawings() if re.search(rf"\b({name}|{sprites.plural(name)})\b", text)]
+    count = Counter(thing.name for thing in scene.objects)
+    where = {thing.name: thing for thing in scene.objects}
+    if row["type"] == "presence":
+        holds = count[said[0]] > 0
+    elif row["type"] == "color":
+        holds = where[said[0]].color in text.split() or where[said[0]].color + "?" in text.split()
+    elif row["type"] == "counting":
+        number = next((n for n, word in NUMBERS.items() if word in text.split()), 1)
+        holds = count[said[0]] == number
+    elif row["type"] == "words":
+        holds = next(t.name for t in scene.objects if t.written) in text
+    elif len(said) == 2:
+        a, b = sorted(said, key=text.index)
+        x = {name: where[name].box[0] + where[name].box[2] for name in said}
+        holds = (x[a] < x[b]) == ("on the left of" in text)
+    else:
+        holds = where[said[0]].region in text
+    return "Yes" if holds else "No"
+
+
+def open_truth(text, row, scene):
+    if row["type"] == "words":
+        return next(thing.name for thing in scene.objects if thing.written)
+    if row["type"] == "naming":
+        region = next((r for r in REGIONS if r in text), None)
+        things = [t for t in scene.objects if not t.written and region in (None, t.region)]
+        assert len(things) == 1
+        return things[0].name
+    asked = [t for t in scene.objects if re.search(rf"\b({t.name}|{sprites.plural(t.name)})\b", text)]
+    if row["type"] == "counting":
+        return str(len(asked))
+    if row["type"] == "color":
+        return asked[0].color
+    assert len(asked) == 1
+    return asked[0].region
+
+
+def test_answers_are_true(made):
+    _, folder, _ = made
+    scenes = {scene.image: scene for scene in world.read_scenes(folder)}
+    for row in rows(folder / "questions.jsonl"):
+        assert truth(row, scenes[row["image"]]) == row["answer"], row
+
+
+def test_no_constant_answer_goes_far(plans):
+    for split, scenes in plans.items():
+        answers = {}
+        for scene in scenes:
+            for question in world.interview(split, 5, scene)[0]:
+                answers.setdefault((question.type, question.form), Counter())[question.answer] += 1
+        share = {key: max(c.values()) / c.total() for key, c in answers.items()}
+        assert share["presence", "yesno"] == 0.5
+        assert share["naming", "open"] <= 0.08 and share["words", "open"] <= 0.08
+        assert share["color", "open"] <= 0.2
+        assert share["position", "open"] <= 0.3 and share["counting", "open"] <= 0.32
+        forms = Counter(form for (_, form), c in answers.items() for _ in range(c.total()))
+        assert 0.08 < forms["choice"] / forms.total() < 0.16
+
+
+def test_presence_says_nothing_about_the_class(plans):
+    """Yes is as frequent as no for every class, within chance: a class must not give its answer away."""
+    tally = Counter()
+    for scene in plans["train"]:
+        for question in world.interview("train", 5, scene)[0]:
+            if question.type == "presence":
+                tally[question.about, question.answer] += 1
+    for name in sprites.drawings():
+        yes, no = tally[name, "Yes"], tally[name, "No"]
+        assert abs(yes - no) < 4.5 * (yes + no) ** 0.5, (name, yes, no)
+
+
+def test_conversations_do_not_give_answers_away(plans):
+    described = 0
+    for scene in plans["train"]:
+        _, turns = world.interview("train", 5, scene)
+        assert turns
+        described += turns[0].type == "caption"
+        before = ""
+        for position, turn in enumerate(turns):
+            assert turn.type != "presence" or all(t.type == "presence" for t in turns[:position])
+            if turn.type == "naming":
+                for name in turn.mentions:
+                    assert not re.search(rf"\b({name}|{sprites.plural(name)})\b", before), (before, turn)
+            before += f" {turn.text.split(chr(10))[0]} {turn.answer}"
+    assert 0.15 < described / len(plans["train"]) < 0.25
+
+
+def test_captions_list_what_is_there():
+    blue = {"color": "blue", "region": "top right", "style": "", "held_out": False}
+    dogs = [world.Thing("dog", None, region, "", False) for region in ("bottom left", "bottom right")]
+    scene = world.Scene(0, (*dogs, world.Thing("star", **blue)), None)
+    caption = world.caption(np.random.default_rng(0), scene)
+    assert caption.answer == "A blue star and two dogs."
+    assert caption.text in TEMPLATES["caption", "open"]
+
+
+def test_colors_stay_apart():
+    """Painted drawings are nearer to their own colour than to any other, even with jitter."""
+    names = list(sprites.COLORS)
+    table = np.array([sprites.COLORS[name] for name in names], float)
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(names):
+        for _ in range(50):
+            painted = np.array(sprites.jittered(sprites.COLORS[name], rng))
+            assert np.linalg.norm(table - painted, axis=1).argmin() == index
+    for name in sprites.colored_classes():
+        for drawing in sprites.drawings()[name]:
+            mask = drawing.tint[0][..., 0] & (drawing.rgba[..., 3] > 200)
+            assert mask.mean() > 0.15, (name, drawing.style)
+            pixels = np.asarray(sprites.paint(drawing, sprites.COLORS["green"]))[mask][:, :3]
+            nearest = np.linalg.norm(pixels[:, None] - table[None], axis=2).argmin(1)
+            assert (nearest == names.index("green")).mean() > 0.5, (name, drawing.style)
+
+
+def test_sheet_is_small_and_carries_its_licence():
+    assert (sprites.ASSETS / "sprites.png").stat().st_size <= 1_500_000
+    licence = (sprites.ASSETS / "LICENSE-sprites.txt").read_text()
+    assert "SIL OPEN FONT LICENSE" in licence and re.search(r"Copyright .*Google", licence)
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / "w"
+    assert main(["mini", "world", "--split", "test", "--n", "4", "--seed", "1", "--out", str(out)]) == 0
+    assert "4 test scenes" in capsys.readouterr().out
+    assert main(["mini", "world", "--split", "test", "--n", "5", "--seed", "1", "--out", str(out)]) == 2
+    assert "another world" in capsys.readouterr().err
+    assert main(["mini", "world", "--split", "test", "--n", "0", "--out", str(tmp_path / "x")]) == 2
+    with pytest.raises(UserError, match=r"objects\.jsonl"):
+        world.read_scenes(tmp_path)
