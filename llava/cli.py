@@ -8,6 +8,7 @@ answers, failed checks), 2 bad input (one sentence; `--debug` adds the traceback
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -21,8 +22,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("llava.analysis.show", "draw what a reducer keeps of a picture, and what it merges"),
     "score": ("llava.eval.score", "score an answers file of a benchmark; no torch needed"),
     "submit": ("llava.eval.submit", "write the file a benchmark's server takes"),
-    "doctor": ("llava.eval.doctor", "`doctor eval`: which benchmark files are missing, where they come from"),
-    "mini": ("llava.mini.cli", "build and use the small LLaVA that runs anywhere"),
+    "doctor": ("llava.doctor", "check data before a long run: `doctor eval`, `doctor data`"),
+    "mini prepare": ("llava.mini.prepare", "build checkpoints/mini-base from two pip packages"),
+    "mini world": ("llava.mini.world", "compose scenes and conversations about them"),
+    "mini align": ("llava.mini.align", "give the projector its first meaning: patches to words"),
+    "mini evaluate": ("llava.mini.evaluate", "accuracy by type of question and reducer, on composed scenes"),
+    "mini demo": ("llava.mini.demo", "ask about five pictures, with every visual token and with few"),
 }
 
 
@@ -41,20 +46,28 @@ def usage() -> str:
     return f"usage: llava COMMAND [options]\n\n{rows}\n\n`llava COMMAND --help` lists the options.\n"
 
 
+def no_such_command(argv: Sequence[str]) -> str:
+    """What to tell someone who asked for a command that is not there."""
+    subjects = [name.split()[1] for name in COMMANDS if name.startswith(argv[0] + " ")]
+    if subjects:
+        return f"`{argv[0]}` needs one of {', '.join(subjects)}, e.g. `llava {argv[0]} {subjects[0]} --help`."
+    near = difflib.get_close_matches(argv[0], {name.split()[0] for name in COMMANDS}, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return f"there is no command `{argv[0]}`.{hint} `llava --help` lists them."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0
-    command = argv[0]
+    # A command is one word or two ("mini world").
+    length = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    command = " ".join(argv[:length])
     if command not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        print(f"llava: there is no command `{command}`.{hint} `llava --help` lists them.", file=sys.stderr)
+        print(f"llava: {no_such_command(argv)}", file=sys.stderr)
         return 2
-    args = build_parser(command).parse_args(argv[1:])
+    args = build_parser(command).parse_args(argv[length:])
     try:
         return importlib.import_module(COMMANDS[command][0]).run(args)
     except UserError as error:

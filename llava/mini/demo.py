@@ -34,15 +34,17 @@ class Row:
     answer: str
 
 
-def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", type=Path, default=MODEL)
     parser.add_argument("--model-base", type=Path, default=BASE)
-    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder with questions.json (default: %(default)s)")
+    parser.add_argument(
+        "--pictures", type=Path, default=PICTURES, help="folder with questions.json (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="where the overlays go")
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines instead of a table")
 
 
-def run_demo(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     questions = read_questions(args.pictures)
     rows = answer_all(args, questions)
     if args.json:
@@ -58,7 +60,9 @@ def read_questions(folder: Path) -> list[tuple[Path, str]]:
     """(picture, question) pairs of a folder's questions.json: {file name: question}."""
     index = folder / "questions.json"
     if not index.is_file():
-        raise UserError(f"{index} is missing; it maps picture names to questions. Run this from the project's root.")
+        raise UserError(
+            f"{index} is missing; it maps picture names to questions. Run this from the project's root."
+        )
     return [(folder / name, question) for name, question in json.loads(index.read_text()).items()]
 
 
@@ -87,7 +91,13 @@ def answer_all(args: argparse.Namespace, questions: list[tuple[Path, str]]) -> l
                 reply = session.ask(question + SHORT, max_new_tokens=16)
                 rows.append(
                     Row(
-                        path.stem, question, reducer, sum(reply.visual_tokens), reply.prefill_ms, reply.total_ms, reply.text
+                        path.stem,
+                        question,
+                        reducer,
+                        sum(reply.visual_tokens),
+                        reply.prefill_ms,
+                        reply.total_ms,
+                        reply.text,
                     )
                 )
                 features = model.get_vision_tower()(process_images([image], processor, model.config))
@@ -103,7 +113,9 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         if row.picture != last:
             lines += ["", f"{row.picture}: {row.question}"]
-            lines.append(f"  {'reducer':<10} {'visual tokens':>13} {'prefill ms':>11} {'total ms':>9}  answer")
+            lines.append(
+                f"  {'reducer':<10} {'visual tokens':>13} {'prefill ms':>11} {'total ms':>9}  answer"
+            )
             last = row.picture
         lines.append(
             f"  {row.reducer:<10} {row.visual_tokens:>13} {row.prefill_ms:>11.0f} {row.total_ms:>9.0f}  {row.answer}"

@@ -48,7 +48,7 @@ MAX_TOWER_ERROR = 0.02
 DEFAULT_OUT = Path("checkpoints/mini-base")
 
 
-def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_OUT, help="directory to build (default: %(default)s)"
     )
@@ -62,7 +62,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="build again even if OUT exists")
 
 
-def run_prepare(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     print(prepare(args.out, packages=args.packages, force=args.force))
     return 0
 
