@@ -45,8 +45,14 @@ class LanguageShape:
 
 @dataclass(frozen=True)
 class TowerShape:
-    """A vision transformer with a CLS token and a plain (GELU) feed-forward."""
+    """A vision transformer with a CLS token and a plain (GELU) feed-forward.
 
+    Attributes:
+        family: clip or dinov2.
+        patch, image: edges in pixels.
+    """
+
+    family: str
     hidden: int
     intermediate: int
     layers: int
@@ -73,8 +79,10 @@ class Shape:
     language: LanguageShape
 
 
-CLIP_L_336 = TowerShape(hidden=1024, intermediate=4096, layers=24, heads=16, patch=14, image=336)
-DINOV2_S = TowerShape(hidden=384, intermediate=1536, layers=12, heads=6, patch=14, image=336)
+CLIP_L_336 = TowerShape(
+    family="clip", hidden=1024, intermediate=4096, layers=24, heads=16, patch=14, image=336
+)
+DINOV2_S = TowerShape(family="dinov2", hidden=384, intermediate=1536, layers=12, heads=6, patch=14, image=336)
 
 SHAPES = {
     shape.name: shape
