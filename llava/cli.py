@@ -20,6 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module, one line for `llava --help`)
     "chat": ("llava.serve.chat", "ask a model about pictures, in the terminal"),
     "show": ("llava.analysis.show", "draw what a reducer keeps of a picture, and what it merges"),
+    "bench": ("llava.analysis.latency", "where the time of a request goes, beside the dense run"),
+    "roofline": ("llava.analysis.roofline", "what fewer visual tokens can save on a GPU; no torch needed"),
     "score": ("llava.eval.score", "score an answers file of a benchmark; no torch needed"),
     "submit": ("llava.eval.submit", "write the file a benchmark's server takes"),
     "doctor": ("llava.doctor", "check data before a long run: `doctor eval`, `doctor data`"),
