@@ -278,3 +278,7 @@ def test_command_line(tmp_path, capsys):
     assert main(["mini", "world", "--split", "test", "--n", "0", "--out", str(tmp_path / "x")]) == 2
     with pytest.raises(UserError, match=r"objects\.jsonl"):
         world.read_scenes(tmp_path)
+    lines = (out / "objects.jsonl").read_text()
+    (out / "objects.jsonl").write_text(lines.replace('"written"', '"text"'))
+    with pytest.raises(UserError, match="another version"):
+        world.read_scenes(out)

@@ -23,7 +23,7 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -40,7 +40,7 @@ from llava.mini.questions import REGIONS, Question, ask, caption, class_weights,
 SIZE = 336
 HALF = SIZE // 2
 SPLITS = ("train", "test")
-VERSION = 1
+VERSION = 2
 """Raise when the same (split, seed, index) gives another scene than before."""
 
 # Streams of random numbers: layout is shared by a pair of scenes, the others belong to one scene.
@@ -256,6 +256,8 @@ def read_scenes(folder: Path) -> list[Scene]:
     for line in path.read_text().splitlines():
         row = json.loads(line)
         things = [{back.get(key, key): value for key, value in thing.items()} for thing in row["objects"]]
+        if any(set(thing) != {field.name for field in fields(Thing)} for thing in things):
+            raise UserError(f"{path} was written by another version: remove {folder} and make it again.")
         objects = tuple(Thing(**{**thing, "box": tuple(thing["box"])}) for thing in things)
         index = int(Path(row["image"]).stem)
         scenes.append(Scene(index, objects, row["counted"], row["background"]))
