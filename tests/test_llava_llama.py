@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -610,6 +611,45 @@ def test_a_language_model_becomes_a_llava(tmp_path):
     assert all(p.requires_grad for p in projector.parameters())
     assert model.config.mm_hidden_size == 32 and model.config.mm_vision_select_layer == -1
     torch.testing.assert_close(model.lm_head.weight, llama.lm_head.weight, atol=0, rtol=0)
+
+
+def test_what_a_checkpoint_lacks_is_new_and_the_rest_stays(tmp_path):
+    model = make_model(mm_patch_merge_type="spatial_unpad")
+    state = {name: tensor for name, tensor in model.state_dict().items() if "mm_projector" not in name}
+    model.save_pretrained(tmp_path / "without_projector", state_dict=state)
+    loaded = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "without_projector")
+    assert torch.equal(loaded.model.image_newline, model.model.image_newline)
+    assert 0 < loaded.model.mm_projector[0].weight.std() < 1
+    state = {name: tensor for name, tensor in model.state_dict().items() if "image_newline" not in name}
+    model.save_pretrained(tmp_path / "without_newline", state_dict=state)
+    loaded = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "without_newline")
+    assert torch.equal(loaded.model.mm_projector[0].weight, model.model.mm_projector[0].weight)
+    assert 0.5 < loaded.model.image_newline.std() * 64**0.5 < 2
+
+
+def test_config_fields_are_typed():
+    old = LlavaConfig.from_dict({"mm_resampler_type": None, "rope_theta": 1e5, "mm_projector_lr": 2e-5})
+    assert old.mm_resampler_type is None and old.rope_parameters["rope_theta"] == 1e5
+    assert old.mm_token_reducer == "none" and old.mm_use_im_patch_token
+    for field, value in {
+        "mm_vision_select_layer": "-2",
+        "mm_hidden_size": 1.5,
+        "mm_projector_type": None,
+    }.items():
+        with pytest.raises(Exception, match=field):
+            LlavaConfig(**{field: value})
+
+
+def test_lora_around_it():
+    model = make_model("prumerge+")
+    expected = model.generate(MIXED, images=pictures(4), **GREEDY)
+    targets = r"model\.layers\..*\.(q_proj|v_proj)"
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    assert torch.equal(lora.generate(input_ids=MIXED, images=pictures(4), **GREEDY), expected)
+    lora.train()
+    lora(MIXED, images=pictures(4), labels=[row.clamp(min=0) for row in MIXED]).loss.backward()
+    trained = [name for name, p in lora.named_parameters() if p.grad is not None]
+    assert len(trained) == 2 * 2 * 2 and all("lora_" in name for name in trained)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import safe_open, save_file
 from torch import nn
 from transformers import (
+    BitImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -22,7 +23,6 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from llava.errors import UserError
 from llava.mm_utils import process_images

@@ -12,14 +12,22 @@ Trainer), called `llava_llama`. Two things differ from a text model:
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    initialization,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils import logging
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import get_anyres_image_grid_shape, unpad_image
 from llava.model.projector import build_projector
@@ -33,8 +41,9 @@ Images = Tensor | Sequence[Tensor]
 """[n, 3, H, W] or a list of [3, H, W]; for anyres [n, crops, 3, H, W] or a list of [crops, 3, H, W]."""
 
 
+@strict
 class LlavaConfig(LlamaConfig):
-    """LLaMA's config and what LLaVA adds. Fields of old checkpoints not named here are kept as they are.
+    """LLaMA's config and what LLaVA adds, types checked. Fields of old checkpoints not named here are kept.
 
     Attributes:
         mm_token_reducer: spec of the token reducer, see `llava.reducers`; "none" keeps every token.
@@ -70,7 +79,7 @@ class LlavaConfig(LlamaConfig):
     tokenizer_model_max_length: int | None = None
     tune_mm_mlp_adapter: bool = False
     freeze_mm_mlp_adapter: bool = False
-    mm_projector_lr: float | None = None
+    mm_projector_lr: float | int | None = None
     unfreeze_mm_vision_tower: bool = False
 
 
@@ -86,7 +95,7 @@ class LlavaPreTrainedModel(LlamaPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LlavaLlamaModel) and module.image_newline is not None:
-            module.image_newline.normal_(std=self.config.hidden_size**-0.5)
+            initialization.normal_(module.image_newline, std=self.config.hidden_size**-0.5)
 
 
 class LlavaLlamaModel(LlavaPreTrainedModel, LlamaModel):
@@ -132,7 +141,8 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         return self.model.vision_tower
 
     def set_vision_tower(self, tower: VisionTower) -> None:
-        """Puts in the tower; creates the projector if the model has none yet. Writes both into the config.
+        """Puts in the tower; creates the projector if the model has none yet. Their width and the tower's
+        selection go into the config; `config.mm_vision_tower`, its path, is the caller's to know.
 
         Raises:
             UserError: the projector was made for another width.
@@ -243,7 +253,10 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         return groups
 
     def _encode_by_size(self, views: list[Tensor]) -> list[Tensor]:
-        """`encode_images` over single views [3, H, W], one batch per size, results in the given order."""
+        """`encode_images` over single views [3, H, W], one batch per size, results in the given order.
+
+        (Under ZeRO-3 every rank must see as many sizes as the others; training feeds one.)
+        """
         tokens: list[Tensor | None] = [None] * len(views)
         for shape in dict.fromkeys(view.shape for view in views):
             rows = [row for row, view in enumerate(views) if view.shape == shape]
@@ -342,6 +355,7 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         image_sizes: Sequence[tuple[int, int]] | None = None,
         visual_tokens: Sequence[Tensor] | None = None,
         logits_to_keep: int | Tensor = 0,
+        loss_only: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """LLaMA's forward over the spliced batch.
@@ -355,6 +369,8 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
             images: pixels of the images, in the order of the placeholders, see `Images`.
             image_sizes: (width, height) of each picture, for the spatial merge types.
             visual_tokens: instead of images, what `encode_images` returned for them.
+            loss_only: compute the loss (same value) and no logits: the head runs on the positions that are
+                scored, which for a small model with a large vocabulary saves a good part of a step.
 
         Raises:
             UserError: placeholders and images differ in number, and what `encode_images` raises.
@@ -375,6 +391,17 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
             attention_mask = layout.attention_mask.to(device) if layout.padded else None
             position_ids = layout.position_ids.to(device) if layout.padded else None
             labels = None if layout.labels is None else layout.labels.to(device)
+        if loss_only and labels is not None:
+            return self._loss(
+                labels,
+                kwargs.pop("num_items_in_batch", None),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=False,
+                **kwargs,
+            )
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -386,6 +413,22 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _loss(
+        self, labels: Tensor, num_items_in_batch: Tensor | int | None, **body
+    ) -> CausalLMOutputWithPast:
+        """LLaMA's loss, with logits only where the next label counts."""
+        hidden = self.model(**body).last_hidden_state
+        targets = labels[:, 1:]
+        scored = targets != IGNORE_INDEX
+        loss = self.loss_function(
+            logits=self.lm_head(hidden[:, :-1][scored]),
+            labels=None,
+            vocab_size=self.config.vocab_size,
+            shift_labels=targets[scored],
+            num_items_in_batch=num_items_in_batch,
+        )
+        return CausalLMOutputWithPast(loss=loss)
 
     def _has_vision(self, input_ids, past_key_values, images, visual_tokens) -> bool:
         """Whether this call needs splicing; later steps of a generation are plain text."""

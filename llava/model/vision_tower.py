@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
     PreTrainedConfig,
     PreTrainedModel,
+    SiglipImageProcessorPil,
     SiglipVisionModel,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging as hf_logging
 
 from llava.errors import UserError, first_line
@@ -42,6 +45,8 @@ class VisionTower(nn.Module):
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
+    processor_class: ClassVar[type[ImageProcessingMixin]]
+    """Always the PIL one: torchvision's gives other pixels than the weights were trained on."""
     disk_name: ClassVar[str | None] = None
     """Level between `vision_tower.` and the weights in LLaVA checkpoints: CLIP's was called vision_model."""
     has_cls: ClassVar[bool] = True
@@ -52,7 +57,7 @@ class VisionTower(nn.Module):
         *,
         select_layer: int = -2,
         select_feature: str = "patch",
-        image_processor=None,
+        image_processor: ImageProcessingMixin | None = None,
     ):
         super().__init__()
         self.vision_tower = nn.ModuleDict({self.disk_name: model}) if self.disk_name else model
@@ -227,6 +232,7 @@ class CLIPTower(VisionTower):
     """CLIP's image half, LLaVA's own tower."""
 
     model_class = CLIPVisionModel
+    processor_class = CLIPImageProcessorPil
     disk_name = "vision_model"
 
     def embed(self, pixel_values: Tensor) -> Tensor:
@@ -239,6 +245,7 @@ class SiglipTower(VisionTower):
     """SigLIP: no CLS token, so no query; reducers that need one refuse it."""
 
     model_class = SiglipVisionModel
+    processor_class = SiglipImageProcessorPil
     disk_name = "vision_model"
     has_cls = False
 
@@ -255,6 +262,7 @@ class Dinov2Tower(VisionTower):
     """DINOv2. Its position table (37 x 37 as released) is interpolated to the image in `embeddings`."""
 
     model_class = Dinov2Model
+    processor_class = BitImageProcessorPil
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -321,7 +329,7 @@ def load_vision_tower(
     path = Path(path)
     config = _vision_config(path)
     tower_class = TOWERS[config.model_type]
-    image_processor = _image_processor(path)
+    image_processor = _image_processor(path, tower_class.processor_class)
 
     # Text weights of a whole CLIP are expected here, so the report about them is noise.
     verbosity = hf_logging.get_verbosity()
@@ -377,20 +385,20 @@ def _vision_config(path: Path) -> PreTrainedConfig:
     return config
 
 
-def _image_processor(path: Path):
-    """The PIL image processor of a directory: the torchvision one gives other pixels."""
+def _image_processor(path: Path, processor_class: type[ImageProcessingMixin]) -> ImageProcessingMixin:
+    """The image processor of a directory."""
     if not (path / "preprocessor_config.json").is_file():
         raise UserError(
             f"the vision tower at {path} has no preprocessor_config.json: copy it from where the tower's "
             "weights came from"
         )
     try:
-        return AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+        return processor_class.from_pretrained(path, local_files_only=True)
     except Exception as error:
         raise UserError(f"cannot read {path / 'preprocessor_config.json'}: {first_line(error)}") from error
 
 
-def _processor_size(image_processor) -> int:
+def _processor_size(image_processor: ImageProcessingMixin) -> int:
     """Side of the square a processor's pictures end as."""
     size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
     return size["height"]
