@@ -36,8 +36,10 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import LlamaConfig, PreTrainedConfig
 
 from llava.errors import UserError, first_line
+from llava.model.tokenization import save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -436,32 +438,28 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"{file} is missing: {again}")
     with file.open("rb") as stream:
-        if stream.read(40).startswith(b"version https://git-lfs"):
-            raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`")
+        head = stream.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`")
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt", device="cpu") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        content = _load_pickle(file)
+        if head and not head.startswith((b"PK", b"\x80")):  # a zip, or the pickle it was before torch 1.6
+            raise UserError(f"{file} is not a PyTorch weight file: {again}")
+        zipped = head.startswith(b"PK")  # the older format cannot be mapped
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except SafetensorError as error:
         raise UserError(f"{file} is damaged or cut off ({first_line(error)}): {again}") from error
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
-            raise UserError(
-                f"{file} holds more than tensors, and is not opened because that could run code"
-            ) from error
-        raise UserError(f"{file} is not a PyTorch weight file: {again}") from error
+        raise UserError(
+            f"{file} holds more than tensors, and is not opened because that could run code"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is damaged or cut off ({first_line(error)}): {again}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file} is not a table of weights: {again}")
     return content
-
-
-def _load_pickle(file: Path) -> Any:
-    with file.open("rb") as stream:
-        zipped = stream.read(2) == b"PK"  # torch's format since 1.6; the older one cannot be mapped
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def _shards(weights: Path) -> list[Path]:
@@ -646,8 +644,6 @@ def llava_config_dict(info: CheckpointInfo) -> dict[str, Any]:
     owner = info.llava_config
     if owner.kind != "llava_hf":
         return dict(owner.config)
-    from transformers import LlamaConfig
-
     config = owner.config
     text, vision = dict(config["text_config"]), config["vision_config"]
     if text.get("model_type", "llama") != "llama":
@@ -751,13 +747,19 @@ def write_tensors(tensors: Mapping[str, Tensor], file: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def config_for_disk(config) -> dict[str, Any]:
+def config_for_disk(config: PreTrainedConfig) -> dict[str, Any]:
     """A model's config as config.json, readable by transformers 5 and by 4.31, which LLaVA was written for.
 
     Old versions know `torch_dtype` and `rope_theta`, today's write `dtype` and `rope_parameters`: both are
-    given.
+    given. All fields of LLaMA and LLaVA are there, the reducer first of all; of the many that any model of
+    transformers has, those that say something.
     """
-    content = config.to_dict()
+    usual = PreTrainedConfig().to_dict()
+    content = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in usual or value != usual[name] or name == "transformers_version"
+    }
     if (dtype := content.get("dtype")) is not None:
         content["torch_dtype"] = dtype
     rope = content.get("rope_parameters") or {}
@@ -793,7 +795,7 @@ def save_full(
         write_weights(tensors, directory)
         model.generation_config.save_pretrained(directory)
         if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+            save_tokenizer(tokenizer, directory)
         config = config_for_disk(model.config)
         write_json(directory / "config.json", {**config, "architectures": ["LlavaLlamaForCausalLM"]})
 
@@ -853,8 +855,13 @@ def save_lora(
             name: p for name, p in others.items() if "mm_projector." in name
         }
     with replacing(out) as directory:
-        model.save_pretrained(directory, state_dict=None if state_dict is None else dict(state_dict))
+        # False: trained embeddings are in non_lora_trainables.bin; "auto" would ask the Hub about the base.
+        model.save_pretrained(
+            directory,
+            state_dict=None if state_dict is None else dict(state_dict),
+            save_embedding_layers=False,
+        )
         write_tensors(non_lora_state_dict, directory / EXTRA_FILES[1])
         if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+            save_tokenizer(tokenizer, directory)
         write_json(directory / "config.json", config_for_disk(model.get_base_model().config))

@@ -1,0 +1,601 @@
+"""Formats on disk: recognised by content, read strictly, complained about in one sentence, written whole."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import Family, edit_json, family, single_safetensors, write_json
+
+from llava.errors import UserError
+from llava.model import checkpoints
+from llava.model.checkpoints import (
+    canonical_name,
+    check_weights,
+    fit_vocabulary,
+    inspect_checkpoint,
+    llava_hf_name,
+    read_model_weights,
+    read_projector,
+    read_tensors,
+    read_weights,
+    replacing,
+    resolve_beside,
+    write_tensors,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return family(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def tiny(tiny_once: Family, tmp_path: Path) -> Family:
+    """A copy that the test may damage."""
+    shutil.copytree(tiny_once.root, tmp_path, dirs_exist_ok=True)
+    moved = {
+        name: tmp_path / getattr(tiny_once, name).relative_to(tiny_once.root)
+        for name in ("tower", "base", "full", "lora", "projector")
+    }
+    return Family(**{**vars(tiny_once), "root": tmp_path, **moved})
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("model.mm_projector.2.bias", "model.mm_projector.2.bias"),
+        ("mm_projector.weight", "model.mm_projector.weight"),
+        ("model.image_newline", "model.image_newline"),
+        ("image_newline", "model.image_newline"),
+        # transformers' old tables
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
+        ("model.vision_tower.vision_tower.vision_model.embeddings.position_ids", None),
+        # PEFT and non_lora_trainables of any age
+        ("base_model.model.model.mm_projector.0.weight", "model.mm_projector.0.weight"),
+        ("base_model.model.mm_projector.0.weight", "model.mm_projector.0.weight"),
+        ("model.model.mm_projector.0.weight", "model.mm_projector.0.weight"),
+        ("base_model.model.model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("base_model.model.lm_head.weight", "lm_head.weight"),
+        ("module.model.norm.weight", "model.norm.weight"),
+        # llava-hf: on disk, then in transformers 5's memory
+        ("language_model.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.language_model.lm_head.weight", "lm_head.weight"),
+        ("multi_modal_projector.linear_1.weight", "model.mm_projector.0.weight"),
+        ("model.multi_modal_projector.linear_2.bias", "model.mm_projector.2.bias"),
+        ("vision_tower.vision_model.pre_layrnorm.bias", "model.vision_tower.pre_layrnorm.bias"),
+        (
+            "model.vision_tower.encoder.layers.3.mlp.fc1.bias",
+            "model.vision_tower.encoder.layers.3.mlp.fc1.bias",
+        ),
+        # self-trained checkpoints
+        (
+            "model.vision_tower.vision_tower.vision_model.encoder.layers.3.mlp.fc1.bias",
+            "model.vision_tower.encoder.layers.3.mlp.fc1.bias",
+        ),
+        (
+            "model.vision_tower.vision_tower.encoder.layer.3.norm1.bias",
+            "model.vision_tower.encoder.layer.3.norm1.bias",
+        ),
+    ],
+)
+def test_canonical_name(name: str, expected: str | None) -> None:
+    assert canonical_name(name) == expected
+    if expected is not None:
+        assert canonical_name(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.mm_projector.0.bias",
+        "model.mm_projector.2.weight",
+        "model.vision_tower.post_layernorm.bias",
+    ],
+)
+def test_llava_hf_name_is_the_inverse(name: str) -> None:
+    assert canonical_name(llava_hf_name(name)) == name != llava_hf_name(name)
+
+
+def test_llava_hf_names_are_those_on_disk(golden: Path) -> None:
+    names = load_file(golden / "llava/ckpt/llava-tiny-1.5-7b-hf/model.safetensors").keys()
+    assert {llava_hf_name(canonical_name(name)) for name in names} == set(names)
+
+
+# Recognising
+
+
+def test_kinds(tiny: Family) -> None:
+    for directory, kind, needs_base, is_llava in (
+        (tiny.tower, "vision_tower", False, False),
+        (tiny.base, "plain_lm", False, False),
+        (tiny.full, "full", False, True),
+        (tiny.lora, "lora", True, True),
+        (tiny.projector, "projector", True, True),
+    ):
+        info = inspect_checkpoint(directory)
+        assert (info.kind, info.needs_base, info.is_llava) == (kind, needs_base, is_llava)
+
+
+def test_kinds_do_not_depend_on_names(tiny: Family) -> None:
+    """Names that say the opposite of what is inside."""
+    for directory, name in (
+        (tiny.full, "my-lora"),
+        (tiny.lora, "whole-model"),
+        (tiny.base, "llava-v1.5-7b-pretrain"),
+    ):
+        kind = inspect_checkpoint(directory).kind
+        assert inspect_checkpoint(directory.rename(tiny.root / name)).kind == kind
+
+
+def test_golden_kinds(golden: Path) -> None:
+    kinds = {path.name: inspect_checkpoint(path).kind for path in (golden / "llava/ckpt").iterdir()}
+    assert kinds == {
+        "clip-tiny-336": "vision_tower",
+        "llava-tiny-1.5-7b-hf": "llava_hf",
+        "llava-tiny-v1.5-7b": "full",
+        "llava-tiny-v1.5-7b-lora": "lora",
+        "llava-tiny-v1.5-7b-pretrain": "projector",
+        "llava-tiny-v1.5-7b-withtower": "full",
+        "vicuna-tiny-7b-v1.5": "plain_lm",
+    }
+
+
+def test_weights_beside_an_adapter_are_the_model(tiny: Family) -> None:
+    for file in tiny.lora.glob("adapter_*"):
+        shutil.copy(file, tiny.full)
+    assert inspect_checkpoint(tiny.full).kind == "full"
+
+
+# Bases
+
+
+def test_missing_base_is_named(tiny: Family) -> None:
+    for directory in (tiny.lora, tiny.projector):
+        with pytest.raises(UserError, match=r"someone/base-tiny.*--model-base someone/base-tiny") as error:
+            read_model_weights(inspect_checkpoint(directory))
+        assert str(directory) in str(error.value)
+
+
+def test_a_base_on_this_machine_is_found_and_announced(
+    tiny: Family, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path="base-tiny")
+    with caplog.at_level(logging.WARNING):
+        info = inspect_checkpoint(tiny.lora)
+    assert info.base.path.resolve() == tiny.base.resolve()
+    assert str(info.base.path) in caplog.text
+
+
+def test_a_given_base_wins(tiny: Family) -> None:
+    other = shutil.copytree(tiny.base, tiny.root / "other")
+    edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path=str(tiny.base))
+    assert inspect_checkpoint(tiny.lora, other).base.path == other
+
+
+@pytest.mark.parametrize("base", ["lora", "projector", "tower"])
+def test_wrong_kind_of_base(tiny: Family, base: str) -> None:
+    with pytest.raises(UserError, match=r"--model-base .* is .*not a language model"):
+        inspect_checkpoint(tiny.lora, getattr(tiny, base))
+
+
+def test_superfluous_base_is_announced(tiny: Family, caplog: pytest.LogCaptureFixture) -> None:
+    inspect_checkpoint(tiny.full, tiny.base)
+    assert "not used" in caplog.text
+
+
+# Finding
+
+
+@pytest.mark.parametrize("name", ["no-such-directory", "/no/such/directory", "a/b/c", "./x"])
+def test_no_such_directory(name: str) -> None:
+    with pytest.raises(UserError, match=rf"no directory {name}.*--model-path"):
+        inspect_checkpoint(name)
+
+
+def test_hub_name_without_network() -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(UserError, match=r"nobody/nothing .*no network.*hf download nobody/nothing"):
+        inspect_checkpoint("nobody/nothing")
+
+
+def test_a_local_directory_wins_over_the_hub(tiny: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tiny.root / "liuhaotian").mkdir()
+    tiny.full.rename(tiny.root / "liuhaotian/llava-v1.5-7b")
+    monkeypatch.chdir(tiny.root)
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    assert inspect_checkpoint("liuhaotian/llava-v1.5-7b").kind == "full"
+
+
+def test_resolve_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/b/ckpt", "a/towers/clip", "here/towers/clip"):
+        (tmp_path / name).mkdir(parents=True)
+    ckpt = tmp_path / "a/b/ckpt"
+    assert resolve_beside("towers/clip", ckpt) == tmp_path / "a/towers/clip"
+    monkeypatch.chdir(tmp_path / "here")
+    assert resolve_beside("towers/clip", ckpt) == Path("towers/clip")
+    assert resolve_beside("towers/dino", ckpt) is None
+
+
+# Reading
+
+
+def test_shards_hold_what_one_file_holds(tiny: Family) -> None:
+    sharded = read_model_weights(inspect_checkpoint(tiny.full)).tensors
+    assert sharded.keys() == {**tiny.language_model, **tiny.projector_weights}.keys()
+    single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights})
+    single = read_model_weights(inspect_checkpoint(tiny.full)).tensors
+    assert all(torch.equal(single[name], sharded[name]) for name in sharded)
+    assert single.keys() == sharded.keys()
+
+
+def test_only_the_shards_that_are_wanted_are_opened(tiny: Family) -> None:
+    info = inspect_checkpoint(tiny.full)
+    (tiny.full / "pytorch_model-00001-of-00002.bin").write_bytes(b"unreadable")
+    wanted = read_weights(info.weights, keep=lambda name: name.startswith("model.norm"))
+    assert list(wanted.tensors) == ["model.norm.weight"]
+
+
+def test_lora_reads_base_and_projector(tiny: Family) -> None:
+    found = read_model_weights(inspect_checkpoint(tiny.lora, tiny.base))
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tiny.projector_weights.items())
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tiny.language_model.items())
+    assert found.source["lm_head.weight"].parent == tiny.base
+
+
+def test_a_checkpoint_s_weights_lie_over_its_base_s(tiny: Family) -> None:
+    """Task LoRA: the base has a projector too, and the adapter's embeddings were trained."""
+    embeddings = torch.full_like(tiny.language_model["model.embed_tokens.weight"], 0.5)
+    file = tiny.lora / "non_lora_trainables.bin"
+    torch.save({**torch.load(file), "base_model.model.model.embed_tokens.weight": embeddings}, file)
+    found = read_model_weights(inspect_checkpoint(tiny.lora, tiny.full))
+    assert torch.equal(found.tensors["model.embed_tokens.weight"], embeddings)
+    assert found.source["model.mm_projector.0.bias"] == file
+
+
+def test_safetensors_extras(tiny: Family) -> None:
+    file = tiny.lora / "non_lora_trainables.bin"
+    save_file(torch.load(file), file.with_suffix(".safetensors"))
+    file.unlink()
+    assert inspect_checkpoint(tiny.lora).extra.suffix == ".safetensors"
+    adapter = tiny.lora / "adapter_model.bin"
+    save_file(torch.load(adapter), adapter.with_suffix(".safetensors"))
+    adapter.unlink()
+    assert len(checkpoints.read_adapter(inspect_checkpoint(tiny.lora))) == 8
+
+
+def test_read_projector(tiny: Family) -> None:
+    found = read_projector(tiny.projector / "mm_projector.bin").tensors
+    assert found.keys() == tiny.projector_weights.keys()
+    with pytest.raises(UserError, match="no mm_projector weights"):
+        read_projector(tiny.base / "pytorch_model.bin")
+
+
+def test_old_torch_format(tiny: Family) -> None:
+    file = tiny.root / "old.bin"
+    torch.save(tiny.projector_weights, file, _use_new_zipfile_serialization=False)
+    found = read_tensors(file)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tiny.projector_weights.items())
+
+
+def test_reading_maps_and_does_not_copy(tmp_path: Path) -> None:
+    """Of 256 MB nothing becomes resident before it is used."""
+    torch.save({"a": torch.zeros(2**26)}, tmp_path / "a.bin")
+    save_file({"a": torch.zeros(2**26)}, tmp_path / "a.safetensors")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for name in ("a.bin", "a.safetensors"):
+        before = resident()
+        tensors = read_tensors(tmp_path / name)
+        assert tensors["a"].nbytes == 2**28
+        assert resident() - before < 2**26
+
+
+# Bad input: one sentence that names the file and the remedy
+
+
+def truncate(file: Path, keep: float = 0.7) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * keep)])
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def bad_config_bytes(tiny: Family) -> Path:
+    (tiny.full / "config.json").write_bytes(b'{"model_type": "ll\xe4va"}')
+    return tiny.full / "config.json"
+
+
+def bad_config_json(tiny: Family) -> Path:
+    (tiny.full / "config.json").write_text('{"model_type": "llava",')
+    return tiny.full / "config.json"
+
+
+def config_is_a_list(tiny: Family) -> Path:
+    (tiny.full / "config.json").write_text("[]")
+    return tiny.full / "config.json"
+
+
+def no_config(tiny: Family) -> Path:
+    (tiny.full / "config.json").unlink()
+    return tiny.full
+
+
+def empty_directory(tiny: Family) -> Path:
+    shutil.rmtree(tiny.full)
+    tiny.full.mkdir()
+    return tiny.full
+
+
+def truncated_zip(tiny: Family) -> Path:
+    truncate(tiny.full / "pytorch_model-00002-of-00002.bin")
+    return tiny.full / "pytorch_model-00002-of-00002.bin"
+
+
+def truncated_safetensors(tiny: Family) -> Path:
+    single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights})
+    truncate(tiny.full / "model.safetensors")
+    return tiny.full / "model.safetensors"
+
+
+def empty_file(tiny: Family) -> Path:
+    (tiny.full / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    return tiny.full / "pytorch_model-00001-of-00002.bin"
+
+
+def html_instead_of_weights(tiny: Family) -> Path:
+    (tiny.full / "pytorch_model-00001-of-00002.bin").write_text("<html>Quota exceeded</html>")
+    return tiny.full / "pytorch_model-00001-of-00002.bin"
+
+
+def git_lfs_pointer(tiny: Family) -> Path:
+    file = tiny.full / "pytorch_model-00001-of-00002.bin"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    return file
+
+
+def missing_shard(tiny: Family) -> Path:
+    (tiny.full / "pytorch_model-00001-of-00002.bin").unlink()
+    return tiny.full / "pytorch_model.bin.index.json"
+
+
+def missing_index(tiny: Family) -> Path:
+    (tiny.full / "pytorch_model.bin.index.json").unlink()
+    return tiny.full
+
+
+def missing_index_entry(tiny: Family) -> Path:
+    index = tiny.full / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["lm_head.weight"]
+    write_json(index, content)
+    return index
+
+
+def index_promises_too_much(tiny: Family) -> Path:
+    index = tiny.full / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "pytorch_model-00001-of-00002.bin"
+    write_json(index, content)
+    return index
+
+
+def index_without_map(tiny: Family) -> Path:
+    write_json(tiny.full / "pytorch_model.bin.index.json", {"metadata": {}})
+    return tiny.full / "pytorch_model.bin.index.json"
+
+
+def pickle_that_runs_code(tiny: Family) -> Path:
+    torch.save({"model.norm.weight": Malicious()}, tiny.full / "pytorch_model-00002-of-00002.bin")
+    return tiny.full / "pytorch_model-00002-of-00002.bin"
+
+
+def no_weights_at_all(tiny: Family) -> Path:
+    for file in tiny.full.glob("pytorch_model*"):
+        file.unlink()
+    return tiny.full
+
+
+def another_llava(tiny: Family) -> Path:
+    edit_json(tiny.full / "config.json", architectures=["LlavaMptForCausalLM"])
+    return tiny.full
+
+
+BAD_FULL = [
+    (bad_config_bytes, "not UTF-8"),
+    (bad_config_json, "not valid JSON"),
+    (config_is_a_list, "not an object"),
+    (no_config, "no config.json"),
+    (empty_directory, "empty"),
+    (truncated_zip, "cut off"),
+    (truncated_safetensors, "cut off"),
+    (empty_file, "cut off"),
+    (html_instead_of_weights, "not a PyTorch weight file"),
+    (git_lfs_pointer, "git lfs pull"),
+    (missing_shard, "pytorch_model-00001-of-00002.bin is missing"),
+    (missing_index, "no pytorch_model.bin.index.json"),
+    (missing_index_entry, "lm_head.weight"),
+    (index_promises_too_much, "model.layers.9.mlp.up_proj.weight"),
+    (index_without_map, "no weight_map"),
+    (pickle_that_runs_code, "run code"),
+    (no_weights_at_all, "no weights"),
+    (another_llava, "LlavaMptForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), BAD_FULL, ids=lambda value: getattr(value, "__name__", ""))
+def test_damaged_checkpoints(tiny: Family, damage, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny.root)
+    file = damage(tiny)
+    with pytest.raises(UserError) as error:
+        read_model_weights(inspect_checkpoint(tiny.full))
+    message = str(error.value)
+    assert says in message
+    assert str(file) in message
+    assert "\n" not in message
+    assert not (tiny.root / "executed").exists()
+
+
+def test_adapter_without_its_config(tiny: Family) -> None:
+    (tiny.lora / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"adapter_config.json is missing"):
+        inspect_checkpoint(tiny.lora)
+
+
+def test_adapter_config_without_adapter(tiny: Family) -> None:
+    (tiny.lora / "adapter_model.bin").unlink()
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors"):
+        inspect_checkpoint(tiny.lora)
+
+
+def test_intermediate_lora_without_projector(tiny: Family) -> None:
+    (tiny.lora / "non_lora_trainables.bin").unlink()
+    with pytest.raises(UserError, match="final directory"):
+        read_model_weights(inspect_checkpoint(tiny.lora, tiny.base))
+
+
+def test_a_file_is_no_directory(tiny: Family) -> None:
+    with pytest.raises(UserError, match=r"mm_projector.bin is a file: pass the directory"):
+        inspect_checkpoint(tiny.projector / "mm_projector.bin")
+
+
+# Checking
+
+
+def expected_shapes(tiny: Family) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in {**tiny.language_model, **tiny.projector_weights}.items()}
+
+
+def test_check_passes_what_fits(tiny: Family) -> None:
+    info = inspect_checkpoint(tiny.lora, tiny.base)
+    check_weights(read_model_weights(info), expected_shapes(tiny), info)
+
+
+def test_check_names_missing_weights(tiny: Family) -> None:
+    info = inspect_checkpoint(tiny.full)
+    found = read_model_weights(info).select(lambda name: name != "lm_head.weight")
+    with pytest.raises(UserError, match=r"llava-tiny.*1 weights.*lm_head.weight"):
+        check_weights(found, expected_shapes(tiny), info)
+
+
+def test_check_names_unexpected_weights(tiny: Family) -> None:
+    info = inspect_checkpoint(tiny.full)
+    found = read_model_weights(info)
+    found.set("model.resampler.weight", torch.zeros(1), tiny.full / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(UserError, match=r"pytorch_model-00001-of-00002.bin holds 1 .*model.resampler.weight"):
+        check_weights(found, expected_shapes(tiny), info)
+
+
+def test_check_blames_the_base_for_its_shapes(tiny: Family) -> None:
+    info = inspect_checkpoint(tiny.lora, tiny.base)
+    found = read_model_weights(info)
+    name = "model.layers.0.mlp.up_proj.weight"
+    found.set(name, torch.zeros(3, 5), found.source[name])
+    with pytest.raises(UserError, match=r"up_proj.weight has shape \[3, 5\].*wrong base.*someone/base-tiny"):
+        check_weights(found, expected_shapes(tiny), info)
+
+
+def test_added_tokens_get_the_mean_of_the_others(tiny: Family) -> None:
+    found = read_model_weights(inspect_checkpoint(tiny.base))
+    grown = fit_vocabulary(found, tiny.vocab_size + 2)
+    old = tiny.language_model["model.embed_tokens.weight"]
+    new = grown.tensors["model.embed_tokens.weight"]
+    assert torch.equal(new[:-2], old)
+    torch.testing.assert_close(new[-2:], old.mean(0).expand(2, -1))
+    assert grown.tensors["lm_head.weight"].shape[0] == tiny.vocab_size + 2
+    assert found.tensors["lm_head.weight"].shape[0] == tiny.vocab_size
+
+
+def test_another_model_s_vocabulary_is_not_filled_up(tiny: Family) -> None:
+    found = read_model_weights(inspect_checkpoint(tiny.base))
+    assert fit_vocabulary(found, 32000).tensors["lm_head.weight"].shape[0] == tiny.vocab_size
+
+
+# Writing
+
+
+def test_a_new_directory_appears_whole(tmp_path: Path) -> None:
+    out = tmp_path / "deep/out"
+    with replacing(out) as directory:
+        (directory / "config.json").write_text("{}")
+        assert not out.exists()
+    assert [file.name for file in out.iterdir()] == ["config.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), replacing(out) as directory:
+        (directory / "config.json").write_text("{}")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_clears_stale_weights_and_keeps_the_rest(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "checkpoint-1").mkdir(parents=True)
+    for name in (
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "trainer_state.json",
+    ):
+        (out / name).write_text("old")
+    with replacing(out) as directory:
+        (directory / "model.safetensors").write_text("new")
+        (directory / "config.json").write_text("new")
+    assert {file.name for file in out.iterdir()} == {
+        "checkpoint-1",
+        "config.json",
+        "model.safetensors",
+        "trainer_state.json",
+    }
+    assert (out / "config.json").read_text() == "new"
+
+
+def test_an_interrupted_move_is_not_mistaken_for_a_checkpoint(
+    tiny: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def fails_at_weights(source, target):
+        if Path(target).name == "mm_projector.bin":
+            raise OSError("killed")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_at_weights)
+    with pytest.raises(OSError, match="killed"), replacing(tiny.projector) as directory:
+        (directory / "config.json").write_text("{}")
+        (directory / "mm_projector.bin").write_text("")
+    with pytest.raises(UserError, match=r"no config.json"):
+        inspect_checkpoint(tiny.projector)
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.safetensors"])
+def test_write_tensors_writes_no_more_than_it_is_given(tmp_path: Path, name: str) -> None:
+    whole = torch.randn(1000, 64)
+    write_tensors({"a": whole[:2], "b": torch.nn.Parameter(whole[2:3].T)}, tmp_path / "sub" / name)
+    file = tmp_path / "sub" / name
+    assert file.stat().st_size < 10_000
+    found = read_tensors(file)
+    assert torch.equal(found["a"], whole[:2])
+    assert torch.equal(found["b"], whole[2:3].T)
+    assert [path.name for path in file.parent.iterdir()] == [name]
