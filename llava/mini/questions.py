@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llava.eval.benchmarks.base import LETTER, SHORT
 from llava.mini.sprites import COLORS, WORDS, article, colored_classes, drawings, plural
 
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
 TYPES = ("presence", "naming", "color", "counting", "position", "words")
 REGIONS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 LETTERS = "ABCD"
+NO_OCR_TOKENS = "\nReference OCR token: "
+"""TextVQA's prompt where its reader found nothing; some questions about words carry it in training."""
 
 TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
     ("presence", "yesno"): (
@@ -108,13 +109,31 @@ def _form(rng: np.random.Generator) -> str:
     return str(rng.choice(["open", "yesno", "choice"], p=[0.74, 0.13, 0.13]))
 
 
-def _choice(rng, question: str, right: str, others: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
-    """(text with options, letter of the right one, options): three wrong ones, the right letter uniform."""
-    wrong = [str(other) for other in rng.permutation([o for o in others if o != right])[:3]]
+def alternatives(kind: str, scene) -> list[str]:
+    """Everything an open question of a type may be answered with, but for what else is in the scene."""
+    if kind == "naming":
+        here = {thing.name for thing in scene.objects}
+        return [name for name in drawings() if name not in here]
+    return {
+        "color": list(COLORS),
+        "counting": [str(number) for number in NUMBERS],
+        "position": list(REGIONS),
+        "words": list(WORDS),
+    }[kind]
+
+
+def options_for(rng: np.random.Generator, kind: str, scene, right: str) -> tuple[str, ...]:
+    """The right answer at a uniform place among three wrong ones."""
+    wrong = [str(o) for o in rng.permutation([o for o in alternatives(kind, scene) if o != right])[:3]]
     place = int(rng.integers(len(wrong) + 1))
-    options = (*wrong[:place], right, *wrong[place:])
+    return (*wrong[:place], right, *wrong[place:])
+
+
+def _choice(rng, kind: str, scene, question: str, right: str) -> tuple[str, str, tuple[str, ...]]:
+    """(text with options, letter of the right one, options)."""
+    options = options_for(rng, kind, scene, right)
     listing = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return question + listing + LETTER, LETTERS[place], options
+    return question + listing + LETTER, LETTERS[options.index(right)], options
 
 
 def _yes(flag: bool) -> str:
@@ -154,8 +173,7 @@ def naming(rng, scene) -> list[Question]:
         if rng.random() < 0.85:
             questions.append(Question("naming", "open", text + SHORT, thing.name, (), about, (thing.name,)))
         else:
-            absent = [name for name in drawings() if all(o.name != name for o in things)]
-            text, letter, options = _choice(rng, text, thing.name, absent)
+            text, letter, options = _choice(rng, "naming", scene, text, thing.name)
             questions.append(Question("naming", "choice", text, letter, options, about, (thing.name,)))
     return questions
 
@@ -176,7 +194,7 @@ def color(rng, scene) -> list[Question]:
         template = TEMPLATES["color", "open" if len(group) == 1 else "group"]
         text = _pick(rng, template).format(name=name, names=plural(name))
         if form == "choice":
-            text, letter, options = _choice(rng, text, right, list(COLORS))
+            text, letter, options = _choice(rng, "color", scene, text, right)
             questions.append(Question("color", "choice", text, letter, options, name, (name,)))
         else:
             questions.append(Question("color", "open", text + SHORT, right, (), name, (name,)))
@@ -197,7 +215,7 @@ def counting(rng, scene) -> list[Question]:
         return [Question("counting", "yesno", text + SHORT, _yes(truth), (), name, (name,))]
     text = _pick(rng, TEMPLATES["counting", "open"]).format(names=plural(name))
     if form == "choice":
-        text, letter, options = _choice(rng, text, str(right), [str(n) for n in NUMBERS])
+        text, letter, options = _choice(rng, "counting", scene, text, str(right))
         return [Question("counting", "choice", text, letter, options, name, (name,))]
     return [Question("counting", "open", text + SHORT, str(right), (), name, (name,))]
 
@@ -214,7 +232,7 @@ def position(rng, scene) -> list[Question]:
             continue
         text = _pick(rng, TEMPLATES["position", "open"]).format(name=thing.name)
         if form == "choice":
-            text, letter, options = _choice(rng, text, thing.region, REGIONS)
+            text, letter, options = _choice(rng, "position", scene, text, thing.region)
             questions.append(Question("position", "choice", text, letter, options, thing.name, (thing.name,)))
         else:
             questions.append(
@@ -253,9 +271,10 @@ def words(rng, scene) -> list[Question]:
         return [Question("words", "yesno", text + SHORT, _yes(truth), (), "word")]
     text = _pick(rng, TEMPLATES["words", "open"])
     if form == "choice":
-        text, letter, options = _choice(rng, text, right, WORDS)
+        text, letter, options = _choice(rng, "words", scene, text, right)
         return [Question("words", "choice", text, letter, options, "word")]
-    return [Question("words", "open", text + SHORT, right, (), "word")]
+    frame = NO_OCR_TOKENS if rng.random() < 0.25 else ""
+    return [Question("words", "open", text + frame + SHORT, right, (), "word")]
 
 
 def caption(rng, scene) -> Question:
