@@ -183,10 +183,12 @@ def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int])
     """The image made to fit (width, height), aspect kept, in the middle of black."""
     width, height = image.size
     target_width, target_height = target_resolution
-    if target_width / width < target_height / height:
-        fitted = (target_width, min(math.ceil(height * target_width / width), target_height))
+    # The scale first: its rounding decides whether a side of exactly n pixels becomes n + 1, as in training.
+    across, down = target_width / width, target_height / height
+    if across < down:
+        fitted = (target_width, min(math.ceil(height * across), target_height))
     else:
-        fitted = (min(math.ceil(width * target_height / height), target_width), target_height)
+        fitted = (min(math.ceil(width * down), target_width), target_height)
     canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
     canvas.paste(image.resize(fitted), ((target_width - fitted[0]) // 2, (target_height - fitted[1]) // 2))
     return canvas
@@ -288,8 +290,14 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         for ids in self.keyword_ids:
             if len(row) >= len(ids) and torch.equal(row[len(row) - len(ids) :], ids.to(row.device)):
                 return True
-        recent = min(len(row) - self.start_len, self.max_keyword_len)
-        text = self.tokenizer.decode(row[len(row) - recent :], skip_special_tokens=True)
+        new = row[self.start_len :]
+        text = ""
+        # The window may begin inside a character of several byte tokens; fast tokenizers then lose them all.
+        for more in range(4):
+            window = new[max(len(new) - self.max_keyword_len - more, 0) :]
+            text = self.tokenizer.decode(window, skip_special_tokens=True)
+            if not text.startswith("\ufffd"):
+                break
         return any(keyword in text for keyword in self.keywords)
 
     def __call__(self, output_ids: torch.Tensor, scores: torch.Tensor | None = None, **kwargs: Any) -> bool:

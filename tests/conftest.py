@@ -26,3 +26,24 @@ def golden() -> Path:
     if not path.is_dir():
         pytest.skip(f"no reference data at ../shared/golden (looked for {path})")
     return path
+
+
+@pytest.fixture(scope="session", params=["copy", "golden"])
+def text_data(request: pytest.FixtureRequest) -> Path:
+    """Reference data about text, twice: the few cases kept in tests/data/text, then all of them beside us.
+
+    A folder with the JSON files and, in `tokenizers/`, the tokenizers they were made with.
+    """
+    if request.param == "copy":
+        return ROOT / "tests" / "data" / "text"
+    return request.getfixturevalue("golden_text")
+
+
+@pytest.fixture(scope="session")
+def golden_text(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same layout as tests/data/text, made of links into the reference data."""
+    folder = tmp_path_factory.mktemp("golden_text")
+    for file in (golden / "llava" / "text").iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "tokenizers").symlink_to(golden / "llava" / "tokenizers")
+    return folder

@@ -63,15 +63,17 @@ def _images(value: Any) -> list[str]:
 def _turns(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise ValueError("it has no list of `conversations`")
+    turns = []
     for i, turn in enumerate(value, 1):
-        fields = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else ()
-        if not fields or not all(isinstance(field, str) for field in fields):
+        who, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if not isinstance(who, str) or not isinstance(text, str):
             raise ValueError(f"turn {i} is not an object with the strings `from` and `value`")
-    return [{"from": _text(turn["from"]), "value": _text(turn["value"])} for turn in value]
+        turns.append({"from": _text(who), "value": _text(text)})
+    return turns
 
 
 def _text(text: str) -> str:
-    if _encodable(text) != text:
+    if not text.isascii() and _encodable(text) != text:
         raise ValueError("it holds half a surrogate pair, which is no character")
     return text
 
