@@ -160,7 +160,8 @@ class LlavaTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         self._projected = 0
-        loss = super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False, "loss_only": True}
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         placeholders = (ids == IMAGE_TOKEN_INDEX) & mask
         images = placeholders.sum()
