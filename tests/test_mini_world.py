@@ -8,11 +8,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 from PIL import Image
+from scene_truth import truth, type_of
 
 from llava.cli import main
 from llava.errors import UserError
 from llava.mini import backgrounds, sprites, world
-from llava.mini.questions import LETTER, LETTERS, NUMBERS, REGIONS, SHORT, TEMPLATES, TYPES
+from llava.mini.questions import LETTER, LETTERS, SHORT, TEMPLATES, TYPES
 
 N = 60
 
@@ -136,61 +137,20 @@ def test_every_class_with_several_drawings_holds_one_out():
     assert not set(sprites.WORDS) & set(sprites.drawings()) and len(set(sprites.WORDS)) == 40
 
 
-def truth(row, scene):
-    """Answer of a question, worked out from its text and the scene by other means than the generator's."""
-    text = row["text"].split("\n")[0]
-    if row["form"] == "choice":
-        assert row["text"].endswith(LETTER)
-        assert row["text"].split("\n")[1:-1] == [
-            f"{letter}. {option}" for letter, option in zip(LETTERS, row["choices"], strict=True)
-        ]
-        return {v: k for k, v in zip(LETTERS, row["choices"], strict=True)}[open_truth(text, row, scene)]
-    assert row["text"].endswith(SHORT)
-    if row["form"] == "open":
-        return open_truth(text, row, scene)
-    said = [name for name in sprites.drawings() if re.search(rf"\b({name}|{sprites.plural(name)})\b", text)]
-    count = Counter(thing.name for thing in scene.objects)
-    where = {thing.name: thing for thing in scene.objects}
-    if row["type"] == "presence":
-        holds = count[said[0]] > 0
-    elif row["type"] == "color":
-        holds = where[said[0]].color in text.split() or where[said[0]].color + "?" in text.split()
-    elif row["type"] == "counting":
-        number = next((n for n, word in NUMBERS.items() if word in text.split()), 1)
-        holds = count[said[0]] == number
-    elif row["type"] == "words":
-        holds = next(t.name for t in scene.objects if t.written) in text
-    elif len(said) == 2:
-        a, b = sorted(said, key=text.index)
-        x = {name: where[name].box[0] + where[name].box[2] for name in said}
-        holds = (x[a] < x[b]) == ("on the left of" in text)
-    else:
-        holds = where[said[0]].region in text
-    return "Yes" if holds else "No"
-
-
-def open_truth(text, row, scene):
-    if row["type"] == "words":
-        return next(thing.name for thing in scene.objects if thing.written)
-    if row["type"] == "naming":
-        region = next((r for r in REGIONS if r in text), None)
-        things = [t for t in scene.objects if not t.written and region in (None, t.region)]
-        assert len(things) == 1
-        return things[0].name
-    asked = [t for t in scene.objects if re.search(rf"\b({t.name}|{sprites.plural(t.name)})\b", text)]
-    if row["type"] == "counting":
-        return str(len(asked))
-    if row["type"] == "color":
-        return asked[0].color
-    assert len(asked) == 1
-    return asked[0].region
-
-
 def test_answers_are_true(made):
     _, folder, _ = made
     scenes = {scene.image: scene for scene in world.read_scenes(folder)}
     for row in rows(folder / "questions.jsonl"):
-        assert truth(row, scenes[row["image"]]) == row["answer"], row
+        question, *rest = row["text"].split("\n")
+        right = truth(question, scenes[row["image"]])
+        assert type_of(question) == row["type"], row
+        if row["form"] == "choice":
+            options = [f"{letter}. {option}" for letter, option in zip(LETTERS, row["choices"], strict=True)]
+            assert [*options, LETTER.strip()] == rest and len(set(row["choices"])) == 4
+            right = LETTERS[row["choices"].index(right)]
+        else:
+            assert rest[-1] == SHORT.strip() and rest[:-1] in ([], ["Reference OCR token: "])
+        assert row["answer"] == right, row
 
 
 def test_no_constant_answer_goes_far(plans):

@@ -246,6 +246,12 @@ def interview(split: str, seed: int, scene: Scene) -> tuple[list[Question], list
 _KEYS = {"name": "class"}  # where a field is called otherwise in objects.jsonl
 
 
+def describe(scene: Scene, image: str) -> dict:
+    """The row of objects.jsonl of a scene whose picture is `image`."""
+    objects = [{_KEYS.get(key, key): v for key, v in asdict(thing).items()} for thing in scene.objects]
+    return {"image": image, "background": scene.background, "counted": scene.counted, "objects": objects}
+
+
 def read_scenes(folder: Path) -> list[Scene]:
     """What the pictures of a world show, from its objects.jsonl."""
     back = {on_disk: field for field, on_disk in _KEYS.items()}
@@ -278,9 +284,6 @@ def _write_scene(index: int, *, split: str, seed: int, out: str) -> tuple[dict, 
     picture, scene = compose(split, seed, index)
     picture.save(Path(out) / scene.image, quality=90)
     questions, turns = interview(split, seed, scene)
-    objects = [{_KEYS.get(key, key): v for key, v in asdict(thing).items()} for thing in scene.objects]
-    shown = {"image": scene.image, "background": scene.background, "counted": scene.counted}
-    shown["objects"] = objects
     rows = [
         {
             "question_id": index * 100 + number,
@@ -293,7 +296,8 @@ def _write_scene(index: int, *, split: str, seed: int, out: str) -> tuple[dict, 
         }
         for number, question in enumerate(questions)
     ]
-    return to_llava(f"{split}-{seed}-{index:06d}", scene.image, turns), shown, rows
+    name = f"{split}-{seed}-{index:06d}"
+    return to_llava(name, scene.image, turns), describe(scene, scene.image), rows
 
 
 def manifest(split: str, seed: int, count: int) -> dict:

@@ -1,0 +1,538 @@
+"""`llava mini benchmarks`: small sets of the paper's six benchmarks, in their official file formats.
+
+The pictures are composed test scenes (drawings, backgrounds and pairs that no train scene shows; world.py),
+the questions those a small model can know. Folder and file names are the official ones, so that `llava eval`,
+`llava score` and `llava submit` work with `--root OUT` as they do with the real sets. The numbers say nothing
+about the real benchmarks: never put them beside published ones. OUT/objects.jsonl says what each picture
+shows, OUT/mini.json what the best constant answer scores.
+
+Per benchmark `--n` pictures (MME: per subtask):
+  pope        18 questions a picture: 3 present and 3 absent classes in each category. Absent ones are drawn
+              anywhere (random), from the most frequent (popular), or from those most often seen with the
+              present ones (adversarial), as POPE does
+  mme         existence, count, position, color, OCR: one yes and one no a picture; other subtasks are absent
+  textvqa     what the rendered word says, with no OCR tokens in the prompt
+  vqav2       up to three questions a picture, ten equal reference answers, with an annotations file
+  scienceqa   one multiple-choice question a picture, and a third as many without picture
+  mmbench     one multiple-choice question a picture in four rotations
+"""
+
+import argparse
+import base64
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations, count, islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from llava.errors import UserError
+from llava.eval.benchmarks import mmbench, mme, pope, scienceqa, textvqa, vqav2
+from llava.eval.benchmarks.base import SHORT, jsonl, write_text
+from llava.mini import world
+from llava.mini.questions import (
+    LETTERS,
+    NO_OCR_TOKENS,
+    NUMBERS,
+    TEMPLATES,
+    Question,
+    alternatives,
+    article,
+    options_for,
+)
+from llava.mini.sprites import COLORS, WORDS, drawings, plural
+
+VERSION = 1
+APART = 1_000_000
+"""Each benchmark draws from its own range of scenes; `llava mini world` stays below the first."""
+TEST_DEV_SHARE = 0.8  # of VQAv2's test2015 list
+
+
+@dataclass(frozen=True)
+class Source:
+    """The scenes of one benchmark, in order."""
+
+    seed: int
+    first: int  # index of the first scene
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.first])
+
+    def scenes(self, fit: Callable[[world.Scene], bool]) -> Iterator[world.Scene]:
+        """Plans of scenes that fit, without end."""
+        return (s for i in count(self.first) if fit(s := world.plan("test", self.seed, i)))
+
+    def save(self, scene: world.Scene, path: Path) -> world.Scene:
+        """Draw the scene into a file; the scene with its boxes."""
+        picture, drawn = self.draw(scene)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=90)
+        return drawn
+
+    def draw(self, scene: world.Scene) -> tuple[Image.Image, world.Scene]:
+        return world.render(scene, "test", self.seed)
+
+    def questions(self, scene: world.Scene) -> list[Question]:
+        return world.interview("test", self.seed, scene)[0]
+
+
+Shown = dict[str, world.Scene]
+"""What each picture shows, by its path relative to the root."""
+
+
+def _things(scene: world.Scene) -> list[world.Thing]:
+    return [thing for thing in scene.objects if not thing.written]
+
+
+def _classes(scene: world.Scene) -> list[str]:
+    return sorted({thing.name for thing in _things(scene)})
+
+
+def _single(scene: world.Scene) -> list[world.Thing]:
+    """Things that are the only ones of their class."""
+    seen = Counter(thing.name for thing in scene.objects)
+    return [thing for thing in _things(scene) if seen[thing.name] == 1]
+
+
+# --- POPE ---
+
+
+def write_pope(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
+    folder, rng = root / "pope", source.rng
+    scenes = list(islice(source.scenes(lambda scene: len(_classes(scene)) >= 3), number))
+    frequent = Counter(name for scene in scenes for name in _classes(scene))
+    together = Counter(pair for scene in scenes for pair in combinations(_classes(scene), 2))
+
+    shown: Shown = {}
+    labels: dict[str, list[dict]] = {category: [] for category in ("adversarial", "popular", "random")}
+    for place, scene in enumerate(scenes):
+        image = f"COCO_val2014_{place + 1:012d}.jpg"
+        shown[f"pope/val2014/{image}"] = source.save(scene, folder / "val2014" / image)
+        present = [str(name) for name in rng.permutation(_classes(scene))[:3]]
+        absent = [str(name) for name in rng.permutation([n for n in drawings() if n not in _classes(scene)])]
+        seen_with = {a: sum(together[tuple(sorted((a, p)))] for p in _classes(scene)) for a in absent}
+        negatives = {
+            "random": absent[:3],
+            "popular": sorted(absent, key=lambda name: -frequent[name])[:3],
+            "adversarial": sorted(absent, key=lambda name: (-seen_with[name], -frequent[name]))[:3],
+        }
+        for category, rows in labels.items():
+            for yes, no in zip(present, negatives[category], strict=True):
+                for name, label in ((yes, "yes"), (no, "no")):
+                    text = f"Is there {article(name)} in the image?"
+                    rows.append({"question_id": len(rows) + 1, "image": image, "text": text, "label": label})
+        bar.update()
+    for category, rows in labels.items():
+        write_text(folder / "coco" / f"coco_pope_{category}.json", jsonl(rows))
+    write_text(folder / pope.QUESTIONS, pope.rebuild(root))
+    return shown
+
+
+# --- MME ---
+
+Pair = tuple[str, str]
+"""A question whose answer is yes, and one whose answer is no."""
+
+
+def _existence(rng: np.random.Generator, scene: world.Scene) -> Pair:
+    here, gone = str(rng.choice(_classes(scene))), str(rng.choice(alternatives("naming", scene)))
+    return f"Is there {article(here)} in this image?", f"Is there {article(gone)} in this image?"
+
+
+def _count(rng: np.random.Generator, scene: world.Scene) -> Pair:
+    right = sum(thing.name == scene.counted for thing in scene.objects)
+    wrong = int(rng.choice([number for number in NUMBERS if number != right]))
+
+    def ask(number: int) -> str:
+        if number == 1:
+            return f"Is there only one {scene.counted} in the image?"
+        return f"Are there a total of {NUMBERS[number]} {plural(scene.counted)} in the image?"
+
+    return ask(right), ask(wrong)
+
+
+def _sides(scene: world.Scene) -> list[tuple[world.Thing, world.Thing]]:
+    """(left one, right one) of all single things in opposite halves."""
+    left = [thing for thing in _single(scene) if thing.region.endswith("left")]
+    right = [thing for thing in _single(scene) if thing.region.endswith("right")]
+    return [(a, b) for a in left for b in right]
+
+
+def _position(rng: np.random.Generator, scene: world.Scene) -> Pair:
+    sides = _sides(scene)
+    left, right = sides[rng.integers(len(sides))]
+    sides = {"left": (left.name, right.name), "right": (right.name, left.name)}
+    true, false = rng.permutation(["left", "right"])
+    subject, other = sides[true]
+    ask = f"Is the {subject} on the {{}} of the {other} in the image?"
+    return ask.format(true), ask.format(false)
+
+
+def _color(rng: np.random.Generator, scene: world.Scene) -> Pair:
+    colored = [thing for thing in _single(scene) if thing.color]
+    thing = colored[rng.integers(len(colored))]
+    wrong = str(rng.choice([color for color in COLORS if color != thing.color]))
+
+    def ask(color: str) -> str:
+        return f"Is there {article(color)} {thing.name} in the image?"
+
+    return ask(thing.color), ask(wrong)
+
+
+def _ocr(rng: np.random.Generator, scene: world.Scene) -> Pair:
+    right = next(thing.name for thing in scene.objects if thing.written)
+    wrong = str(rng.choice([word for word in WORDS if word != right]))
+    return f'Is the word in the image "{right}"?', f'Is the word in the image "{wrong}"?'
+
+
+def _has_word(scene: world.Scene) -> bool:
+    return any(thing.written for thing in scene.objects)
+
+
+SUBTASKS: dict[str, tuple[Callable[..., Pair], Callable[[world.Scene], bool]]] = {
+    "existence": (_existence, lambda scene: True),
+    "count": (_count, lambda scene: scene.counted is not None),
+    "position": (_position, lambda scene: bool(_sides(scene))),
+    "color": (_color, lambda scene: any(thing.color for thing in _single(scene))),
+    "OCR": (_ocr, _has_word),
+}
+
+
+def write_mme(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
+    release, shown = root / mme.RELEASE, {}
+    for offset, (subtask, (ask, fit)) in enumerate(SUBTASKS.items()):
+        part = Source(source.seed, source.first + offset * (APART // len(SUBTASKS)))
+        for place, scene in enumerate(islice(part.scenes(fit), number)):
+            stem = release / subtask / f"{place + 1:06d}"
+            image = stem.with_suffix(".jpg")
+            shown[str(image.relative_to(root))] = part.save(scene, image)
+            yes, no = ask(part.rng, scene)
+            write_text(stem.with_suffix(".txt"), f"{yes} {mme.ASK}\tYes\n{no} {mme.ASK}\tNo\n")
+            bar.update()
+    write_text(root / mme.QUESTIONS, mme.rebuild(root))
+    return shown
+
+
+# --- TextVQA ---
+
+
+def write_textvqa(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
+    folder, data, rows, shown = root / "textvqa", [], [], {}
+    for place, scene in enumerate(islice(source.scenes(_has_word), number)):
+        image_id = hashlib.sha256(f"{source.seed}/{scene.index}".encode()).hexdigest()[:16]
+        image = f"{image_id}.jpg"
+        shown[f"textvqa/train_images/{image}"] = source.save(scene, folder / "train_images" / image)
+        question = str(source.rng.choice(TEMPLATES["words", "open"]))
+        data.append(
+            {
+                "question": question,
+                "image_id": image_id,
+                "answers": [next(thing.name for thing in scene.objects if thing.written)] * 10,
+                "question_id": place + 1,
+                "image_classes": _classes(scene),
+                "image_width": world.SIZE,
+                "image_height": world.SIZE,
+                "set_name": "val",
+            }
+        )
+        text = question + NO_OCR_TOKENS + SHORT
+        rows.append({"question_id": image_id, "image": image, "text": text, "category": "default"})
+        bar.update()
+    head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "mini"}
+    write_text(folder / "TextVQA_0.5.1_val.json", json.dumps({**head, "data": data}))
+    write_text(folder / "llava_textvqa_val_v051_ocr.jsonl", jsonl(rows))
+    return shown
+
+
+# --- VQAv2 ---
+
+
+def write_vqav2(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
+    folder, rng = root / "vqav2", source.rng
+    rows, questions, annotations, shown = [], [], [], {}
+    for place, scene in enumerate(islice(source.scenes(lambda scene: True), number)):
+        image_id = place + 1
+        image = f"COCO_test2015_{image_id:012d}.jpg"
+        shown[f"vqav2/test2015/{image}"] = source.save(scene, folder / "test2015" / image)
+        asked = [q for q in source.questions(scene) if q.form != "choice" and q.type != "words"]
+        for turn, index in enumerate(rng.permutation(len(asked))[:3]):
+            question = asked[index]
+            text, answer = question.text.removesuffix(SHORT), question.answer.lower()
+            key = {"image_id": image_id, "question_id": image_id * 1000 + turn}
+            rows.append(
+                {"question_id": key["question_id"], "image": image, "text": text + SHORT}
+                | {"category": "default"}
+            )
+            questions.append({**key, "question": text})
+            annotations.append(
+                {
+                    **key,
+                    "question_type": " ".join(text.lower().split()[:3]),
+                    "answer_type": "yes/no" if question.form == "yesno" else _answer_type(answer),
+                    "multiple_choice_answer": answer,
+                    "answers": [
+                        {"answer_id": i, "answer": answer, "answer_confidence": "yes"} for i in range(1, 11)
+                    ],
+                }
+            )
+        bar.update()
+    head = {
+        "info": {"description": "composed scenes", "version": "mini"},
+        "task_type": "Open-Ended",
+        "data_type": "composed",
+        "data_subtype": "mini",
+        "license": {"name": "SIL OFL 1.1 (drawings)"},
+    }
+    write_text(
+        folder / "v2_OpenEnded_composed_mini_questions.json", json.dumps({**head, "questions": questions})
+    )
+    write_text(folder / "v2_composed_mini_annotations.json", json.dumps({**head, "annotations": annotations}))
+    # As with the real sets: test-dev is asked, test2015 holds more and is what an upload lists.
+    asked = rows[: max(1, round(TEST_DEV_SHARE * len(rows)))]
+    write_text(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", jsonl(asked))
+    write_text(folder / "llava_vqav2_mscoco_test2015.jsonl", jsonl(rows))
+    return shown
+
+
+def _answer_type(answer: str) -> str:
+    return "number" if answer.isdigit() else "other"
+
+
+# --- ScienceQA and MMBench: multiple choice ---
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A multiple-choice question about a scene."""
+
+    type: str
+    question: str
+    options: tuple[str, ...]
+    right: int  # place of the right one
+
+    def turned(self, steps: int) -> "Choice":
+        """Options rotated to the right by `steps`."""
+        cut = -steps % len(self.options)
+        options = self.options[cut:] + self.options[:cut]
+        return replace(self, options=options, right=(self.right + steps) % len(options))
+
+
+def _choices(source: Source, scene: world.Scene) -> list[Choice]:
+    """All open questions of a scene, with options."""
+    choices = []
+    for question in source.questions(scene):
+        if question.form == "open":
+            options = options_for(source.rng, question.type, scene, question.answer)
+            text = question.text.removesuffix(SHORT).removesuffix(NO_OCR_TOKENS)
+            choices.append(Choice(question.type, text, options, options.index(question.answer)))
+    return choices
+
+
+def _one_each(source: Source, number: int) -> Iterator[tuple[world.Scene, Choice]]:
+    """`number` scenes with one question each, the types in turn, every letter equally often right."""
+    order = ("naming", "color", "counting", "position", "words")
+    scenes = source.scenes(lambda scene: True)
+    for place in range(number):
+        wanted = order[place % len(order)]
+        for scene in scenes:
+            fitting = [choice for choice in _choices(source, scene) if choice.type == wanted]
+            if fitting:
+                if place % len(LETTERS) == 0:
+                    letters = source.rng.permutation(len(LETTERS))
+                choice = fitting[source.rng.integers(len(fitting))]
+                yield scene, choice.turned(int(letters[place % len(LETTERS)]) - choice.right)
+                break
+
+
+KINDS = {
+    "animal": ("bear", "bird", "cat", "cow", "dog", "elephant", "fish", "frog", "horse", "lion", "pig"),
+    "fruit": ("apple", "banana"),
+    "vehicle": ("bike", "boat", "bus", "car", "plane", "train"),
+    "shape": ("circle", "heart", "square", "star", "triangle"),
+}
+
+
+def _text_question(rng: np.random.Generator) -> Choice:
+    """A question that needs no picture."""
+    kind = str(rng.choice(list(KINDS)))
+    right = str(rng.choice(KINDS[kind]))
+    others = [name for other, names in KINDS.items() if other != kind for name in names]
+    wrong = [str(name) for name in rng.choice(others, 3, replace=False)]
+    place = int(rng.integers(4))
+    return Choice(
+        "kind", f"Which of these is {article(kind)}?", (*wrong[:place], right, *wrong[place:]), place
+    )
+
+
+def write_scienceqa(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
+    folder, rng = root / "scienceqa", source.rng
+    problems: dict[str, dict] = {}
+    shown: Shown = {}
+
+    def add(choice: Choice, picture: bool, hint: str = "") -> str:
+        identifier = str(len(problems) + 1)
+        problems[identifier] = {
+            "question": choice.question,
+            "choices": list(choice.options),
+            "answer": choice.right,
+            "hint": hint,
+            "image": "image.png" if picture else None,
+            "task": "closed choice",
+            "grade": "grade1",
+            "subject": "natural science" if picture else "language science",
+            "topic": "composed scenes",
+            "category": choice.type,
+            "skill": choice.type,
+            "lecture": "",
+            "solution": "",
+            "split": "test",
+        }
+        return identifier
+
+    for place, (scene, choice) in enumerate(_one_each(source, number)):
+        hint = "Look at the picture." if rng.random() < 0.25 else ""
+        identifier = add(choice, True, hint)
+        path = folder / "images" / "test" / identifier / "image.png"
+        shown[str(path.relative_to(root))] = source.save(scene, path)
+        if place % 3 == 2:
+            add(_text_question(rng), False)
+        bar.update()
+    splits: dict[str, list[str]] = {name: [] for name in ("train", "val", "trainval", "minitrain", "minival")}
+    write_text(folder / "problems.json", json.dumps(problems, indent=1))
+    write_text(
+        folder / "pid_splits.json", json.dumps({**splits, "test": list(problems), "minitest": list(problems)})
+    )
+    write_text(folder / scienceqa.QUESTIONS, scienceqa.rebuild(root))
+    return shown
+
+
+ABILITIES = {  # type of question -> MMBench's category and l2-category
+    "naming": ("object_localization", "finegrained_perception (instance-level)"),
+    "counting": ("object_localization", "finegrained_perception (instance-level)"),
+    "color": ("attribute_recognition", "finegrained_perception (instance-level)"),
+    "words": ("ocr", "finegrained_perception (instance-level)"),
+    "position": ("spatial_relationship", "finegrained_perception (cross-instance)"),
+}
+COLUMNS = (
+    *("index", "question", "hint", *LETTERS, "answer"),
+    *("category", "image", "source", "l2-category", "comment", "split"),
+)
+
+
+def write_mmbench(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
+    base, shown = [], {}
+    for scene, choice in _one_each(source, number):
+        stream = io.BytesIO()
+        picture, shown[f"mmbench/{len(base)}"] = source.draw(scene)
+        picture.save(stream, "JPEG", quality=90)
+        base.append((choice, base64.b64encode(stream.getvalue()).decode()))
+        bar.update()
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, COLUMNS, restval="", delimiter="\t", lineterminator="\n")
+    table.writeheader()
+    for turn in range(len(LETTERS)):
+        for place, (first, image) in enumerate(base):
+            choice = first.turned(turn)
+            category, l2_category = ABILITIES[choice.type]
+            cells = {
+                "index": str(turn * 1_000_000 + place),
+                "question": choice.question,
+                **dict(zip(LETTERS, choice.options, strict=True)),
+                "answer": LETTERS[choice.right],
+                "category": category,
+                "image": image,
+                "source": "composed",
+                "l2-category": l2_category,
+                "split": "dev",
+            }
+            table.writerow(cells)
+    write_text(root / mmbench.EN, text.getvalue())
+    return shown
+
+
+# --- all of them ---
+
+WRITERS: dict[str, Callable[[Path, Source, int, tqdm], Shown]] = {
+    "pope": write_pope,
+    "mme": write_mme,
+    "textvqa": write_textvqa,
+    "vqav2": write_vqav2,
+    "scienceqa": write_scienceqa,
+    "mmbench": write_mmbench,
+}
+
+
+def blind_scores(root: Path) -> dict[str, dict]:
+    """{benchmark: {"answer", "score"}}: the headline of the constant answer that gets most."""
+    words = [sample.reference[0] for sample in textvqa.load(root)]
+    answers = {
+        **dict.fromkeys(("pope", "mme", "vqav2"), ("Yes", "No")),
+        **dict.fromkeys(("scienceqa", "mmbench"), tuple(LETTERS)),
+        "textvqa": (Counter(words).most_common(1)[0][0],),
+    }
+    best = {}
+    for benchmark in (module.BENCHMARK for module in (pope, mme, textvqa, vqav2, scienceqa, mmbench)):
+        samples = benchmark.load(root)
+        tried = [
+            (benchmark.score(samples, [answer] * len(samples))["metrics"][benchmark.headline], answer)
+            for answer in answers[benchmark.name]
+        ]
+        score, answer = max(tried, key=lambda pair: -1.0 if pair[0] is None else pair[0])
+        best[benchmark.name] = {"answer": answer, "score": score, "questions": len(samples)}
+    return best
+
+
+def generate(out: Path, seed: int, number: int) -> dict:
+    """Write all six sets into `out`, whole or not at all, and return the manifest; an equal set is kept."""
+    wanted = {"version": VERSION, "world": world.VERSION, "seed": seed, "n": number}
+    manifest = out / "mini.json"
+    if manifest.exists():
+        found = json.loads(manifest.read_text())
+        if {key: found.get(key) for key in wanted} == wanted:
+            return found
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds other data: choose another --out or remove it.")
+    beside = out.with_name(f"{out.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    pictures, shown = number * (len(WRITERS) - 1 + len(SUBTASKS)), {}
+    with tqdm(total=pictures, desc="mini benchmarks", unit="picture", file=sys.stderr, mininterval=1) as bar:
+        for place, write in enumerate(WRITERS.values()):
+            shown |= write(beside, Source(seed, (place + 1) * APART), number, bar)
+    write_text(
+        beside / "objects.jsonl", jsonl(world.describe(scene, image) for image, scene in shown.items())
+    )
+    wanted["blind"] = blind_scores(beside)
+    write_text(beside / manifest.name, json.dumps(wanted, indent=1) + "\n")
+    if out.exists():
+        out.rmdir()
+    os.replace(beside, out)
+    return wanted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("playground/data/eval-mini"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=50, help="pictures a benchmark (MME: a subtask; default 50)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.n < 1 or args.seed < 0:
+        raise UserError("--n must be at least 1 and --seed at least 0.")
+    made = generate(args.out, args.seed, args.n)
+    print(f"{args.out}, seed {made['seed']}")
+    print(f"{'benchmark':<10} {'questions':>9}  best constant answer")
+    for name, row in made["blind"].items():
+        print(f"{name:<10} {row['questions']:>9}  {row['answer']}: {row['score']:.1f}")
+    return 0
