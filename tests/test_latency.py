@@ -231,6 +231,14 @@ def test_prefill_alone(tiny_shapes, capsys):
     assert report["prefill"][1]["flop_ratio"] > 3
 
 
+def test_the_tower_alone(tiny_shapes, capsys):
+    arguments = ("--shape", "tiny", "--tower", "--device", "cpu", "--batch", 1, 3, "--rounds", 2, "--json")
+    assert run(*arguments) == 0
+    rows = json.loads(capsys.readouterr().out)["tower"]
+    assert [row["batch"] for row in rows] == [1, 1, 1, 3, 3, 3]
+    assert [row["part"] == 1 for row in rows] == [row["way"] == "all blocks" for row in rows]
+
+
 def test_the_papers_lengths_by_measurement(tiny_shapes, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "7b", TINY)
     assert run("--shape", "7b", "--paper", "--device", "cpu", "--rounds", 1, "--warmup", 0) == 0

@@ -6,7 +6,8 @@ so that a machine that slows down slows all of them. Figures are medians and 95t
 after warm-up rounds that are thrown away.
 
 `--shape 7b --random-weights` needs no checkpoint. `--prefill 616 184 72` times the language model alone at
-these lengths; `--paper` does so at the lengths of the PruMerge paper's table, beside its figures.
+these lengths; `--paper` does so at the lengths of the PruMerge paper's table, beside its figures. `--tower`
+times the vision tower alone, beside the forward of all its blocks.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from llava import hardware
 from llava.analysis import paper_table, roofline, tables
-from llava.analysis.random_model import build_model, language_shape, with_layers
+from llava.analysis.random_model import build_model, build_tower, language_shape, with_layers
 from llava.analysis.shapes import SHAPES, LanguageShape
 from llava.analysis.stopwatch import CLOCKS, WALL, Clock, Spread, Stopwatch, peak_memory, reset_peak_memory
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -37,6 +38,7 @@ from llava.mm_utils import get_model_name_from_path, load_image, process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.splice import gather, lay_out
+from llava.model.vision_tower import VisionTower
 from llava.reducers import Reducer, ReducerSpecError, build_reducer
 
 STAGES = ("decode-image", "preprocess", "vision", "reduce", "project", "prefill", "decode-token")
@@ -315,6 +317,51 @@ def measure_prefill(
     ]
 
 
+# The tower alone -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TowerTime:
+    """One way through the tower. ms for the whole batch; `part` is of the whole tower's time, by the median."""
+
+    way: str
+    time: Spread
+    part: float
+
+
+@torch.inference_mode()
+def measure_tower(
+    tower: VisionTower, *, batch: int, rounds: int, warmup: int, clock: Clock
+) -> list[TowerTime]:
+    """All blocks as transformers runs them, what a reducer reads, and the patches alone, in turn."""
+    side = tower.image_size
+    pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
+    ways = {
+        "all blocks": tower.backbone,
+        "patches, key and CLS query": tower,
+        "patches": tower.tokens,
+    }
+
+    def once(way: Callable[[Tensor], object]) -> float:
+        watch = Stopwatch(tower.device, clock)
+        with watch.stage("tower"):
+            way(pixels)
+        return watch.ms["tower"]
+
+    with tqdm(total=(rounds + warmup) * len(ways), desc="tower", file=sys.stderr) as bar:
+        runs = [lambda way=way: once(way) for way in ways.values()]
+        measured = interleave(runs, rounds, warmup, bar.update)
+    whole = measured[0]
+    return [
+        TowerTime(
+            way=name,
+            time=Spread.over(times),
+            part=float(np.median([one / other for one, other in zip(times, whole, strict=True)])),
+        )
+        for name, times in zip(ways, measured, strict=True)
+    ]
+
+
 # The command -----------------------------------------------------------------------------------------
 
 
@@ -344,6 +391,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--paper", action="store_true", help="time the prefills of the paper's efficiency table"
     )
+    work.add_argument("--tower", action="store_true", help="time the vision tower alone")
     how = parser.add_argument_group("measurement")
     how.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     how.add_argument("--warmup", type=int, default=2, help="rounds thrown away (default: %(default)s)")
@@ -372,6 +420,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--layers goes with --shape: a checkpoint is measured whole.")
     if args.paper or args.prefill:
         return _run_prefill(args)
+    if args.tower:
+        return _run_tower(args)
     return _run_requests(args)
 
 
@@ -379,8 +429,7 @@ def _run_requests(args: argparse.Namespace) -> int:
     reducers = _reducers(args)
     picture = _picture(args.image)
     model, processor, plan = _load(args, with_tower=True)
-    if model.get_vision_tower() is None:
-        raise UserError(f"{args.model_path} has no vision tower, so there are no pictures to measure.")
+    _tower_of(model, args)
     clock = _clock(args.clock, plan)
     results = []
     total = len(args.batch) * len(reducers) * (args.rounds + args.warmup)
@@ -395,7 +444,9 @@ def _run_requests(args: argparse.Namespace) -> int:
             for reducer, measured in zip(reducers, rounds, strict=True):
                 results.append(summarise(reducer.spec, measured, rounds[0], work, model))
     report = {
-        **_circumstances(args, model, plan),
+        **_circumstances(args, plan),
+        "layers": model.config.num_hidden_layers,
+        "text_tokens": args.text,
         "new_tokens": args.new_tokens,
         "results": [dataclasses.asdict(result) for result in results],
     }
@@ -424,7 +475,8 @@ def _run_prefill(args: argparse.Namespace) -> int:
         for batch in args.batch
     }
     report = {
-        **_circumstances(args, model, plan),
+        **_circumstances(args, plan),
+        "layers": model.config.num_hidden_layers,
         "prefill": [
             {"batch": batch, **dataclasses.asdict(row)} for batch, rows in measured.items() for row in rows
         ],
@@ -462,6 +514,41 @@ def _run_prefill(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_tower(args: argparse.Namespace) -> int:
+    if args.shape is not None:
+        plan = _plan(args)
+        tower = build_tower(SHAPES[args.shape].tower, plan)
+    else:
+        model, _, plan = _load(args, with_tower=True)
+        tower = _tower_of(model, args)
+    clock = _clock(args.clock, plan)
+    measured = {
+        batch: measure_tower(tower, batch=batch, rounds=args.rounds, warmup=args.warmup, clock=clock)
+        for batch in args.batch
+    }
+    rows = [(batch, row) for batch, found in measured.items() for row in found]
+    report = {
+        **_circumstances(args, plan),
+        "tower": [{"batch": batch, **dataclasses.asdict(row)} for batch, row in rows],
+    }
+    _write(report, args)
+    if not args.json:
+        print(_headline(report))
+        cells = [
+            (row.way, str(batch), f"{row.time.p50:.1f} ({row.time.p95:.1f})", f"{row.part:.3f}")
+            for batch, row in rows
+        ]
+        print(tables.render(("way", "batch", "ms", "of all blocks"), cells))
+    return 0
+
+
+def _tower_of(model: LlavaLlamaForCausalLM, args: argparse.Namespace) -> VisionTower:
+    tower = model.get_vision_tower()
+    if tower is None:
+        raise UserError(f"{args.model_path} has no vision tower, so there are no pictures to measure.")
+    return tower
+
+
 def _reducers(args: argparse.Namespace) -> list[Reducer]:
     """The dense run first, then what was asked for."""
     default = (
@@ -476,12 +563,7 @@ def _reducers(args: argparse.Namespace) -> list[Reducer]:
 
 def _load(args: argparse.Namespace, *, with_tower: bool):
     """(model, image processor, plan)."""
-    try:
-        plan = hardware.plan(args.device, dtype=args.dtype, attention=args.attention)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for warning in plan.warnings:
-        print(warning, file=sys.stderr)
+    plan = _plan(args)
     if args.shape is not None:
         model = build_model(with_layers(SHAPES[args.shape], args.layers), plan, with_tower=with_tower)
         tower = model.get_vision_tower()
@@ -495,6 +577,16 @@ def _load(args: argparse.Namespace, *, with_tower: bool):
         attn_implementation=plan.attention,
     )
     return model, processor, plan
+
+
+def _plan(args: argparse.Namespace) -> hardware.Plan:
+    try:
+        plan = hardware.plan(args.device, dtype=args.dtype, attention=args.attention)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for warning in plan.warnings:
+        print(warning, file=sys.stderr)
+    return plan
 
 
 def _clock(name: str, plan: hardware.Plan) -> Clock:
@@ -527,7 +619,7 @@ def _picture(path: Path | None) -> bytes:
     return file.getvalue()
 
 
-def _circumstances(args: argparse.Namespace, model: LlavaLlamaForCausalLM, plan: hardware.Plan) -> dict:
+def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:
     """Under what the figures hold."""
     device = plan.device
     name = (
@@ -542,11 +634,9 @@ def _circumstances(args: argparse.Namespace, model: LlavaLlamaForCausalLM, plan:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
+        "attention": plan.attention,
         "model": args.shape or Path(args.model_path).name,
         "random_weights": args.shape is not None,
-        "layers": model.config.num_hidden_layers,
-        "text_tokens": args.text,
         "clock": args.clock,
         "rounds": args.rounds,
         "warmup": args.warmup,
@@ -557,8 +647,9 @@ def _headline(report: dict) -> str:
     threads = f", {report['threads']} thread{'s' * (report['threads'] != 1)}" if report["threads"] else ""
     threads += ", processor time" if report["clock"] == "cpu" else ""
     weights = ", random weights" if report["random_weights"] else ""
+    layers = f", {report['layers']} layers" if "layers" in report else ""
     return (
-        f"{report['model']}, {report['layers']} layers{weights}, {report['dtype']}, {report['attention']} on "
+        f"{report['model']}{layers}{weights}, {report['dtype']}, {report['attention']} on "
         f"{report['device']}{threads}; torch {report['torch']}"
     )
 
