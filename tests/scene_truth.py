@@ -18,11 +18,10 @@ def type_of(question: str) -> str:
         return "color"
     if question.startswith(("How many", "Are there")) or said & {"only", "just", "total"}:
         return "counting"
-    if question.startswith(("Where", "In which")) or re.search(
-        r"on the \w+ of| in the \w+ \w+ of.*\?$", question
-    ):
-        return "naming" if question.startswith("What") else "position"
-    return "naming" if question.startswith("What") else "presence"
+    if question.startswith("What"):
+        return "naming"
+    placed = re.search(r"on the \w+ of| in the \w+ \w+ of", question)
+    return "position" if question.startswith(("Where", "In which")) or placed else "presence"
 
 
 def named(question: str) -> list[str]:
