@@ -26,7 +26,8 @@ class EpochSampler(Sampler[int]):
     """An order of the samples that follows from seed and epoch alone, so that a resumed run sees the same.
 
     Args:
-        lengths: one per sample; text-only samples negative. None: a plain shuffle of `size` samples.
+        lengths: one per sample; text-only samples negative. None: not grouped.
+        shuffle: False keeps the samples as they stand in the file (only where they are not grouped).
         by_modality: batches of one modality (`--group_by_modality_length`), else of similar length only.
         batch_size: per device.
         world_size: processes times accumulation steps.
@@ -38,6 +39,7 @@ class EpochSampler(Sampler[int]):
         seed: int,
         *,
         lengths: list[int] | None = None,
+        shuffle: bool = True,
         by_modality: bool = True,
         batch_size: int = 1,
         world_size: int = 1,
@@ -46,6 +48,7 @@ class EpochSampler(Sampler[int]):
         self.seed = seed
         self.epoch = 0
         self.lengths = lengths
+        self.shuffle = shuffle
         self.by_modality = by_modality
         self.batch_size = batch_size
         self.world_size = world_size
@@ -54,6 +57,8 @@ class EpochSampler(Sampler[int]):
         return self.size
 
     def __iter__(self) -> Iterator[int]:
+        if self.lengths is None and not self.shuffle:
+            return iter(range(self.size))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + self.epoch)
             if self.lengths is None:
@@ -127,6 +132,7 @@ class LlavaTrainer(Trainer):
             len(dataset),
             args.seed if args.data_seed is None else args.data_seed,
             lengths=lengths,
+            shuffle=args.train_sampling_strategy != "sequential",
             by_modality=by_modality,
             batch_size=args.train_batch_size,
             world_size=args.world_size * args.gradient_accumulation_steps,
