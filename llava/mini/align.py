@@ -89,7 +89,7 @@ def read_scenes(folder: Path) -> list[Scene]:
     return [
         Scene(
             row["image"],
-            tuple(Thing(o["text"] or o["class"], o["color"], tuple(o["box"])) for o in row["objects"]),
+            tuple(Thing(o["class"], o["color"], tuple(o["box"])) for o in row["objects"]),
         )
         for row in rows
     ]

@@ -1,0 +1,170 @@
+"""`llava mini evaluate`: accuracy by type of question and by reducer, on scenes the model never saw.
+
+The questions of a world (`llava mini world --split test`) are asked one by one, by the same predict loop as
+the benchmarks, once for every reducer; random and topk get as many tokens as prumerge kept on average. Beside
+every number stands the constant answer, the most frequent right one of its type, which a blind model could give.
+Answers files in OUT resume; OUT/table.md and OUT/table.json hold the outcome.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llava.errors import UserError
+
+REDUCERS = ("none", "prumerge+", "prumerge", "random", "topk")
+SAME_COUNT_AS = "prumerge"
+"""Reducers that need a count and come without one keep as many tokens as this one did on average."""
+MAX_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One reducer on one kind of question: how many were right, of how many."""
+
+    right: int
+    n: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.n
+
+    @property
+    def margin(self) -> float:
+        """Half of the 95 % interval (normal approximation of the Wilson score, as a fraction)."""
+        z, p, n = 1.96, self.accuracy, self.n
+        return z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of question ("naming/open"): its size, its constant answer, and a cell per reducer."""
+
+    name: str
+    n: int
+    constant: str
+    share: float
+    cells: dict[str, Cell]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-path", default="checkpoints/mini-lora")
+    parser.add_argument("--model-base", default="checkpoints/mini-base")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder made by `llava mini world --split test`"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for answers and table")
+    parser.add_argument("--reducers", nargs="+", default=list(REDUCERS), metavar="SPEC")
+    parser.add_argument("--scenes", type=int, default=None, help="only the first so many scenes")
+    parser.add_argument("--conv-mode", default="smollm2")
+    parser.add_argument("--device", default="cuda", help="default: cuda, or the CPU where there is none")
+
+
+def run(args: argparse.Namespace) -> int:
+    from llava.eval.predict import Generation, Request
+    from llava.eval.run import Job, ModelSource, answer
+
+    questions = read_questions(args.data, args.scenes)
+    requests = [Request(q["question_id"], q["text"], args.data / q["image"], q["text"]) for q in questions]
+    tokens: dict[str, float] = {}
+    answers: dict[str, dict[int, str]] = {}
+    for reducer in args.reducers:
+        spec = with_count(reducer, tokens)
+        file = args.out / f"{re.sub(r'[^A-Za-z0-9=.]+', '-', spec.replace('+', '-plus')).strip('-')}.jsonl"
+        took = answer(
+            Job(
+                requests=requests,
+                model=ModelSource(
+                    path=args.model_path, base=args.model_base, reducer=spec, device=args.device
+                ),
+                answers=file,
+                generation=Generation(max_new_tokens=MAX_NEW_TOKENS),
+                conv_mode=args.conv_mode,
+            )
+        )
+        tokens[spec] = took["visual_tokens"]["mean"]
+        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        answers[spec] = {row["question_id"]: row["text"] for row in rows}
+    kinds = tabulate(questions, answers)
+    manifest = json.loads((args.data / "world.json").read_text(encoding="utf-8"))
+    text = as_markdown(kinds, tokens, manifest)
+    report = {"tokens": tokens, "kinds": [asdict(kind) for kind in kinds], "held_out": manifest["held_out"]}
+    (args.out / "table.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+    return 0
+
+
+def read_questions(folder: Path, scenes: int | None) -> list[dict]:
+    """The rows of questions.jsonl, those of the first `scenes` pictures."""
+    index = folder / "questions.jsonl"
+    if not index.is_file():
+        raise UserError(
+            f"{index} is missing; `llava mini world --split test --n 400 --seed 1 --out {folder}` makes it."
+        )
+    rows = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
+    chosen = set(list(dict.fromkeys(row["image"] for row in rows))[:scenes])
+    return [row for row in rows if row["image"] in chosen]
+
+
+def with_count(reducer: str, tokens: dict[str, float]) -> str:
+    """`random` -> `random(tokens=72)` once prumerge's mean is known; other specs as they are."""
+    if reducer not in ("random", "topk", "grid", "pool"):
+        return reducer
+    if SAME_COUNT_AS not in tokens:
+        raise UserError(
+            f"{reducer} needs a count: write {reducer}(tokens=N), or name {SAME_COUNT_AS} before it."
+        )
+    return f"{reducer}(tokens={round(tokens[SAME_COUNT_AS])})"
+
+
+def plain(answer: str) -> str:
+    return answer.strip().strip(".").strip().lower()
+
+
+def tabulate(questions: Sequence[dict], answers: dict[str, dict[int, str]]) -> list[Kind]:
+    """One row per type and form of question, in alphabetical order."""
+    groups: dict[str, list[dict]] = {}
+    for row in questions:
+        groups.setdefault(f"{row['type']}/{row['form']}", []).append(row)
+    kinds = []
+    for name, rows in sorted(groups.items()):
+        constant, hits = Counter(plain(row["answer"]) for row in rows).most_common(1)[0]
+        cells = {
+            spec: Cell(
+                sum(plain(given[row["question_id"]]) == plain(row["answer"]) for row in rows), len(rows)
+            )
+            for spec, given in answers.items()
+        }
+        kinds.append(Kind(name, len(rows), constant, hits / len(rows), cells))
+    return kinds
+
+
+def as_markdown(kinds: Sequence[Kind], tokens: dict[str, float], manifest: dict) -> str:
+    """The table, percent right +- half of the 95 % interval, and what was held out."""
+    specs = list(tokens)
+    lines = [
+        "| question | n | constant answer | " + " | ".join(specs) + " |",
+        "|---|---|---|" + "---|" * len(specs),
+        "| *visual tokens, mean* | | | " + " | ".join(f"{tokens[spec]:.1f}" for spec in specs) + " |",
+    ]
+    for kind in kinds:
+        cells = (f"{100 * kind.cells[s].accuracy:.1f} ± {100 * kind.cells[s].margin:.1f}" for s in specs)
+        lines.append(
+            f"| {kind.name} | {kind.n} | {100 * kind.share:.1f} ({kind.constant}) | "
+            + " | ".join(cells)
+            + " |"
+        )
+    held = manifest["held_out"]
+    drawings = ", ".join(f"{name} ({style})" for name, style in held["drawings"].items())
+    lines += [
+        "",
+        f"Held out of training: the backgrounds {', '.join(held['backgrounds'])}; {len(held['pairs'])} pairs of "
+        f"things; the font {', '.join(held['fonts'])}; one drawing each of {drawings}.",
+    ]
+    return "\n".join(lines) + "\n"
