@@ -146,9 +146,12 @@ def load_pretrained_model(
 
     config = build_config(raw, info)
     weights = read_model_weights(info)
+    adapted = info.kind == "lora"
+    if adapted and merge_lora and options["quantization_config"] is not None:
+        weights, adapted = _merged(info, config, weights), False
     model = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
     # LoRA first: its target names (q_proj ...) exist in the tower too.
-    answering = apply_lora(model, info, merge=merge_lora) if info.kind == "lora" else model
+    answering = apply_lora(model, info, merge=merge_lora) if adapted else model
     tower = _load_tower(info, config, weights, vision_tower, device=model.device, dtype=plan.dtype)
     model.set_vision_tower(tower)
     _finish(model, info)
@@ -363,6 +366,16 @@ def apply_lora(model: PreTrainedModel, info: CheckpointInfo, *, merge: bool) -> 
         if "lora_" in name:  # peft makes them float32, for training
             parameter.data = parameter.data.to(model.dtype)
     return peft_model
+
+
+def _merged(info: CheckpointInfo, config: LlavaConfig, weights: Weights) -> Weights:
+    """The weights with LoRA added, on the CPU: merging into quantised ones would round them twice."""
+    dtype = weights.tensors["model.norm.weight"].dtype
+    model = load_language_model(info, config, weights, dtype=dtype, device_map={"": "cpu"})
+    merged = apply_lora(model, info, merge=True).state_dict()
+    return Weights(
+        {name: merged.get(name, tensor) for name, tensor in weights.tensors.items()}, dict(weights.source)
+    )
 
 
 def _base_path(info: CheckpointInfo) -> Path:
