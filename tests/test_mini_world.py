@@ -169,7 +169,8 @@ def test_no_constant_answer_goes_far(interviews):
         assert share["presence", "yesno"] == 0.5
         assert share["naming", "open"] <= 0.08 and share["words", "open"] <= 0.08
         assert share["color", "open"] <= 0.2
-        assert share["position", "open"] <= 0.3 and share["counting", "open"] <= 0.32
+        for kind in ("position", "counting"):  # four answers: a quarter, within chance
+            assert share[kind, "open"] < 0.25 + 2 / answers[kind, "open"].total() ** 0.5
         forms = Counter(form for (_, form), c in answers.items() for _ in range(c.total()))
         assert 0.08 < forms["choice"] / forms.total() < 0.16
 
