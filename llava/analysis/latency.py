@@ -322,7 +322,7 @@ def measure_prefill(
 
 @dataclass(frozen=True)
 class TowerTime:
-    """One way through the tower. ms for the whole batch; `part` is of the whole tower's time, by the median."""
+    """One way through the tower. ms for the whole batch; `part` is of the time of all its blocks."""
 
     way: str
     time: Spread
