@@ -30,7 +30,6 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("eval",), help="what to look at")
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="default: all")
     parser.add_argument(
         "--root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s"
