@@ -42,6 +42,9 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
             legacy = kwargs.pop("legacy", None)
             if legacy is None:
                 legacy = _legacy(directory, config)
+            if not (directory / "tokenizer.json").is_file():
+                # transformers 4 puts a BOS where no file says anything; a tokenizer.json says it itself.
+                kwargs = {"add_bos_token": config.get("add_bos_token", True), **kwargs}
             tokenizer = LlamaTokenizer.from_pretrained(directory, legacy=legacy, **kwargs)
             _as_sentencepiece(tokenizer, legacy, directory / "tokenizer.model")
         else:
