@@ -184,6 +184,20 @@ def test_tables_for_people(arguments, capsys):
     assert max(map(len, lines)) < 200
 
 
+def test_pictures_of_one_request_add_up():
+    gpu, precision, shape = hardware.find_gpu("A100-80G"), roofline.PRECISIONS["fp16"], SHAPES["7b"]
+    many = roofline.request(shape, gpu, precision, text=40, visual=144, batch=2, images=3)
+    same = roofline.request(shape, gpu, precision, text=40, visual=3 * 144, batch=2)
+    assert (many.prefill, many.kv_gb) == (same.prefill, same.kv_gb)
+    assert many.vision.tflops == pytest.approx(3 * same.vision.tflops)
+
+
+def test_scaling_plot(tmp_path, capsys):
+    out = tmp_path / "made" / "scale.svg"
+    assert run("--gpu", "V100", "--plot", str(out)) == 0
+    assert "</svg>" in out.read_text() and list(out.parent.iterdir()) == [out]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -193,6 +207,7 @@ def test_tables_for_people(arguments, capsys):
         (("--gpu", "V100", "--batch", "0"), "--batch"),
         (("--gpu", "V100", "--questions", "5", "--efficiency", "0"), "--efficiency"),
         (("--questions", "5"), "--gpu"),
+        (("--gpu", "V100", "--plot", "scale.doc"), ".png"),
     ],
 )
 def test_bad_arguments(arguments, words):

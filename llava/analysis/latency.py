@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava import hardware
-from llava.analysis import paper_table, roofline, tables
+from llava.analysis import charts, paper_table, roofline, tables
 from llava.analysis.random_model import build_model, build_tower, language_shape, with_layers
 from llava.analysis.shapes import SHAPES, LanguageShape
 from llava.analysis.stopwatch import CLOCKS, WALL, Clock, Spread, Stopwatch, peak_memory, reset_peak_memory
@@ -418,6 +418,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--model-path and --shape exclude each other.")
     if args.layers is not None and args.shape is None:
         raise UserError("--layers goes with --shape: a checkpoint is measured whole.")
+    if args.plot is not None:
+        charts.check_name(args.plot, "--plot")
     if args.paper or args.prefill:
         return _run_prefill(args)
     if args.tower:
@@ -700,15 +702,9 @@ def plot(results: Sequence[Result], title: str, out: Path) -> None:
     """Where the time of a request goes: a bar per reducer and batch size, split into stages, per request.
 
     Raises:
-        UserError: the file's name has no format matplotlib knows.
+        UserError: `out` cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.6 + 0.42 * len(results)), dpi=140, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if out.suffix[1:].lower() not in canvas.get_supported_filetypes():
-        raise UserError(f"--plot {out}: the name must end in .png, .svg or .pdf.")
+    figure = charts.new_figure(10, 1.6 + 0.42 * len(results), layout="constrained")
     axes = figure.add_subplot()
     names = [f"{result.reducer}, batch {result.batch}" for result in results]
     left = np.zeros(len(results))
@@ -722,11 +718,10 @@ def plot(results: Sequence[Result], title: str, out: Path) -> None:
     axes.set_xlim(0, left.max() * 1.2)
     axes.set_xlabel("ms per request, median")
     axes.set_title(title, fontsize=9, loc="left")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+    charts.tidy(axes)
+    axes.tick_params(axis="y", labelcolor=charts.INK)
     figure.legend(loc="outside lower center", ncols=len(STAGES), frameon=False, fontsize=8.5)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    charts.save(figure, out)
 
 
 def _stage_share(result: Result, stage: str) -> float:

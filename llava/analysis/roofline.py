@@ -17,9 +17,10 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from llava import hardware
-from llava.analysis import paper_table, tables
+from llava.analysis import charts, paper_table, tables
 from llava.analysis.shapes import SHAPES, LanguageShape, Shape, TowerShape
 from llava.errors import UserError
 
@@ -230,18 +231,26 @@ def project_operators(shape: Shape, images: int, visual: int, precision: Precisi
 
 
 def request(
-    shape: Shape, gpu: hardware.Gpu, precision: Precision, *, text: int, visual: int, batch: int
+    shape: Shape,
+    gpu: hardware.Gpu,
+    precision: Precision,
+    *,
+    text: int,
+    visual: int,
+    batch: int,
+    images: int = 1,
 ) -> Request:
-    """A batch of requests of one image and `text` text tokens each, `visual` visual tokens kept per image."""
+    """A batch of requests of `text` text tokens and `images` images each, `visual` tokens kept per image."""
     language, tower = shape.language, shape.tower
-    tokens = text + visual
+    tokens = text + images * visual
+    pictures = batch * images
     # The features are the output of the last block but one: the last block is never run.
-    vision = vision_operators(tower, batch, tower.layers - 1, precision)
+    vision = vision_operators(tower, pictures, tower.layers - 1, precision)
     return Request(
         visual=visual,
         vision=estimate(vision, gpu),
-        reduce=estimate(reduce_operators(tower, batch, visual, precision), gpu),
-        project=estimate(project_operators(shape, batch, visual, precision), gpu),
+        reduce=estimate(reduce_operators(tower, pictures, visual, precision), gpu),
+        project=estimate(project_operators(shape, pictures, visual, precision), gpu),
         prefill=estimate(prefill_operators(language, tokens, batch, precision), gpu),
         decode=estimate(decode_operators(language, tokens, batch, precision), gpu),
         kv_gb=kv_bytes(language, tokens, batch, precision.activation_bytes) / 1e9,
@@ -252,11 +261,12 @@ def request(
 def weight_bytes(shape: Shape, precision: Precision) -> float:
     """Tower, projector, embeddings, layers and head in device memory."""
     language, tower = shape.language, shape.tower
-    embeddings = language.vocabulary * language.hidden * (1 if language.tied_head else 2)  # kept in 16 bits
+    embeddings = language.vocabulary * language.hidden
+    head = 0 if language.tied_head else embeddings
     tower_weights = tower.layers * (4 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate)
     projector = tower.hidden * language.hidden + language.hidden**2
-    layers = language.layers * language.layer_weights * precision.weight_bytes
-    return layers + (embeddings + tower_weights + projector) * precision.activation_bytes
+    quantised = (language.layers * language.layer_weights + head) * precision.weight_bytes
+    return quantised + (embeddings + tower_weights + projector) * precision.activation_bytes
 
 
 def kv_bytes(language: LanguageShape, tokens: int, batch: int, width: float) -> float:
@@ -343,6 +353,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="requests at once (default: %(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument(
+        "--plot", type=Path, help="with --gpu: draw how time and memory grow (.png, .svg, .pdf)"
+    )
     plan = parser.add_argument_group("capacity, with --gpu")
     plan.add_argument("--questions", type=int, help="how long so many questions take")
     plan.add_argument("--gpus", type=int, default=8, help="cards that share them (default: %(default)s)")
@@ -371,8 +384,8 @@ def run(args: argparse.Namespace) -> int:
     if any(not 0 < visual <= shape.tower.patches for visual in args.visual):
         raise UserError(f"--visual must lie between 1 and {shape.tower.patches}, the patches of the tower.")
     if args.gpu is None:
-        if args.questions:
-            raise UserError("--questions needs a --gpu to count them on.")
+        if args.questions or args.plot:
+            raise UserError("--questions and --plot need a --gpu.")
         return _run_sweep(shape, precision, args)
     try:
         gpu = hardware.find_gpu(args.gpu)
@@ -380,6 +393,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     if precision.name == "bf16" and gpu.capability < hardware.AMPERE:
         raise UserError(f"The {gpu.name} has no bfloat16 arithmetic: use --precision fp16.")
+    if args.plot:
+        from llava.analysis import scaling  # imports this module
+
+        charts.check_name(args.plot, "--plot")
+        scaling.draw(shape, gpu, precision, args.text, args.plot)
+        print(args.plot)
+        return 0
     counts = [shape.tower.patches, *(visual for visual in args.visual if visual != shape.tower.patches)]
     rows = [
         request(shape, gpu, precision, text=args.text, visual=visual, batch=args.batch) for visual in counts

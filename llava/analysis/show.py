@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from llava import hardware
+from llava.analysis import charts
+from llava.analysis.charts import ACCENT, FAINT, INK
 from llava.errors import UserError
 from llava.mm_utils import expand2square, load_image, mean_colour
 from llava.model.checkpoints import inspect_checkpoint, resolve_directory
@@ -28,8 +30,6 @@ CELL = 24
 
 PADDING = (124, 116, 104)
 """Colour of the padding where no image processor says otherwise (ImageNet's mean)."""
-
-INK, FAINT, ACCENT = "#22262b", "#8a9099", "#d9480f"
 
 
 @dataclass(frozen=True)
@@ -199,14 +199,10 @@ def figure(
         title: stands above the panels.
         out: .png, .pdf or .svg.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     what, grid = fate(reduced), features.grid
     attention = cls_attention(features)[0].double().cpu().numpy() if features.has_cls else None
     side, gap, margin = 3.5, 0.1, 0.15  # inches
-    sheet = Figure(figsize=(14.6, 6.3), dpi=max(110, grid[1] * CELL / side), facecolor="white")
-    FigureCanvasAgg(sheet)
+    sheet = charts.new_figure(14.6, 6.3, dpi=max(110, grid[1] * CELL / side))
     panels = [
         sheet.add_axes(_box(sheet, margin + column * (side + gap), 1.75, side, side)) for column in range(4)
     ]
@@ -235,7 +231,7 @@ def figure(
     _panel(panels[3], _paint(whole, what, grid, tint=True), "merged", note)
     if attention is not None:
         _curve(sheet.add_axes(_box(sheet, margin + 0.45, 0.45, 14.3 - 0.45, 1.1)), attention, what)
-    _save(sheet, out)
+    charts.save(sheet, out)
 
 
 def _box(sheet, left: float, bottom: float, width: float, height: float) -> tuple[float, ...]:
@@ -314,27 +310,11 @@ def _curve(axes, attention: np.ndarray, what: Fate) -> None:
     axes.set_xlabel("patches, by their attention", fontsize=9, color=FAINT, labelpad=1)
     axes.set_ylabel("% of attention", fontsize=9, color=FAINT, labelpad=1)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.tick_params(labelsize=8.5, colors=FAINT, length=0, which="both")
+    charts.tidy(axes)
     axes.yaxis.set_minor_formatter("")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color("#c9ced6")
-
-
-def _save(sheet, out: Path) -> None:
-    """Written beside and renamed, so that no half picture is left."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.stem}.part{out.suffix}")
-    try:
-        sheet.savefig(beside)
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # The command -----------------------------------------------------------------------------------------
-
-FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -353,8 +333,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {args.out}: the name must end in {', '.join(FORMATS)}.")
+    charts.check_name(args.out, "--out")
     source = _source(args)
     try:
         reducer = build_reducer(args.reducer or source.reducer)
@@ -373,10 +352,7 @@ def run(args: argparse.Namespace) -> int:
     title = (
         f"{reducer.spec}: {what.tokens} of {len(what.row)} visual tokens ({what.tokens / len(what.row):.0%})"
     )
-    try:
-        figure(square, features, reduced, title=title, out=args.out)
-    except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror or error}.") from error
+    figure(square, features, reduced, title=title, out=args.out)
     print(title)
     print(args.out)
     return 0
