@@ -110,7 +110,7 @@ class LazySupervisedDataset(Dataset):
                 self._bad[candidate] = True
                 logger.warning("skipped: %s", error)
         raise UserError(
-            f"{self.data_path}: no sample like row {index} is usable; `llava doctor data` says why."
+            f"{self.data_path}: no sample of the kind of row {index} is usable; `llava doctor data` says why."
         )
 
     def _from(self, index: int):
@@ -171,7 +171,7 @@ def check_placeholders(turns: Sequence[dict[str, str]], images: int, placeholder
     if placeholders != images:
         have = "1 image" if images == 1 else f"{images or 'no'} images"
         raise UserError(
-            f"it has {have} but {placeholders} {DEFAULT_IMAGE_TOKEN} to put them; make them match."
+            f"it has {have} and {placeholders} {DEFAULT_IMAGE_TOKEN} in its text; make them match."
         )
 
 

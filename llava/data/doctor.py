@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 KINDS = ("row", "turns", "empty", "image-count", "image", "duplicate", "too-long", "masked")
+BATCH = {"rows": 256, "images": 16}
+"""How many a process looks at before it reports."""
 
 
 @dataclass(frozen=True, order=True)
@@ -149,7 +151,7 @@ def _in_parallel(checks: Sequence[Any], workers: int, what: str) -> Iterator[Any
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    batch = 256 if what == "rows" else 16
+    batch = BATCH[what]
     few = len(checks) <= 4 * batch  # starting processes would take longer
     loader = DataLoader(
         checks, batch_size=batch, num_workers=0 if few else workers, collate_fn=list, prefetch_factor=None

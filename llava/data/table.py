@@ -100,6 +100,7 @@ def read_rows(path: Path, progress: Any = None) -> Iterator[Any]:
 
 
 def _parquet_rows(path: Path, progress: Any) -> Iterator[Any]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
@@ -109,7 +110,7 @@ def _parquet_rows(path: Path, progress: Any) -> Iterator[Any]:
                 yield from batch.to_pylist()
                 if progress is not None:
                     progress.update(size * batch.num_rows // file.metadata.num_rows)
-    except OSError as error:  # pyarrow's errors are of this kind
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is a damaged parquet file ({first_line(error)}); copy it again.") from None
 
 
