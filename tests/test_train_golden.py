@@ -51,8 +51,8 @@ def test_four_steps_are_the_references(stage: str, reference: Path, tmp_path: Pa
     argv = shlex.split(
         f"--model_name_or_path ckpt/llava-tiny-v1.5-7b {VISION} {RUN} {STEPS[stage]} --image_folder images "
         f"--data_path {expected['data']} --output_dir {tmp_path} --learning_rate {expected['lr']} "
-        "--max_steps 4 --lr_scheduler_type constant --per_device_train_batch_size 2 --train_sampling_strategy sequential "
-        "--max_grad_norm 0 --save_strategy no"
+        "--max_steps 4 --lr_scheduler_type constant --per_device_train_batch_size 2 --max_grad_norm 0 "
+        "--train_sampling_strategy sequential --save_strategy no"
     )
     model_args, data_args, training_args = parse(argv, silent)
     prepared = build(model_args, data_args, training_args, silent)

@@ -374,15 +374,17 @@ def _decide_hardware(values: Namespace, given: set[str], say: Callable[[str], No
     values.attn_implementation = plan.attention
     if values.precision == "auto" and values.tf32 is None and plan.tf32:
         values.tf32 = True
+    if values.gradient_checkpointing and values.gradient_checkpointing_kwargs is None:
+        # The other kind loses the gradient where no input of a layer needs one (LoRA on a frozen projector).
+        values.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
 
 def _decide_accumulation(values: Namespace, given: set[str], say: Callable[[str], None]) -> None:
     if values.global_batch_size is None:
         return
     if "gradient_accumulation_steps" in given:
-        raise UserError(
-            "--global_batch_size sets the accumulation itself: leave out --gradient_accumulation_steps."
-        )
+        say("--gradient_accumulation_steps was given, so --global_batch_size is left aside")
+        return
     world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         batch, steps = split_global_batch(values.global_batch_size, values.per_device_train_batch_size, world)

@@ -148,6 +148,10 @@ class LlavaTrainer(Trainer):
             return self.optimizer
         model = self.model if model is None else model
         cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_offload():
+            from deepspeed.ops.adam import DeepSpeedCPUAdam as cls  # vectorised, where the states now lie
+
+            options.pop("fused", None)
         self.optimizer = cls(parameter_groups(model, self.args), **options)
         if options.get("optim_bits") == 8:
             _keep_embeddings_in_32_bit(model)

@@ -1,0 +1,343 @@
+"""The training command line: defaults, old spellings, decisions and refusals; and every script's flags."""
+
+import itertools
+import os
+import shlex
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from llava import hardware
+from llava.errors import UserError
+from llava.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse,
+    split_global_batch,
+    translate,
+)
+
+
+@pytest.fixture
+def argv(tmp_path: Path) -> list[str]:
+    """The least a run needs."""
+    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "images").mkdir()
+    paths = f"--data_path {tmp_path}/data.json --image_folder {tmp_path}/images --output_dir {tmp_path}/out"
+    return shlex.split(f"{paths} --use_cpu True")
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_defaults_are_llavas(argv: list[str]) -> None:
+    model, data, training = parse(argv, quiet)
+    assert model == ModelArguments(
+        model_name_or_path="facebook/opt-125m",
+        version="v0",
+        freeze_backbone=False,
+        tune_mm_mlp_adapter=False,
+        vision_tower=None,
+        mm_vision_select_layer=-1,
+        pretrain_mm_mlp_adapter=None,
+        mm_projector_type="linear",
+        mm_use_im_start_end=False,
+        mm_use_im_patch_token=True,
+        mm_patch_merge_type="flat",
+        mm_vision_select_feature="patch",
+        mm_token_reducer=None,
+    )
+    assert (data.lazy_preprocess, data.is_multimodal, data.image_aspect_ratio) == (False, False, "square")
+    expected = {
+        "optim": "adamw_torch",
+        "remove_unused_columns": False,
+        "freeze_mm_mlp_adapter": False,
+        "model_max_length": 512,
+        "double_quant": True,
+        "quant_type": "nf4",
+        "bits": 16,
+        "lora_enable": False,
+        "lora_r": 64,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "lora_weight_path": "",
+        "lora_bias": "none",
+        "mm_projector_lr": None,
+        "group_by_modality_length": False,
+        "mpt_attn_impl": "triton",
+        "cache_dir": None,
+        "loss_average": "micro_batch",
+    }
+    assert {name: getattr(training, name) for name in expected} == expected
+
+
+def test_every_flag_of_ours_has_a_help_text() -> None:
+    inherited = {f.name for f in fields(TrainingArguments.__mro__[1])}
+    ours = [f for f in fields(TrainingArguments) if f.name not in inherited]
+    for f in itertools.chain(fields(ModelArguments), fields(DataArguments), ours):
+        assert f.metadata.get("help"), f.name
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--evaluation_strategy no", "--eval_strategy no"),
+        ("--evaluation-strategy=no", "--eval_strategy no"),
+        ("--warmup_ratio 0.03", "--warmup_steps 0.03"),
+        ("--warmup_ratio=0.0", "--warmup_steps 0.0"),
+        ("--group_by_length True", "--train_sampling_strategy group_by_length"),
+        ("--group_by_length", "--train_sampling_strategy group_by_length"),
+        ("--group_by_length False", ""),
+        ("--no_cuda True", "--use_cpu True"),
+        ("--per_gpu_train_batch_size 3", "--per_device_train_batch_size 3"),
+        ("--tokenizer x --learning_rate 1", "--learning_rate 1"),
+        ("--save_safetensors False", ""),
+        ("--overwrite_output_dir", ""),
+        ("--mm_vision_select_layer -2", "--mm_vision_select_layer -2"),
+        ("--bf16 --lora_r=8", "--bf16 --lora_r=8"),
+    ],
+)
+def test_old_spellings_are_translated(old: str, new: str) -> None:
+    assert translate(shlex.split(old)) == shlex.split(new)
+
+
+def test_a_flag_without_effect_is_said(argv: list[str]) -> None:
+    said: list[str] = []
+    parse([*argv, "--logging_dir", "x"], said.append)
+    assert any(line.startswith("--logging_dir") for line in said)
+
+
+@pytest.mark.parametrize("ratio", ["-0.1", "1.5", "many", ""])
+def test_a_warmup_ratio_that_is_none_is_refused(ratio: str) -> None:
+    with pytest.raises(UserError, match="--warmup_ratio"):
+        translate(["--warmup_ratio", ratio])
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ("--warmup_ratio 0.03", 3),
+        ("--warmup_ratio 0.03 --warmup_steps 7", 7),
+        ("--warmup_steps 7 --warmup_ratio 0.03", 7),
+        ("--warmup_steps 0 --warmup_ratio 0.03", 3),
+        ("--warmup_ratio 1.0", 100),
+        ("", 0),
+    ],
+)
+def test_warmup_means_what_it_meant(argv: list[str], flags: str, steps: int) -> None:
+    """transformers 4: of both, warmup_steps wins if it is above 0."""
+    _, _, training = parse([*argv, *shlex.split(flags)], quiet)
+    assert training.get_warmup_steps(100) == steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("--fp16 True --bf16 True", ["--fp16", "--bf16"]),
+        ("--bf16 True --precision fp16", ["--bf16", "--precision"]),
+        ("--fp16 True", ["--fp16"]),
+        ("--tf32 True", ["--tf32"]),
+        ("--attn_implementation flash_attention_2", ["--attn_implementation"]),
+        ("--attn_implementation fast", ["--attn_implementation"]),
+        ("--bits 5", ["--bits"]),
+        ("--bits 4", ["--bits", "--lora_enable"]),
+        ("--pretrain_mm_mlp_adapter nowhere/mm_projector.bin", ["--pretrain_mm_mlp_adapter", "pretrain.sh"]),
+        ("--data_path nowhere.json", ["--data_path"]),
+        ("--image_folder nowhere", ["--image_folder"]),
+        ("--deepspeed nowhere.json", ["--deepspeed"]),
+        ("--version plain --image_folder ''", ["--version plain", "--image_folder"]),
+        ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", ["--tune_mm_mlp_adapter"]),
+        ("--tune_mm_mlp_adapter True --lora_enable True", ["--lora_enable"]),
+        ("--tune_mm_mlp_adapter True --mm_use_im_start_end True", ["--mm_use_im_start_end"]),
+        ("--freeze_mm_mlp_adapter True --mm_projector_lr 1e-3", ["--mm_projector_lr"]),
+        ("--freeze_backbone True --lora_enable True", ["--freeze_backbone"]),
+        ("--mm_token_reducer prumerg", ["--mm_token_reducer", "prumerge"]),
+        ("--reducer prumerge(ratio=2)", ["--mm_token_reducer", "ratio"]),
+        ("--per_device_train_batch_size 0", ["--per_device_train_batch_size"]),
+        ("--model_max_length 0", ["--model_max_length"]),
+        ("--global_batch_size 0", ["--global_batch_size"]),
+        ("--lora_rank 8", ["--lora_rank"]),
+        ("--output_dir ''", ["--output_dir"]),
+        ("--data_path ''", ["--data_path"]),
+        ("--save_steps 2.5", ["--save_steps"]),
+    ],
+)
+def test_a_bad_combination_names_its_flags(argv: list[str], flags: str, names: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse([*argv, *shlex.split(flags)], quiet)
+    for name in names:
+        assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_eight_bits_are_refused_where_the_gpu_has_no_int8(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*argv, "--bits", "8", "--lora_enable", "True"]
+    parse(flags, quiet)
+    monkeypatch.setattr(hardware, "supports_llm_int8", lambda device=None: False)
+    with pytest.raises(UserError, match="--bits 8"):
+        parse(flags, quiet)
+
+
+def test_near_names_are_suggested(argv: list[str]) -> None:
+    with pytest.raises(UserError, match="--mm_projector_lr"):
+        parse([*argv, "--mm_projector_rl", "1"], quiet)
+
+
+def test_precision_auto_asks_the_hardware_and_a_flag_wins(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    _, _, training = parse([*argv, "--precision", "auto"], said.append)
+    assert (training.bf16, training.fp16, training.attn_implementation) == (False, False, "sdpa")
+    assert any("float32" in line for line in said)
+    _, _, training = parse([*argv, "--precision", "auto", "--bf16", "True"], quiet)
+    assert training.bf16
+    monkeypatch.setenv("LLAVA_DTYPE", "bfloat16")
+    _, _, training = parse([*argv, "--precision", "auto"], quiet)
+    assert training.bf16
+
+
+@pytest.mark.parametrize("total", [1, 7, 128, 160, 256])
+@pytest.mark.parametrize("per_device", [1, 3, 16, 20])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_the_global_batch_is_kept(total: int, per_device: int, world: int) -> None:
+    if total < world:
+        with pytest.raises(ValueError, match="at least one"):
+            split_global_batch(total, per_device, world)
+        return
+    batch, steps = split_global_batch(total, per_device, world)
+    assert 1 <= batch <= per_device
+    assert steps >= 1
+    if total % world == 0:
+        assert batch * steps * world == total
+        better = [b for b in range(batch + 1, per_device + 1) if (total // world) % b == 0]
+        assert not better
+    else:
+        assert batch == per_device
+        error = abs(batch * steps * world - total)
+        assert all(abs(batch * s * world - total) >= error for s in (max(1, steps - 1), steps + 1))
+
+
+def test_the_global_batch_sets_the_accumulation(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*argv, "--global_batch_size", "160", "--per_device_train_batch_size", "20"]
+    said: list[str] = []
+    _, _, training = parse(flags, said.append)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 160
+    assert any("global batch 160" in line for line in said)
+    _, _, training = parse([*flags, "--gradient_accumulation_steps", "2"], quiet)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (20, 2)
+
+
+def test_trackers_that_are_not_installed_are_left_out(argv: list[str]) -> None:
+    said: list[str] = []
+    _, _, training = parse([*argv, "--report_to", "clearml"], said.append)
+    assert training.report_to == []
+    assert any("clearml" in line for line in said)
+
+
+SCRIPTS = ("pretrain", "finetune", "finetune_lora", "finetune_qlora", "finetune_task", "finetune_task_lora")
+RECIPES = {
+    # learning rate, global batch, LoRA (r, alpha), projector's learning rate
+    "pretrain": (1e-3, 256, None, None),
+    "finetune": (2e-5, 128, None, None),
+    "finetune_lora": (2e-4, 160, (128, 256), 2e-5),
+    "finetune_qlora": (2e-5, 128, (64, 16), None),
+    "finetune_task": (2e-5, 128, None, None),
+    "finetune_task_lora": (2e-4, 128, (128, 256), 2e-5),
+}
+
+
+def dry_run(root: Path, script: str, *flags: str, **settings: str) -> list[str]:
+    """The command a script would run."""
+    environment = {**os.environ, "DRY_RUN": "1", **settings}
+    script = str(root / "scripts/v1_5" / f"{script}.sh")
+    done = subprocess.run(
+        ["bash", script, *flags], env=environment, capture_output=True, text=True, check=True
+    )
+    return shlex.split(done.stdout)
+
+
+@pytest.mark.parametrize("mini", ["", "1"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_scripts_flags_are_flags(
+    script: str, mini: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "mm_projector.bin").write_text("")
+    settings = {
+        "DATA": str(tmp_path / "data.json"),
+        "IMAGES": str(tmp_path),
+        "PROJECTOR": str(tmp_path / "mm_projector.bin"),
+        "OUT": str(tmp_path / "out"),
+        "MINI": mini,
+        "GPUS": "0",
+        "REDUCER": "prumerge+",
+    }
+    command = dry_run(root, script, "--use_cpu", "True", **settings)
+    assert command[:2] == ["python", "llava/train/train_mem.py"]
+    model, data, training = parse(command[2:], quiet)
+
+    rate, batch, lora, projector_rate = RECIPES[script]
+    assert training.learning_rate == rate
+    total = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert total == (8 if mini else batch)
+    assert ((training.lora_r, training.lora_alpha) if training.lora_enable else None) == lora
+    assert training.mm_projector_lr == projector_rate
+    assert (training.bits == 4) == (script == "finetune_qlora")
+    assert model.tune_mm_mlp_adapter == (script == "pretrain")
+    assert model.mm_token_reducer == "prumerge+"
+    assert data.image_aspect_ratio == ("square" if script == "pretrain" else "pad")
+    assert training.warmup_steps == 0.03
+    assert (model.mm_vision_select_layer, model.mm_projector_type) == (-2, "mlp2x_gelu")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_starts_one_process_per_gpu_and_a_flag_wins(script: str, root: Path) -> None:
+    command = dry_run(
+        root, script, "--learning_rate", "7", GPUS="3", NNODES="2", NODE_RANK="1", MASTER_ADDR="a"
+    )
+    assert command[:3] == ["python", "-m", "torch.distributed.run"]
+    for flag, value in (
+        ("--nproc_per_node", "3"),
+        ("--nnodes", "2"),
+        ("--node_rank", "1"),
+        ("--master_addr", "a"),
+    ):
+        assert command[command.index(flag) + 1] == value
+    assert command[-2:] == ["--learning_rate", "7"]
+    config = command[command.index("--deepspeed") + 1]
+    assert (root / config).is_file()
+    assert "--deepspeed" not in dry_run(root, script, GPUS="3", DEEPSPEED="none")
+    assert dry_run(root, script, GPUS="1", HOSTFILE="hosts")[:3] == ["deepspeed", "--hostfile", "hosts"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_setting(script: str, root: Path) -> None:
+    path = root / "scripts/v1_5" / f"{script}.sh"
+    shown = subprocess.run(["bash", str(path), "--help"], capture_output=True, text=True, check=True).stdout
+    text = path.read_text() + (path.parent / "common.sh").read_text()
+    names = [line.split()[1] for line in text.splitlines() if line.startswith("setting ")]
+    assert len(names) > 15
+    for name in [*names, "MINI"]:
+        assert f"  {name} " in shown
+    assert "$" not in shown.replace("$0", "")
+
+
+def test_the_shipped_deepspeed_configs_gather_and_leave_the_schedule(root: Path) -> None:
+    import json
+
+    for name, stage in (("zero2", 2), ("zero3", 3), ("zero3_offload", 3)):
+        config = json.loads((root / "scripts" / f"{name}.json").read_text())
+        zero = config["zero_optimization"]
+        assert zero["stage"] == stage
+        assert "scheduler" not in config  # it would replace the cosine of the recipes
+        assert "optimizer" not in config  # it would replace the parameter groups
+        if stage == 3:
+            assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+    assert {"offload_optimizer", "offload_param"} <= zero.keys()
