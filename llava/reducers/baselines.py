@@ -1,4 +1,4 @@
-"""What PruMerge is compared with: all tokens, random ones, a spatial grid, the most attended, and averages."""
+"""What PruMerge is compared with: all tokens, random ones, a spatial grid, the most attended, averages."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.ops import cls_attention_per_head
-from llava.reducers.registry import Reducer, ReducerInputError, option, register
+from llava.reducers.ops import cls_attention_per_head, require_finite
+from llava.reducers.registry import Reducer, option, register
 
 QUARTER = 144
-"""Tokens of a baseline that is given no number: a quarter of CLIP-L/14-336's 576, about PruMerge+'s average."""
+"""Tokens of a baseline that is given no number: a quarter of CLIP-L/14-336's 576, PruMerge+'s average."""
 
 
 @register("none")
@@ -18,7 +18,7 @@ QUARTER = 144
 class Everything(Reducer):
     """All N patches in raster order, as LLaVA-1.5 uses them."""
 
-    def __call__(self, features: VisionFeatures) -> ReducedTokens:
+    def reduce(self, features: VisionFeatures) -> ReducedTokens:
         batch, length, _ = features.patches.shape
         index = torch.arange(length, device=features.patches.device).repeat(batch, 1)
         return ReducedTokens(features.patches, index.new_full((batch,), length), index, index)
@@ -37,7 +37,7 @@ class RandomPatches(Reducer):
     tokens: int = option(QUARTER, low=1)
     seed: int = option(0, low=0, high=2**63 - 1)
 
-    def __call__(self, features: VisionFeatures) -> ReducedTokens:
+    def reduce(self, features: VisionFeatures) -> ReducedTokens:
         batch, length, _ = features.patches.shape
         drawn = torch.randperm(length, generator=torch.Generator().manual_seed(self.seed))[: self.tokens]
         return _pick(features.patches, drawn.sort().values.to(features.patches.device).repeat(batch, 1))
@@ -55,7 +55,7 @@ class GridPatches(Reducer):
 
     tokens: int = option(QUARTER, low=1)
 
-    def __call__(self, features: VisionFeatures) -> ReducedTokens:
+    def reduce(self, features: VisionFeatures) -> ReducedTokens:
         (rows, columns), (high, wide) = features.grid, grid_shape(self.tokens, *features.grid)
         device = features.patches.device
         y = ((torch.arange(high, device=device) * 2 + 1) * rows) // (2 * high)
@@ -78,15 +78,10 @@ class TopAttention(Reducer):
 
     tokens: int = option(QUARTER, low=1)
 
-    def __call__(self, features: VisionFeatures) -> ReducedTokens:
+    def reduce(self, features: VisionFeatures) -> ReducedTokens:
         """Raises ReducerInputError where there is no CLS token, or its attention is not finite."""
         score = cls_attention_per_head(features).mean(1)
-        bad: list[int] = (~score.isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise ReducerInputError(
-                f"the vision features of image {', '.join(map(str, bad))} of the batch (counted from 0) hold NaN "
-                "or infinite values"
-            )
+        require_finite(score.isfinite().all(1).tolist())
         best = score.sort(dim=1, descending=True, stable=True).indices[:, : self.tokens]
         return _pick(features.patches, best.sort(dim=1).values)
 
@@ -104,7 +99,7 @@ class AveragePool(Reducer):
 
     tokens: int = option(QUARTER, low=1)
 
-    def __call__(self, features: VisionFeatures) -> ReducedTokens:
+    def reduce(self, features: VisionFeatures) -> ReducedTokens:
         (rows, columns), (high, wide) = features.grid, grid_shape(self.tokens, *features.grid)
         patches = features.patches
         y = torch.arange(rows, device=patches.device) * high // rows

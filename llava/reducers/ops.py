@@ -12,8 +12,13 @@ from torch.nn import functional as F
 from llava.reducers.features import VisionFeatures
 from llava.reducers.registry import ReducerInputError
 
-WORKSPACE = 1 << 24
-"""Elements of the largest temporary an operation here makes before it works in chunks: 64 MiB in float32."""
+
+def _chunk(each: int, device: torch.device) -> int:
+    """How many things of `each` elements to work on at a time.
+
+    4 MiB of float32, which a CPU's cache holds; 256 MiB where starting an operation is what costs time.
+    """
+    return max(1, (1 << 20 if device.type == "cpu" else 1 << 26) // max(1, each))
 
 
 def cls_attention(features: VisionFeatures) -> Tensor:
@@ -32,7 +37,7 @@ def cls_attention(features: VisionFeatures) -> Tensor:
 
 
 def cls_attention_per_head(features: VisionFeatures) -> Tensor:
-    """The tower's own attention of the CLS row, head by head: softmax(q_h . k_h / sqrt(C / heads)), CLS dropped.
+    """The tower's own attention of the CLS row: softmax(q_h . k_h / sqrt(C / heads)), CLS dropped.
 
     Returns:
         [B, heads, N] float32, the same bits for an image whatever batch it comes in.
@@ -51,14 +56,22 @@ def _attention_scores(features: VisionFeatures, heads: int) -> Tensor:
             "use pool, grid or random with it"
         )
     _, rows, width = features.key.shape
-    chunk = max(1, WORKSPACE // (rows * width))
-    logits = torch.cat(
-        [
-            (key.float() * query.float().unsqueeze(1)).unflatten(2, (heads, width // heads)).sum(3)
-            for key, query in zip(features.key.split(chunk), features.query.split(chunk), strict=True)
-        ]
-    )
-    return (logits * (width // heads) ** -0.5).softmax(1).transpose(1, 2)
+    chunk = _chunk(rows * width, features.key.device)
+    scaled = features.query.float() * (width // heads) ** -0.5
+    logits = [
+        (key.float() * query.unsqueeze(1)).view(-1, heads, width // heads).sum(2)
+        for key, query in zip(features.key.split(chunk), scaled.split(chunk), strict=True)
+    ]
+    return torch.cat(logits).view(-1, rows, heads).softmax(1).transpose(1, 2)
+
+
+def require_finite(finite: list[bool]) -> None:
+    """Raises ReducerInputError, naming the images, unless every image of a batch is finite."""
+    if not all(finite):
+        bad = ", ".join(str(image) for image, good in enumerate(finite) if not good)
+        raise ReducerInputError(
+            f"the vision features of image {bad} of the batch (counted from 0) hold NaN or infinite values"
+        )
 
 
 def outlier_fence(descending: Tensor) -> Tensor:
@@ -70,8 +83,7 @@ def outlier_fence(descending: Tensor) -> Tensor:
     Returns:
         [...] the fence; outliers lie strictly above it.
     """
-    q1, q3 = _quantile(descending, 0.25), _quantile(descending, 0.75)
-    return q3 + 1.5 * (q3 - q1)
+    return torch.lerp(_quantile(descending, 0.25), _quantile(descending, 0.75), 2.5)
 
 
 def outlier_count(descending: Tensor) -> Tensor:
@@ -106,60 +118,127 @@ def comb(count: Tensor, length: int) -> Tensor:
     return (index % stride == 0) & (index < length - 1) & (count > 0).unsqueeze(-1)
 
 
+def stepped_comb(like: Tensor, step: int) -> Tensor:
+    """The spatial samples of the released training code: patches step // 2, + step, + 2 step ... below N - 1.
+
+    Returns:
+        [B, N] bool for `like` [B, N], the same for every image.
+    """
+    index = torch.arange(like.shape[1], device=like.device) - step // 2
+    return ((index >= 0) & (index % step == 0) & (index < like.shape[1] - 1 - step // 2)).expand_as(like)
+
+
+def even_comb(like: Tensor, number: int) -> Tensor:
+    """So many patches at even distances in raster order, at the middle of each stretch.
+
+    Returns:
+        [B, N] bool for `like` [B, N], the same for every image.
+    """
+    length = like.shape[1]
+    teeth = (torch.arange(number, device=like.device) * 2 + 1) * length // max(1, 2 * number)
+    return (
+        torch.zeros(length, dtype=torch.bool, device=like.device).index_fill_(0, teeth, True).expand_as(like)
+    )
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The rank of each patch in `order`: the inverse of permutations [B, N] int64."""
+    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)
+
+
 def merge_nearest(
-    patches: Tensor, key: Tensor, weight: Tensor, kept: Tensor, neighbours: int = 32
+    patches: Tensor,
+    key: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    is_real: Tensor | None,
+    neighbours: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Adds to each kept patch its nearest patches, weighted: out_i = f_i + sum over neighbours of w_j f_j.
 
     Neighbours are the `neighbours` other patches (kept or not) whose keys have the largest cosine similarity
     with the kept patch's key. Weights are not normalised and the centre has weight 1, as released.
 
-    The extra memory at its peak is `WORKSPACE` elements of similarities, or B N where that is more: kept rows
-    are worked off in chunks.
+    The one large product is that of the K kept keys with all N. Only indices are taken from it; the merge
+    then reads the 33 patches of each row (`embedding_bag`), which costs less than a second product. Extra
+    memory: twice the similarities, in chunks of kept rows (`_chunk`), and the kept keys of a chunk.
 
     Args:
         patches: [B, N, C] float32.
-        key: [B, N, C] float32, without CLS.
+        key: [B, N + 1, C] float32, CLS first.
+        norm: [B, N] float32, the norm of each patch's key.
         weight: [B, N] float32.
-        kept: [B, K] int64, -1 for padding rows.
+        kept: [B, K] int64, patches; the rows of an image all different.
+        is_real: [B, K] bool, false for padding rows, which repeat the image's first row; None: no padding.
         neighbours: how many, at most N - 1.
 
     Returns:
-        [B, K, C] float32, zeros in padding rows; and [B, N] int64: the row whose key each patch's key is most
-        similar to (0 where an image keeps none). Differentiable in patches and weight.
+        [B, K + 1, C] float32, zeros in padding rows and in the last; and [B, N] int64: the row whose key each
+        patch's key is most similar to. Differentiable in patches and weight.
     """
-    batch, length, _ = patches.shape
-    inverse_norm = torch.linalg.vector_norm(key, dim=-1).clamp(min=1e-12).reciprocal()
-    neighbours = min(neighbours, length - 1)
-    first = torch.arange(batch, device=kept.device).view(-1, 1) * length
-    # Padding repeats the first kept row, so that it can never be nearer to a patch than a real one.
-    centre = torch.where(kept < 0, kept[:, :1], kept).clamp(min=0)
-    merged, best, nearest = [], None, None
-    for start in range(0, kept.shape[1], max(1, WORKSPACE // (batch * length))):
-        rows = centre[:, start : start + max(1, WORKSPACE // (batch * length))]
-        own = _rows(key, rows) * inverse_norm.gather(1, rows).unsqueeze(-1)
-        similarity = torch.bmm(own, key.transpose(1, 2))
-        top = similarity.max(1)
-        if best is None or nearest is None:
-            best, nearest = top
-        else:
-            nearest = torch.where(top.values > best, top.indices + start, nearest)
-            best = torch.maximum(best, top.values)
-        similarity.mul_(inverse_norm.unsqueeze(1)).scatter_(2, rows.unsqueeze(-1), -torch.inf)
-        near = similarity.topk(neighbours, sorted=False).indices
-        index = torch.cat([rows.unsqueeze(-1), near], -1)
-        share = weight.unsqueeze(1).expand(-1, rows.shape[1], -1).gather(2, near)
-        share = torch.cat([torch.ones_like(share[..., :1]), share], -1)
-        share = share * (kept[:, start : start + rows.shape[1], None] >= 0)
-        bags = (index + first.unsqueeze(-1)).flatten(0, 1)
-        merged.append(
-            F.embedding_bag(
-                bags, patches.flatten(0, 1), per_sample_weights=share.flatten(0, 1), mode="sum"
-            ).view(batch, rows.shape[1], -1)
-        )
-    return torch.cat(merged, 1), torch.where(nearest < (kept >= 0).sum(1, keepdim=True), nearest, 0)
+    batch, length, width = patches.shape
+    count, device = kept.shape[1], kept.device
+    if count == 0:
+        return patches.new_zeros(batch, 1, width), kept.new_zeros(batch, length)
+    first = torch.arange(0, batch * length, length, device=device).view(-1, 1)  # of each image, flat
+    inverse_norm = norm.clamp(min=1e-12).reciprocal()
+    chunk = _chunk(batch * length, device)
+    parts = [
+        _nearest(key, inverse_norm, rows, min(neighbours + 1, length))
+        for rows in kept.detach().split(chunk, 1)
+    ]
+    near, _, nearest = parts[0]
+    if len(parts) > 1:
+        near = torch.cat([part[0] for part in parts], 1)
+        part = torch.stack([part[1] for part in parts]).argmax(0)
+        nearest = torch.stack([part[2] for part in parts]).gather(0, part.unsqueeze(0))[0] + part * chunk
+    index = (near + first.unsqueeze(2)).flatten()
+    share = weight.flatten().index_select(0, index).view_as(near).masked_fill(near == kept.unsqueeze(2), 1)
+    if is_real is not None:
+        share = share * is_real.unsqueeze(2)
+    # One bag a row; and at each image's end an empty one, which gives zeros.
+    size = near.shape[2]
+    start = torch.arange(0, batch * count * size, count * size, device=device).view(-1, 1)
+    offsets = (start + torch.arange(0, (count + 1) * size, size, device=device)).flatten()
+    merged = F.embedding_bag(
+        index, patches.flatten(0, 1), offsets, per_sample_weights=share.flatten(), mode="sum"
+    )
+    return merged.view(batch, count + 1, width), nearest
 
 
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, N, C], index [B, K] -> [B, K, C]."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+@torch.no_grad()
+def _nearest(key: Tensor, inverse_norm: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine similarities of some kept keys with all keys, and what is nearest to what.
+
+    Args:
+        key: [B, N + 1, C] float32, CLS first.
+        inverse_norm: [B, N].
+        rows: [B, K] int64, patches.
+        number: of patches to find for each row, itself included.
+
+    Returns:
+        [B, K, number] int64 patches nearest to each row, in no order; [B, N] how near each patch's nearest
+        row is (not divided by the norm of the patch's own key), and [B, N] int64 that row.
+    """
+    batch, total, width = key.shape
+    count = rows.shape[1]
+    # Kernels of a product differ with its size, in the last bit of the result: whole blocks of rows keep an
+    # image's similarities the same whatever the number of rows its batch needs.
+    rows = F.pad(rows, (0, -count % 16))
+    image = torch.arange(1, batch * total, total, device=key.device).view(-1, 1)
+    own = key.flatten(0, 1).index_select(0, (rows + image).flatten()).view(batch, -1, width)
+    own.mul_(inverse_norm.gather(1, rows).unsqueeze(2))
+    patch_by_row = torch.bmm(key[:, 1:], own.transpose(1, 2))[:, :, :count]
+    best, nearest = patch_by_row.max(2)
+    row_by_patch = patch_by_row.transpose(1, 2).contiguous().mul_(inverse_norm.unsqueeze(1))
+    # A row itself comes first, whatever rounding says.
+    row_by_patch.scatter_(2, rows[:, :count].unsqueeze(2), torch.inf)
+    return _orderly(row_by_patch).topk(number, sorted=False).indices, best, nearest
+
+
+def _orderly(values: Tensor) -> Tensor:
+    """float32 -> int32 in the same order, in place: a CPU selects integers, never NaN, a third faster."""
+    bits = values.view(torch.int32)
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))

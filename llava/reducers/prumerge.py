@@ -6,14 +6,25 @@ of all patches that were not kept. Where the paper's wording differs from the co
 example), the code is followed: the published checkpoints were trained on it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.ops import cls_attention, comb, merge_nearest, outlier_count
-from llava.reducers.registry import Reducer, ReducerInputError, ReducerSpecError, option, register
+from llava.reducers.ops import (
+    cls_attention,
+    comb,
+    even_comb,
+    inverse,
+    merge_nearest,
+    outlier_count,
+    require_finite,
+    stepped_comb,
+)
+from llava.reducers.registry import Reducer, ReducerSpecError, option, register
 
 
 @register("prumerge")
@@ -40,14 +51,14 @@ class PruMerge(Reducer):
         super().__post_init__()
         if self.tokens is not None and (self.ratio, self.min_tokens, self.max_tokens) != (None, None, None):
             raise ReducerSpecError(
-                f"reducer {self.name!r}: tokens fixes the count already; leave out ratio, min_tokens, max_tokens"
+                f"reducer {self.name!r}: tokens fixes the count; leave out ratio, min_tokens and max_tokens"
             )
         if None not in (self.min_tokens, self.max_tokens) and self.min_tokens > self.max_tokens:
             raise ReducerSpecError(
                 f"reducer {self.name!r}: min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}"
             )
 
-    def __call__(self, features: VisionFeatures) -> ReducedTokens:
+    def reduce(self, features: VisionFeatures) -> ReducedTokens:
         """[B, N, C] patches -> at most N + 1 tokens an image, the appended one last.
 
         Needs memory for the features in float32 where they are not, and the workspace of `ops`.
@@ -57,22 +68,19 @@ class PruMerge(Reducer):
         """
         attention = cls_attention(features)
         descending, order = attention.sort(dim=1, descending=True, stable=True)
-        top, samples = self.choose(descending, order)
-        return _prune_and_merge(features, attention, order, top, samples)
+        return prune_and_merge(features, attention, *self.choose(descending, order))
 
     def choose(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """How many patches to keep by attention, and which besides.
+        """Which patches to keep.
 
         Args:
             descending: [B, N] attention, largest first.
             order: [B, N] int64, the patches in that order.
 
         Returns:
-            [B] int64 count of the first patches in `order` to keep; [B, N] bool spatial samples (they may
-            name some of those patches again).
+            [B, N] int64, the patches of each image with the kept ones first; [B] int64, how many those are.
         """
-        count = self._count(descending).clamp(self._low(), self._high(descending.shape[1]))
-        return count, torch.zeros_like(order, dtype=torch.bool)
+        return order, self._count(descending).clamp(self._low(), self._high(descending.shape[1]))
 
     def _count(self, descending: Tensor) -> Tensor:
         """[B] patches to keep by attention, before the clamps."""
@@ -108,29 +116,28 @@ class PruMergePlus(PruMerge):
     """
 
     def choose(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        length = order.shape[1]
+        length, count = order.shape[1], self._count(descending)
         if self.tokens is not None:
             spatial = min(self.tokens, length) // 2
-            teeth = [int((i + 0.5) * length / spatial) for i in range(spatial)]
-            count = self._count(descending) - spatial
-            samples = _teeth(order, teeth)
+            count, samples = count - spatial, even_comb(order, spatial)
         elif self.ratio is not None:
-            step = int(1 / self.ratio)
-            count = self._count(descending)
-            samples = _teeth(order, range(step // 2, length - 1, step))
+            samples = stepped_comb(order, int(min(1 / self.ratio, 2 * length)))
         else:
-            count = self._count(descending)
             samples = comb(count, length)
         if self.tokens or self.min_tokens or self.max_tokens:
-            return _clamp(order, count, samples, self._low(), self._high(length))
-        return count, samples
+            count, samples = _clamp(order, count, samples, self._low(), self._high(length))
+        return _with_samples(order, count, samples)
 
 
-def _teeth(order: Tensor, at: "list[int] | range") -> Tensor:
-    """[B, N] bool, true at the given patches of every image."""
-    samples = torch.zeros_like(order, dtype=torch.bool)
-    samples[:, list(at)] = True
-    return samples
+def _with_samples(order: Tensor, count: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Brings the samples, in raster order, forward to behind the first `count` patches of `order`."""
+    rank, count = inverse(order), count.unsqueeze(1)
+    by_attention = rank < count
+    samples = samples & ~by_attention
+    dropped = ~(by_attention | samples)
+    last = count + samples.sum(1, keepdim=True)
+    row = torch.where(samples, count - 1 + samples.cumsum(1), rank)
+    return inverse(torch.where(dropped, last - 1 + dropped.cumsum(1), row)), last.squeeze(1)
 
 
 def _clamp(order: Tensor, count: Tensor, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +146,7 @@ def _clamp(order: Tensor, count: Tensor, samples: Tensor, low: int, high: int) -
     Above `high` at most half of them stay by attention and the samples are thinned evenly; below `low` more
     are taken by attention.
     """
-    rank = _inverse(order)
+    rank = inverse(order)
     total = (samples | (rank < count.unsqueeze(1))).sum(1)
     target = total.clamp(min(low, high), high)
     count = torch.where(total > target, torch.minimum(count, target - target // 2), count)
@@ -155,50 +162,37 @@ def _clamp(order: Tensor, count: Tensor, samples: Tensor, low: int, high: int) -
     return torch.maximum(count, needed), samples
 
 
-def _inverse(order: Tensor) -> Tensor:
-    """The rank of each patch in `order`, [B, N] int64: the inverse permutation."""
-    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, ranks)
-
-
-def _prune_and_merge(
-    features: VisionFeatures, attention: Tensor, order: Tensor, top: Tensor, samples: Tensor
+def prune_and_merge(
+    features: VisionFeatures, attention: Tensor, order: Tensor, count: Tensor
 ) -> ReducedTokens:
-    """Keeps the first `top` patches of `order`, then the other `samples` in raster order; merges the rest.
+    """Keeps the first `count` patches of each image's `order`, merges the others into them and into one more.
 
-    Asks the device for one thing only: how many tokens each image has (0 marks one that is not finite).
+    Asks the device for one thing only: how many tokens each image has (NaN: it is not finite).
     """
-    batch, length, _ = features.patches.shape
-    patches, key = features.patches.float(), features.key[:, 1:].float()
-    rank = _inverse(order)
-    by_attention = rank < top.unsqueeze(1)
-    samples = samples & ~by_attention
-    is_kept = by_attention | samples
-    count = is_kept.sum(1)
-    row = torch.where(by_attention, rank, top.unsqueeze(1) + samples.cumsum(1) - 1)
-
-    index = torch.arange(length, device=order.device).expand(batch, -1)
-    aside = length + 1  # a column for patches that have no row of their own
-    kept = order.new_full((batch, length + 2), -1)
-    kept.scatter_(1, torch.where(is_kept, row, aside), index)
-
-    # Every patch takes part, the kept ones with weight 0, so that no NaN or infinity goes unseen.
-    rest = torch.bmm((attention * ~is_kept).unsqueeze(1), patches)
+    patches, key = features.patches.float(), features.key.float()
+    rank, norm = inverse(order), torch.linalg.vector_norm(key[:, 1:], dim=2)
+    is_kept = rank < count.unsqueeze(1)
+    # Every patch takes part, kept ones with weight 0, so that a NaN or an infinity anywhere shows.
+    rest = torch.bmm(attention.masked_fill(is_kept, 0).unsqueeze(1), patches)
+    zero_or_nan = (rest.sum((1, 2)) + norm.sum(1)) * 0
     lengths = count + 1
-    counts: list[int] = (lengths * rest.isfinite().all(2).squeeze(1)).tolist()
-    if 0 in counts:
-        bad = ", ".join(str(i) for i, tokens in enumerate(counts) if tokens == 0)
-        raise ReducerInputError(
-            f"the vision features of image {bad} of the batch (counted from 0) hold NaN or infinite values"
-        )
-    longest = max(counts, default=1)
+    sizes: list[float] = (lengths + zero_or_nan).tolist()
+    require_finite([not math.isnan(size) for size in sizes])
+    most = int(max(sizes, default=1)) - 1
 
-    kept = kept[:, :longest].contiguous()
-    tokens, nearest = merge_nearest(patches, key, attention, kept)
-    tokens = tokens.scatter(1, count.view(-1, 1, 1).expand(-1, 1, tokens.shape[2]), rest)
+    kept, is_real = order[:, :most], None
+    if min(sizes, default=1) <= most:
+        is_real = torch.arange(most, device=order.device) < count.unsqueeze(1)
+        kept = torch.where(is_real, kept, kept[:, :1])
+    tokens, nearest = merge_nearest(patches, key, norm, attention, kept, is_real)
+    tokens.scatter_(1, count.view(-1, 1, 1).expand(-1, 1, tokens.shape[2]), rest)
+    if is_real is not None:
+        # A padding row is its image's first once more: whatever went there belongs to the first.
+        nearest = torch.where(nearest < count.unsqueeze(1), nearest, 0)
+        kept = torch.where(is_real, kept, -1)
     return ReducedTokens(
         tokens=tokens.to(features.patches.dtype),
         lengths=lengths,
-        kept=kept,
-        source=torch.where(is_kept, row, nearest),
+        kept=F.pad(kept, (0, 1), value=-1),
+        source=torch.where(is_kept, rank, nearest),
     )

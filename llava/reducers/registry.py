@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
+import torch
+
 from llava.reducers.features import ReducedTokens, VisionFeatures
 
 
@@ -59,6 +61,19 @@ class Reducer:
         return f"{self.name}({text})" if text else self.name
 
     def __call__(self, features: VisionFeatures) -> ReducedTokens:
+        """Reduces each image of the batch by itself, in the precision the method asks for, never autocast's.
+
+        Raises:
+            ReducerInputError: the method cannot reduce these features.
+        """
+        device = features.patches.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.reduce(features)
+        return self.reduce(features)
+
+    def reduce(self, features: VisionFeatures) -> ReducedTokens:
+        """What a method implements."""
         raise NotImplementedError
 
 
@@ -189,8 +204,7 @@ def _check(reducer: Reducer, name: str, value: Any, kind: type, optional: bool, 
         raise ReducerSpecError(f"reducer {reducer.name!r}: {name} is {_WORDS[kind]}, not {value!r}")
     low, high, open_low = limits.get("low"), limits.get("high"), limits.get("open_low", False)
     if low is not None and (value <= low if open_low else value < low):
-        raise ReducerSpecError(
-            f"reducer {reducer.name!r}: {name} must be {'above' if open_low else 'at least'} {low}, not {value}"
-        )
+        bound = "above" if open_low else "at least"
+        raise ReducerSpecError(f"reducer {reducer.name!r}: {name} must be {bound} {low}, not {value}")
     if high is not None and value > high:
         raise ReducerSpecError(f"reducer {reducer.name!r}: {name} must be at most {high}, not {value}")
