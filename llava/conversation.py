@@ -55,6 +55,15 @@ class Conversation:
         """A conversation of its own: appending to it leaves this one alone."""
         return dataclasses.replace(self, messages=[list(turn) for turn in self.messages])
 
+    @property
+    def stop_string(self) -> str | None:
+        """What ends an answer: the separator the model learned to write after its own turns.
+
+        Generation stops there; where it is the tokenizer's end-of-sequence token it stops by itself.
+        """
+        two_ends = self.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2)
+        return self.sep2 if two_ends else self.sep
+
     def get_prompt(self) -> str:
         """The prompt of all turns so far.
 
@@ -296,8 +305,12 @@ _BY_MODEL_NAME = (
 )
 
 
+_DEMO_ONLY = ("llava_v0", "llava_v1")
+"""What a name means in LLaVA's demo. The models were trained, and are evaluated, with vicuna_v1."""
+
+
 def conv_mode_for(model_name: str) -> str:
-    """The template's name for a model's name, by the order LLaVA's runners use (`llava_v0` if none fits).
+    """The template LLaVA's own runners (cli, run_llava) infer from a model's name; `llava_v0` if none fits.
 
     Our own small model (names that contain `smollm` or begin with `mini-`) takes `smollm2`.
     """
@@ -305,3 +318,15 @@ def conv_mode_for(model_name: str) -> str:
     if name.startswith("mini-"):
         return "smollm2"
     return next((mode for part, mode in _BY_MODEL_NAME if part in name), "llava_v0")
+
+
+def default_conv_mode(model_name: str, tokenizer: Any) -> str:
+    """The template a model was trained with, as far as its tokenizer and its name tell.
+
+    What `llava chat` and `llava eval` use without --conv-mode: as `conv_mode_for`, but vicuna_v1 in place of
+    the two templates of LLaVA's demo, and `smollm2` for any model with SmolLM2's tokenizer.
+    """
+    if conv_templates["smollm2"].system in str(tokenizer.chat_template):
+        return "smollm2"
+    mode = conv_mode_for(model_name)
+    return "vicuna_v1" if mode in _DEMO_ONLY else mode

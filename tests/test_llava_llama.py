@@ -708,7 +708,7 @@ def test_anyres_spatial_puts_tiles_side_by_side():
     crops = pictures(3)
     overview, left, right = model.project(model.encode_images(crops))
     rows = [torch.cat([left[6 * r : 6 * r + 6], right[6 * r : 6 * r + 6]]) for r in range(6)]
-    (found,) = model._embed_images([crops], [(200, 100)])
+    (found,) = model.embed_images([crops], [(200, 100)])
     torch.testing.assert_close(found, torch.cat([overview, *rows]), atol=1e-6, rtol=0)
 
 
@@ -716,7 +716,7 @@ def test_anyres_with_a_reducer_reduces_each_crop():
     model = make_anyres("spatial_unpad", "prumerge+")
     crops = pictures(3)
     separate = torch.cat(model.project(model.encode_images(crops)))
-    (found,) = model._embed_images(crops[None], [(200, 100)])
+    (found,) = model.embed_images(crops[None], [(200, 100)])
     torch.testing.assert_close(found, separate, atol=1e-6, rtol=0)
 
 
@@ -756,7 +756,7 @@ def test_what_cannot_work_says_so():
     with pytest.raises(UserError, match="prumerge"):
         model.set_reducer("prumrge")
     assert model.reducer.spec == model.config.mm_token_reducer == "none"
-    with pytest.raises(UserError, match="not both"):
+    with pytest.raises(UserError, match="only one of them"):
         model(MIXED[0][None], images=pictures(1), visual_tokens=model.encode_images(pictures(1)))
     with pytest.raises(UserError, match="needs a prompt"):
         model.generate(images=pictures(1))

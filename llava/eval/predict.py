@@ -31,7 +31,7 @@ from llava.constants import (
     DEFAULT_IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import SeparatorStyle, conv_templates
+from llava.conversation import conv_templates
 from llava.errors import UserError
 from llava.eval.benchmarks.base import Embedded
 from llava.eval.store import Question, Store, unit_size, units_of
@@ -134,9 +134,7 @@ class Answerer:
 
     def _stop_string(self) -> str | None:
         """What ends an answer in this template, where the tokenizer's own end of sequence does not."""
-        template = conv_templates[self.conv_mode]
-        two = template.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2)
-        stop = template.sep2 if two else template.sep
+        stop = conv_templates[self.conv_mode].stop_string
         return None if stop == self.tokenizer.eos_token else stop
 
     def _room(self) -> int:
@@ -152,13 +150,17 @@ class Answerer:
         free, _ = torch.cuda.mem_get_info(device)
         return max(CPU_BATCH_TOKENS, free // 2 // bytes_a_token)
 
+    @property
+    def tag(self) -> str:
+        """What stands for an image in a prompt."""
+        if self.model.config.mm_use_im_start_end:
+            return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+        return DEFAULT_IMAGE_TOKEN
+
     def prompt(self, text: str, with_image: bool) -> str:
         """The whole prompt, as the weights were trained on it."""
-        tag = DEFAULT_IMAGE_TOKEN
-        if self.model.config.mm_use_im_start_end:
-            tag = DEFAULT_IM_START_TOKEN + tag + DEFAULT_IM_END_TOKEN
         conversation = conv_templates[self.conv_mode].copy()
-        conversation.append_message(conversation.roles[0], f"{tag}\n{text}" if with_image else text)
+        conversation.append_message(conversation.roles[0], f"{self.tag}\n{text}" if with_image else text)
         conversation.append_message(conversation.roles[1], None)
         return conversation.get_prompt()
 
@@ -452,6 +454,10 @@ def short_uuid() -> str:
 
 
 # --- what the run took ---
+
+
+NOTHING: dict[str, Any] = {"questions": 0, "answered": 0, "problems": [], "images": 0, "device_seconds": 0.0}
+"""The summary of a run without questions."""
 
 
 def summary(store: Store) -> dict[str, Any]:

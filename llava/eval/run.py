@@ -29,11 +29,6 @@ from llava.eval.benchmarks.base import Benchmark, Protocol, Sample
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
     from llava.eval.predict import Generation, Request
 
-DEMO_TEMPLATES = (
-    "llava_v0",
-    "llava_v1",
-)  # what a name means in LLaVA's demo; its evaluation asks with vicuna_v1
-
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -58,7 +53,7 @@ class Job:
     model: ModelSource
     answers: Path
     generation: "Generation"
-    conv_mode: str | None = None  # None: by the model's name
+    conv_mode: str | None = None  # None: the model's own
     image_aspect_ratio: str | None = None  # None: the checkpoint's
     about: tuple[tuple[str, Any], ...] = ()  # what else makes the run what it is: benchmark, protocol, chunk
     batch_tokens: int | None = None
@@ -247,8 +242,13 @@ def answer(job: Job, *, workers: int | None = None, overwrite: bool = False) -> 
     """Answers all requests of a job, together with every other process that runs the same one; returns what
     it
     took (`predict.summary`). `workers`: how many processes to start, None for one per visible GPU."""
+    from llava.eval.predict import NOTHING
     from llava.eval.store import remove
 
+    if not job.requests:  # a chunk beyond the last question
+        job.answers.parent.mkdir(parents=True, exist_ok=True)
+        job.answers.touch()
+        return NOTHING
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if overwrite:
         if world > 1:
@@ -367,7 +367,7 @@ def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     import torch
     import transformers
 
-    from llava.conversation import conv_mode_for
+    from llava.conversation import default_conv_mode
     from llava.eval.predict import Answerer
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
@@ -389,12 +389,11 @@ def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     )
     if image_processor is None:
         raise UserError(f"{source.path} is a language model without vision; a benchmark needs one that sees.")
-    conv_mode = job.conv_mode or conv_mode_for(name)
     answerer = Answerer(
         model,
         tokenizer,
         image_processor,
-        "vicuna_v1" if not job.conv_mode and conv_mode in DEMO_TEMPLATES else conv_mode,
+        job.conv_mode or default_conv_mode(name, tokenizer),
         job.generation,
         image_aspect_ratio=job.image_aspect_ratio,
         batch_tokens=job.batch_tokens,

@@ -227,8 +227,21 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         weight = next((p for p in projector.parameters() if p.is_floating_point()), tokens)
         return list(projector(tokens.to(weight.dtype)).split([len(block) for block in visual_tokens]))
 
-    def _embed_images(self, images: Images, image_sizes: Sequence[tuple[int, int]] | None) -> list[Tensor]:
-        """One [K_i, hidden_size] block per image; an anyres image's crops are joined."""
+    def embed_images(
+        self, images: Images, image_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Tensor]:
+        """What the language model reads for each picture: tower, reducer, projector; an anyres picture's
+        crops joined. A conversation keeps them and passes them to `generate` as `visual_embeds` in each turn.
+
+        Args:
+            images, image_sizes: as in `forward`.
+
+        Returns:
+            One [K_i, hidden_size] block per picture.
+
+        Raises:
+            UserError: as `encode_images`; sizes missing for a spatial merge type.
+        """
         crops = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
         per_image = [len(crop) for crop in crops]
         blocks = self.project(self._encode_by_size([view for crop in crops for view in crop]))
@@ -300,14 +313,17 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         image_sizes: Sequence[tuple[int, int]] | None,
         visual_tokens: Sequence[Tensor] | None,
         padding_side: str,
+        visual_embeds: Sequence[Tensor] | None = None,
     ):
         """The spliced batch: its embeddings [B, L, hidden] and its Layout."""
-        if images is not None and visual_tokens is not None:
-            raise UserError("give images= or visual_tokens=, not both")
-        if visual_tokens is not None:
+        if sum(given is not None for given in (images, visual_tokens, visual_embeds)) > 1:
+            raise UserError("give images=, visual_tokens= or visual_embeds=, only one of them")
+        if visual_embeds is not None:
+            visual = list(visual_embeds)
+        elif visual_tokens is not None:
             visual = self.project(visual_tokens)
         elif images is not None and len(images) > 0:
-            visual = self._embed_images(images, image_sizes)
+            visual = self.embed_images(images, image_sizes)
         else:
             visual = []
 
@@ -446,6 +462,7 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         image_sizes: Sequence[tuple[int, int]] | None = None,
         visual_tokens: Sequence[Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        visual_embeds: Sequence[Tensor] | None = None,
         **kwargs,
     ):
         """transformers' generate over prompts with images; returns only the NEW ids, [B, <= max_new_tokens].
@@ -454,6 +471,7 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
             inputs: [B, L] ids with IMAGE_TOKEN_INDEX for each image, padded on any side if `attention_mask`
                 says where; or a list of B 1-D tensors. `input_ids=` is the same argument.
             images, image_sizes, visual_tokens: as in `forward`.
+            visual_embeds: instead of these, what `embed_images` returned for them.
             kwargs: everything else `GenerationMixin.generate` takes (streamer, num_beams, do_sample, ...).
 
         Raises:
@@ -464,7 +482,7 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
             raise UserError("generate needs a prompt: input_ids, with -200 where an image goes")
         kwargs.pop("position_ids", None)  # counted anew: the visual tokens move every position
         inputs_embeds, layout = self._prepare(
-            input_ids, attention_mask, None, images, image_sizes, visual_tokens, "left"
+            input_ids, attention_mask, None, images, image_sizes, visual_tokens, "left", visual_embeds
         )
         if layout.truncated:
             logger.warning_once(
