@@ -52,8 +52,12 @@ class Prefix:
 
 def begin(model: LlavaLlamaForCausalLM, ids: Tensor) -> Prefix:
     """The prefix of one prompt's first ids, [L] int64, without images."""
-    nothing = Prefix((), torch.ones(1, 0, dtype=torch.bool, device=model.device))
-    return extend(model, nothing, [model.get_input_embeddings()(ids.to(model.device))])
+    return extend(model, nothing(model), [model.get_input_embeddings()(ids.to(model.device))])
+
+
+def nothing(model: LlavaLlamaForCausalLM) -> Prefix:
+    """The prefix of a prompt of which nothing is known yet: one row, no columns."""
+    return Prefix((), torch.ones(1, 0, dtype=torch.bool, device=model.device))
 
 
 def select(prefix: Prefix, rows: Sequence[int]) -> Prefix:
@@ -89,31 +93,37 @@ def extend(model: LlavaLlamaForCausalLM, prefix: Prefix, blocks: Sequence[Tensor
 @torch.no_grad()
 def answer(
     model: LlavaLlamaForCausalLM, prefix: Prefix, ids: Sequence[Tensor], *, num_beams: int = 1, **kwargs
-) -> Tensor:
-    """New ids, [rows, <= max_new_tokens] int64, after row i's prefix and the ids ids[i], [L_i] int64.
+):
+    """transformers' generate after row i's prefix and the ids ids[i], [L_i] int64, none of them empty.
+
+    Returns the new ids, [rows, <= max_new_tokens] int64, as `model.generate` does for whole prompts; what
+    looks at the ids so far (penalties, stop strings) sees just these, as it does there.
 
     Args:
-        kwargs: what `GenerationMixin.generate` takes (max_new_tokens, do_sample, ...).
+        kwargs: what `GenerationMixin.generate` takes (max_new_tokens, do_sample, ...), but not
+            num_return_sequences.
     """
     longest = max(map(len, ids))
+    text = model.get_input_embeddings()(torch.cat(list(ids)).to(model.device)).split(
+        [len(one) for one in ids]
+    )
     # What stands under the prefix's columns is never read: their keys and values are there already.
-    prompt = torch.zeros(len(ids), prefix.length + longest, dtype=torch.long)
-    mask = torch.zeros(len(ids), longest, dtype=torch.bool)
-    for row, one in enumerate(ids):
-        prompt[row, prompt.shape[1] - len(one) :] = one
-        mask[row, longest - len(one) :] = True
-    mask = torch.cat([prefix.mask, mask.to(prefix.mask.device)], dim=1)
-    if num_beams > 1:  # generate repeats ids and mask itself, but not a cache
+    embeds = text[0].new_zeros(len(ids), prefix.length + longest, text[0].shape[1])
+    mask = torch.zeros(len(ids), longest, dtype=torch.bool, device=prefix.mask.device)
+    for row, block in enumerate(text):
+        embeds[row, embeds.shape[1] - len(block) :] = block
+        mask[row, longest - len(block) :] = True
+    mask = torch.cat([prefix.mask, mask], dim=1)
+    if num_beams > 1:  # generate repeats embeddings and mask itself, but not a cache
         prefix = select(prefix, [row for row in range(prefix.rows) for _ in range(num_beams)])
-    out = GenerationMixin.generate(
+    return GenerationMixin.generate(
         model,
-        input_ids=prompt.to(model.device),
+        inputs_embeds=embeds,
         attention_mask=mask.long(),
         past_key_values=prefix.cache(),
         num_beams=num_beams,
         **kwargs,
     )
-    return out[:, prompt.shape[1] :]
 
 
 def _positions(mask: Tensor) -> Tensor:
