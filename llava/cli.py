@@ -10,11 +10,10 @@ answers, failed checks), 2 bad input (one sentence; `--debug` adds the traceback
 import argparse
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
-from llava.errors import UserError
+from llava.errors import UserError, exit_status
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module, one line for `llava --help`)
@@ -22,9 +21,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("llava.analysis.show", "draw what a reducer keeps of a picture, and what it merges"),
     "bench": ("llava.analysis.latency", "where the time of a request goes, beside the dense run"),
     "roofline": ("llava.analysis.roofline", "what fewer visual tokens can save on a GPU; no torch needed"),
+    "eval": ("llava.eval.run", "ask a model a benchmark's questions, and score the answers"),
     "score": ("llava.eval.score", "score an answers file of a benchmark; no torch needed"),
     "submit": ("llava.eval.submit", "write the file a benchmark's server takes"),
-    "doctor": ("llava.doctor", "check data before a long run: `doctor eval`, `doctor data`"),
+    "doctor": ("llava.doctor", "check files before a long run: `doctor checkpoint`, `doctor data`, `doctor eval`"),
+    "tools merge-lora": ("llava.tools.merge_lora", "LoRA or a projector and their base as one model"),
+    "tools extract-projector": ("llava.tools.extract_projector", "the projector of any LLaVA checkpoint"),
+    "tools consolidate": ("llava.tools.consolidate", "a self-trained checkpoint as it would be released"),
+    "tools convert": ("llava.tools.convert", "to and from the format of transformers (llava-hf)"),
+    "tools apply-delta": ("llava.tools.apply_delta", "a model from its base and its delta"),
+    "tools make-delta": ("llava.tools.make_delta", "the delta of a model to its base"),
     "mini prepare": ("llava.mini.prepare", "build checkpoints/mini-base from two pip packages"),
     "mini world": ("llava.mini.world", "compose scenes and conversations about them"),
     "mini align": ("llava.mini.align", "give the projector its first meaning: patches to words"),
@@ -60,31 +66,25 @@ def no_such_command(argv: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv  # before parsing: a command's options are read by that command
+    return exit_status(lambda: dispatch(argv), name=f"llava {command_of(argv) or ''}".strip(), debug=debug)
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run what is asked for."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0
-    # A command is one word or two ("mini world").
-    length = 2 if " ".join(argv[:2]) in COMMANDS else 1
-    command = " ".join(argv[:length])
-    if command not in COMMANDS:
-        print(f"llava: {no_such_command(argv)}", file=sys.stderr)
-        return 2
-    args = build_parser(command).parse_args(argv[length:])
-    try:
-        return importlib.import_module(COMMANDS[command][0]).run(args)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"llava {command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # `llava ... | head`: the reader has left. Point stdout at nothing so that the interpreter's own flush
-        # at exit stays silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    command = command_of(argv)
+    if command is None:
+        raise UserError(no_such_command(argv))
+    args = build_parser(command).parse_args(argv[len(command.split()) :])
+    return importlib.import_module(COMMANDS[command][0]).run(args)
+
+
+def command_of(argv: Sequence[str]) -> str | None:
+    """A command is one word or two ("mini world")."""
+    return next((name for name in (" ".join(argv[:2]), " ".join(argv[:1])) if name in COMMANDS), None)
 
 
 if __name__ == "__main__":
