@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from llava.reducers.features import VisionFeatures
 from llava.reducers.registry import ReducerInputError
 
+BLOCK = 16
+"""Kept rows are compared with all patches in blocks of so many."""
+
 
 def _chunk(each: int, device: torch.device) -> int:
     """How many things of `each` elements to work on at a time.
@@ -168,7 +171,7 @@ def merge_nearest(
     Args:
         patches: [B, N, C] float32.
         key: [B, N + 1, C] float32, CLS first.
-        norm: [B, N] float32, the norm of each patch's key.
+        norm: [B, N + 1] float32, the norm of each key.
         weight: [B, N] float32.
         kept: [B, K] int64, patches; the rows of an image all different.
         is_real: [B, K] bool, false for padding rows, which repeat the image's first row; None: no padding.
@@ -183,8 +186,8 @@ def merge_nearest(
     if count == 0:
         return patches.new_zeros(batch, 1, width), kept.new_zeros(batch, length)
     first = torch.arange(0, batch * length, length, device=device).view(-1, 1)  # of each image, flat
-    inverse_norm = norm.clamp(min=1e-12).reciprocal()
-    chunk = _chunk(batch * length, device)
+    inverse_norm = norm[:, 1:].clamp(min=1e-12).reciprocal()
+    chunk = BLOCK * _chunk(BLOCK * batch * length, device)
     parts = [
         _nearest(key, inverse_norm, rows, min(neighbours + 1, length))
         for rows in kept.detach().split(chunk, 1)
@@ -226,7 +229,7 @@ def _nearest(key: Tensor, inverse_norm: Tensor, rows: Tensor, number: int) -> tu
     count = rows.shape[1]
     # Kernels of a product differ with its size, in the last bit of the result: whole blocks of rows keep an
     # image's similarities the same whatever the number of rows its batch needs.
-    rows = F.pad(rows, (0, -count % 16))
+    rows = F.pad(rows, (0, -count % BLOCK))
     image = torch.arange(1, batch * total, total, device=key.device).view(-1, 1)
     own = key.flatten(0, 1).index_select(0, (rows + image).flatten()).view(batch, -1, width)
     own.mul_(inverse_norm.gather(1, rows).unsqueeze(2))

@@ -170,7 +170,7 @@ def prune_and_merge(
     Asks the device for one thing only: how many tokens each image has (NaN: it is not finite).
     """
     patches, key = features.patches.float(), features.key.float()
-    rank, norm = inverse(order), torch.linalg.vector_norm(key[:, 1:], dim=2)
+    rank, norm = inverse(order), torch.linalg.vector_norm(key, dim=2)
     is_kept = rank < count.unsqueeze(1)
     # Every patch takes part, kept ones with weight 0, so that a NaN or an infinity anywhere shows.
     rest = torch.bmm(attention.masked_fill(is_kept, 0).unsqueeze(1), patches)
