@@ -1,0 +1,560 @@
+"""Training runs on a tiny model: what is learnt, what is saved, and how a killed run goes on."""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import STAGES, Tiny, losses, make
+from torch.nn.functional import cross_entropy
+
+from llava.constants import IGNORE_INDEX
+from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset, length_grouped_order
+from llava.errors import UserError
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoints import read_tensors
+from llava.train import save
+from llava.train import train as train_module
+from llava.train.arguments import parse
+from llava.train.log import console_line
+from llava.train.plot import read_log
+from llava.train.plot import run as plot
+from llava.train.setup import Prepared, build, describe
+from llava.train.trainer import EpochSampler, LlavaTrainer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def prepare(tiny: Tiny, out: Path, flags: str = "") -> tuple[Prepared, LlavaTrainer]:
+    """The model and the trainer of a run, before its first step."""
+    model_args, data_args, training_args = parse(tiny.argv(out, flags), silent)
+    torch.manual_seed(0)
+    prepared = build(model_args, data_args, training_args, silent)
+    dataset = LazySupervisedDataset(
+        data_args.data_path,
+        prepared.tokenizer,
+        prepared.llava.get_vision_tower().image_processor,
+        image_folder=data_args.image_folder,
+        version=model_args.version,
+        image_aspect_ratio=data_args.image_aspect_ratio,
+    )
+    collator = DataCollatorForSupervisedDataset(prepared.tokenizer)
+    return prepared, LlavaTrainer(prepared, training_args, dataset, collator)
+
+
+# The loss
+
+
+def test_logits_only_where_a_label_counts_give_the_same_loss_and_gradient(tiny: Tiny, tmp_path: Path) -> None:
+    prepared, run = prepare(tiny, tmp_path)
+    model = prepared.llava.eval()
+    batch = run.data_collator([run.train_dataset[row] for row in range(4)])
+    full = model(**batch)
+    full.loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    short = model(**batch, loss_only=True)
+    short.loss.backward()
+    assert short.logits is None
+    assert short.loss.item() == pytest.approx(full.loss.item(), abs=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("average", ["micro_batch", "token"])
+def test_how_micro_batches_are_averaged(average: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Against cross entropy by hand over the samples of one accumulated step."""
+    flags = (
+        f"--loss_average {average} --gradient_accumulation_steps 5 --max_steps 1 --learning_rate 0 "
+        "--train_sampling_strategy sequential"
+    )
+    prepared, run = prepare(tiny, tmp_path, flags)
+    sums, counts = [], []
+    for start in range(0, 10, 2):
+        batch = run.data_collator([run.train_dataset[row] for row in (start, start + 1)])
+        with torch.no_grad():
+            prepared.llava.eval()
+            logits = prepared.llava(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            _, layout = prepared.llava._prepare(
+                batch["input_ids"],
+                batch["attention_mask"],
+                batch["labels"],
+                batch.get("images"),
+                None,
+                None,
+                "right",
+            )
+            spliced = layout.labels
+        targets = spliced[:, 1:].flatten()
+        loss = cross_entropy(
+            logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        sums.append(loss.item())
+        counts.append(int((targets != IGNORE_INDEX).sum()))
+    assert len(set(counts)) > 1
+    run.train()
+    logged = next(row["loss"] for row in run.state.log_history if "loss" in row)
+    means = [total / count for total, count in zip(sums, counts, strict=True)]
+    expected = sum(means) / 5 if average == "micro_batch" else sum(sums) / sum(counts)
+    assert logged == pytest.approx(expected, abs=1e-5)
+    assert abs(sum(means) / 5 - sum(sums) / sum(counts)) > 1e-3  # or the test could not fail
+
+
+def test_gradient_checkpointing_changes_nothing_even_with_a_frozen_projector(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    flags = (
+        "--lora_enable True --lora_dropout 0 --freeze_mm_mlp_adapter True --max_steps 3 --save_strategy no"
+    )
+    plain = tiny.train(tmp_path / "plain", flags)
+    saving = tiny.train(tmp_path / "saving", f"{flags} --gradient_checkpointing True")
+    assert [row["loss"] for row in saving] == pytest.approx([row["loss"] for row in plain], abs=1e-5)
+    assert [row["grad_norm"] for row in saving] == pytest.approx(
+        [row["grad_norm"] for row in plain], rel=1e-3
+    )
+    assert plain[-1]["grad_norm"] > 0
+
+
+# What trains
+
+
+def test_lora_is_on_the_language_model_alone(tiny: Tiny, tmp_path: Path) -> None:
+    prepared, _ = prepare(tiny, tmp_path, STAGES["lora"])
+    adapted = {name.split(".lora_")[0] for name, _ in prepared.model.named_parameters() if ".lora_" in name}
+    layers = {name.split("layers.")[1] for name in adapted}
+    linears = [f"self_attn.{k}_proj" for k in "qkvo"] + [f"mlp.{k}_proj" for k in ("gate", "up", "down")]
+    assert layers == {f"{layer}.{linear}" for layer in (0, 1) for linear in linears}
+    assert not any("vision_tower" in name or "projector" in name or "lm_head" in name for name in adapted)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_trains_is_float32_under_mixed_precision(stage: str, tiny: Tiny, tmp_path: Path) -> None:
+    prepared, _ = prepare(tiny, tmp_path, f"{STAGES[stage]} --bf16 True")
+    dtypes = {True: set(), False: set()}
+    for parameter in prepared.model.parameters():
+        dtypes[parameter.requires_grad].add(parameter.dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+
+
+def test_the_set_up_is_said_in_numbers(tiny: Tiny, tmp_path: Path) -> None:
+    prepared, _ = prepare(tiny, tmp_path, STAGES["lora"])
+    lines = describe(prepared.model)
+    lora = sum(p.numel() for n, p in prepared.model.named_parameters() if "lora_" in n)
+    projector = sum(p.numel() for p in prepared.llava.get_model().mm_projector.parameters())
+    assert f"LoRA: trains {lora:,} (float32)" in lines
+    assert f"projector: trains {projector:,} (float32)" in lines
+    total = sum(p.numel() for p in prepared.model.parameters())
+    assert lines[-1].startswith(f"in all {lora + projector:,} of {total:,} parameters train")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_what_should_train_changes(stage: str, tiny: Tiny, tmp_path: Path) -> None:
+    prepared, run = prepare(
+        tiny, tmp_path, f"{STAGES[stage]} --max_steps 2 --save_strategy no --learning_rate 0.1"
+    )
+    before = {name: parameter.detach().clone() for name, parameter in prepared.model.named_parameters()}
+    run.train()
+    changed = {n for n, p in prepared.model.named_parameters() if not torch.equal(p, before[n])}
+    trainable = {n for n, p in prepared.model.named_parameters() if p.requires_grad}
+    assert changed == trainable
+    assert any("mm_projector" in name for name in changed)
+
+
+def test_a_checkpoints_own_settings_stay_where_no_flag_changes_them(tiny: Tiny, tmp_path: Path) -> None:
+    argv = tiny.argv(tmp_path)
+    for flag in ("--vision_tower", "--mm_projector_type", "--mm_vision_select_layer"):
+        place = argv.index(flag)
+        del argv[place : place + 2]
+    argv[argv.index("--model_name_or_path") + 1] = str(tiny.models.full)
+    said: list[str] = []
+    prepared = build(*parse(argv, silent), said.append)
+    config = prepared.llava.config
+    assert (config.mm_vision_select_layer, config.mm_projector_type) == (-2, "mlp2x_gelu")
+    assert any(line.startswith("mm_vision_select_layer -2") for line in said)
+    weights = prepared.llava.get_model().mm_projector.state_dict()
+    for name, tensor in tiny.models.projector_weights.items():
+        torch.testing.assert_close(weights[name.removeprefix("model.mm_projector.")], tensor)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--model_name_or_path": "lora"}, ["--model_name_or_path", "merge"]),
+        ({"--model_name_or_path": "projector"}, ["--pretrain_mm_mlp_adapter"]),
+        ({"--model_name_or_path": "tower"}, ["--model_name_or_path"]),
+        ({"--vision_tower": None}, ["--vision_tower"]),
+        ({"--mm_projector_type": "linear", "--pretrain_mm_mlp_adapter": "adapter"}, ["does not fit"]),
+    ],
+)
+def test_a_start_that_cannot_be_trained_is_refused(
+    change: dict[str, str | None], words: list[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    argv = tiny.argv(tmp_path)
+    for flag, value in change.items():
+        if flag in argv:
+            place = argv.index(flag)
+            del argv[place : place + 2]
+        if value == "adapter":
+            argv += [flag, str(tiny.models.projector / "mm_projector.bin")]
+        elif value is not None:
+            argv += [flag, str(getattr(tiny.models, value, value))]
+    with pytest.raises(UserError) as error:
+        build(*parse(argv, silent), silent)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--version v0", "--mm_use_im_patch_token True", "--mm_use_im_start_end True"]
+)
+def test_new_tokens_get_the_mean_of_the_old_rows(flags: str, tiny: Tiny, tmp_path: Path) -> None:
+    prepared, _ = prepare(tiny, tmp_path, flags)
+    old, new = tiny.models.vocab_size, len(prepared.tokenizer)
+    # The tiny tokenizer has no pad token of its own in v0's sense.
+    assert new - old == (2 if "start_end" in flags else 1)
+    for table, name in (
+        (prepared.llava.get_input_embeddings().weight, "model.embed_tokens.weight"),
+        (prepared.llava.lm_head.weight, "lm_head.weight"),
+    ):
+        assert len(table) == new
+        mean = tiny.models.language_model[name].mean(0)
+        torch.testing.assert_close(table[old:].detach(), mean.expand(new - old, -1))
+    assert prepared.llava.config.vocab_size == new
+
+
+def test_qlora_trains_on_a_quantized_model(tiny: Tiny, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    flags = (
+        "--bits 4 --lora_enable True --lora_r 4 --bf16 True --max_steps 4 --save_steps 2 --learning_rate 1e-2"
+    )
+    prepared, _ = prepare(tiny, tmp_path / "other", flags)
+    kinds = {type(module).__name__ for module in prepared.llava.get_model().layers.modules()}
+    assert "Linear4bit" in kinds
+    vision = [
+        *prepared.llava.get_vision_tower().modules(),
+        *prepared.llava.get_model().mm_projector.modules(),
+    ]
+    assert not any("4bit" in type(module).__name__ for module in [*vision, prepared.llava.lm_head])
+    rows = tiny.train(tmp_path / "run", flags)
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    again = tiny.train(tmp_path / "run", flags)
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows], abs=1e-5)
+
+
+# What is saved
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_results_and_checkpoints_load_and_answer_alike(stage: str, tiny: Tiny, tmp_path: Path) -> None:
+    """The run's folder and its last checkpoint, through the loader everyone uses."""
+    flags = f"{STAGES[stage]} --max_steps 2 --save_steps 2 --reducer prumerge"
+    prepared, run = prepare(tiny, tmp_path, flags)
+    run.train()
+    run.save_model()
+    batch = run.data_collator([run.train_dataset[row] for row in (0, 1)])
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = prepared.model.eval()(**batch).logits
+    base = None if stage == "full" else str(tiny.models.base)
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        _, model, _, _ = load_pretrained_model(
+            str(folder), base, "llava", device="cpu", torch_dtype=torch.float32
+        )
+        assert model.config.mm_token_reducer == "prumerge"
+        with torch.no_grad():
+            torch.testing.assert_close(model(**batch).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_half_precision_run_leaves_half_precision_weights(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.train(tmp_path, f"{STAGES['full']} --bf16 True --max_steps 1 --save_steps 1")
+    final = read_tensors(tmp_path / "model.safetensors")
+    exact = read_tensors(tmp_path / "checkpoint-1" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert final[name].dtype == torch.bfloat16
+    assert exact[name].dtype == torch.float32
+    assert torch.equal(exact[name].bfloat16(), final[name])
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_folder_named_like_a_checkpoint_leaves_its_projector_beside(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.train(tmp_path / "checkpoint-x", f"{STAGES['projector']} --max_steps 1 --save_strategy no")
+    assert (tmp_path / "mm_projector" / "checkpoint-x.bin").is_file()
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_more_checkpoints_than_asked_for(stage: str, limit: int, tiny: Tiny, tmp_path: Path) -> None:
+    tiny.train(tmp_path, f"{STAGES[stage]} --max_steps 4 --save_steps 1 --save_total_limit {limit}")
+    names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert names == {f"checkpoint-{step}" for step in range(5 - limit, 5)}
+
+
+# Going on
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def kill_in(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, after: bool = False
+) -> None:
+    """Let the `call`-th call of a function be the last thing that happens."""
+    original = getattr(owner, name)
+    calls = 0
+
+    def wrapper(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            raise Killed
+        result = original(*args, **kwargs)
+        if calls == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+MOMENTS = {
+    # where the kill falls: owner, function, which call, before or after it; steps done by then that count
+    "before anything is saved": (LlavaTrainer, "training_step", 2, False, 0),
+    "in a step": (LlavaTrainer, "training_step", 6, False, 4),
+    "while weights are written": (save, "save_tokenizer", 2, False, 2),
+    "after the weights": (save, "write_model", 2, True, 2),
+    "before the random state": (LlavaTrainer, "_save_rng_state", 2, False, 2),
+    "before the rename": (save, "publish", 2, False, 2),
+    "after the rename": (save, "publish", 2, True, 4),
+    "while old ones are deleted": (shutil, "rmtree", 1, True, 4),
+    "before the result is saved": (LlavaTrainer, "save_state", 1, False, 6),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each stage that nothing disturbs: six steps over two epochs, and its final folder."""
+    folders = {}
+    for stage in STAGES:
+        folders[stage] = tmp_path_factory.mktemp(f"whole-{stage}")
+        tiny.train(folders[stage], f"{STAGES[stage]} {RESUMABLE}")
+    return folders
+
+
+RESUMABLE = "--max_steps 6 --save_steps 2 --save_total_limit 1 --gradient_accumulation_steps 2"
+
+
+def assert_same_run(ours: Path, whole: Path) -> None:
+    for key in ("loss", "grad_norm", "learning_rate", "step", "epoch"):
+        assert [row[key] for row in losses(ours)] == [row[key] for row in losses(whole)], key
+    names = {path.name for path in whole.glob("*.safetensors")} | {path.name for path in whole.glob("*.bin")}
+    compared = 0
+    for name in names - {"training_args.bin"}:
+        ours_, theirs = read_tensors(ours / name), read_tensors(whole / name)
+        assert ours_.keys() == theirs.keys()
+        assert all(torch.equal(ours_[key], theirs[key]) for key in theirs)
+        compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    stage: str,
+    moment: str,
+    tiny: Tiny,
+    uninterrupted: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, name, call, after, counts = MOMENTS[moment]
+    if name == "save_tokenizer" and stage == "projector":
+        pytest.skip("adapter tuning saves no tokenizer")
+    with monkeypatch.context() as patch:
+        kill_in(patch, owner, name, call, after)
+        with pytest.raises(Killed):
+            tiny.train(tmp_path, f"{STAGES[stage]} {RESUMABLE}")
+    found = save.last_checkpoint(tmp_path)
+    assert (0 if found is None else int(found.name.rpartition("-")[2])) == counts
+    tiny.train(tmp_path, f"{STAGES[stage]} {RESUMABLE}")
+    assert_same_run(tmp_path, uninterrupted[stage])
+    assert [path.name for path in save.checkpoints(tmp_path)] == ["checkpoint-6"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["lora"])
+def test_kill_9(stage: str, tiny: Tiny, uninterrupted: dict[str, Path], tmp_path: Path) -> None:
+    """The real thing: a process of its own, SIGKILL as soon as a checkpoint stands, and again."""
+    argv = [sys.executable, "-m", "llava.train.train", *tiny.argv(tmp_path, f"{STAGES[stage]} {RESUMABLE}")]
+    for wanted in (2, 4):
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 300
+            while not (tmp_path / f"checkpoint-{wanted}").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+    subprocess.run(argv, check=True, capture_output=True)
+    assert_same_run(tmp_path, uninterrupted[stage])
+
+
+def test_a_half_written_checkpoint_is_never_taken(tiny: Tiny, tmp_path: Path) -> None:
+    """Every file of a checkpoint missing, empty or cut in half: then the one before it is taken."""
+    for stage in STAGES:
+        run = tmp_path / stage
+        tiny.train(run, f"{STAGES[stage]} --max_steps 2 --save_steps 1")
+        whole = run / "checkpoint-2"
+        kept = tmp_path / "kept"
+        shutil.copytree(whole, kept)
+        assert save.last_checkpoint(run) == whole
+        needed = [
+            path.name
+            for path in kept.iterdir()
+            if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.name == "trainer_state.json"
+        ]
+        assert len(needed) >= 5
+        for name in needed:
+            content = (kept / name).read_bytes()
+            for damage in (None, b"", content[: len(content) // 2], content[:-1]):
+                if damage is None:
+                    (whole / name).unlink()
+                    if name in ("rng_state.pth", "training_args.bin"):
+                        (whole / name).write_bytes(content)
+                        continue  # a run on another number of processes has none for each
+                else:
+                    (whole / name).write_bytes(damage)
+                said: list[str] = []
+                assert save.last_checkpoint(run, said.append) == run / "checkpoint-1", (name, damage)
+                assert "checkpoint-2 is not resumed" in said[0]
+                (whole / name).write_bytes(content)
+        assert save.last_checkpoint(run) == whole
+        shutil.rmtree(kept)
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.train(tmp_path, f"{STAGES['full']} --max_steps 1 --save_steps 1")
+    with pytest.raises(UserError, match="output_dir"):
+        tiny.train(tmp_path, f"{STAGES['lora']} --max_steps 2 --save_steps 1")
+
+
+def test_the_checkpoint_asked_for_is_taken(tiny: Tiny, tmp_path: Path) -> None:
+    flags = f"{STAGES['lora']} --max_steps 3 --save_steps 1"
+    whole = tiny.train(tmp_path / "a", flags)
+    again = tiny.train(tmp_path / "b", f"{flags} --resume_from_checkpoint {tmp_path / 'a' / 'checkpoint-2'}")
+    assert [row["loss"] for row in again] == [whole[2]["loss"]]
+    with pytest.raises(UserError, match="--resume_from_checkpoint"):
+        tiny.train(tmp_path / "c", f"{flags} --resume_from_checkpoint {tmp_path / 'a'}")
+
+
+# The order of the samples
+
+
+def test_the_order_follows_from_seed_and_epoch_alone() -> None:
+    lengths = [5, -3, 8, -2, 9, 4, -7, 6, 3, -1]
+
+    def order(epoch: int, seed: int = 1, **options) -> list[int]:
+        sampler = EpochSampler(10, seed, **options)
+        sampler.epoch = epoch
+        torch.manual_seed(epoch * 17)  # whatever the state around it is
+        return list(sampler)
+
+    grouped = {"lengths": lengths, "batch_size": 2, "world_size": 1}
+    for options in ({}, grouped):
+        assert order(0, **options) == order(0, **options)
+        assert order(0, **options) != order(1, **options)
+        assert sorted(order(3, **options)) == list(range(10))
+    assert order(0) == torch.randperm(10, generator=torch.Generator().manual_seed(1)).tolist()
+    torch.manual_seed(4)
+    assert order(3, **grouped) == length_grouped_order(lengths, 2, 1)
+    state = torch.get_rng_state()
+    list(EpochSampler(10, 5))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(EpochSampler(3, 5, shuffle=False)) == [0, 1, 2]
+
+
+# Watching it
+
+
+def test_a_log_line_says_what_went_through(tiny: Tiny, tmp_path: Path) -> None:
+    flags = f"{STAGES['lora']} --max_steps 1 --per_device_train_batch_size 10 --save_strategy no"
+    _, run = prepare(tiny, tmp_path, flags)
+    batch = run.data_collator([run.train_dataset[row] for row in range(10)])
+    [row] = tiny.train(tmp_path, flags)
+    seconds = 10 / row["samples_per_second"]
+    assert row["visual_tokens_per_image"] == 16  # 56 / 14 squared
+    assert row["visual_tokens_per_second"] * seconds == pytest.approx(6 * 16)
+    text = int(batch["attention_mask"].sum()) - 6
+    assert row["text_tokens_per_second"] * seconds == pytest.approx(text)
+    assert row["memory_gib"] > 0.05
+    assert {"loss", "learning_rate", "grad_norm", "step", "epoch", "time"} <= row.keys()
+    assert "tok/image" in console_line(1, 1, row)
+
+
+def test_text_alone_counts_no_visual_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    flags = f"{STAGES['full']} --max_steps 1 --per_device_train_batch_size 4 --save_strategy no"
+    rows = [row for row in json.loads(tiny.data.read_text()) if "image" not in row]
+    data = tmp_path / "text.json"
+    data.write_text(json.dumps(rows))
+    [row] = Tiny(tiny.models, data, tiny.images).train(tmp_path / "run", flags)
+    assert row["visual_tokens_per_second"] == 0
+    assert "visual_tokens_per_image" not in row
+
+
+def test_a_run_writes_down_what_it_was(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.train(tmp_path, f"{STAGES['lora']} --max_steps 1 --save_strategy no --reducer prumerge+")
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["model"]["mm_token_reducer"] == "prumerge+"
+    assert content["training"]["lora_r"] == 4
+    assert content["data"]["data_path"] == str(tiny.data)
+    assert content["versions"]["torch"] == torch.__version__
+    assert any("LoRA: trains" in line for line in content["notes"])
+
+
+def test_a_log_cut_short_is_read_and_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": s, "loss": 2 / s, "samples_per_second": 3.0}) for s in range(1, 6)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    assert len(read_log(tmp_path / "a" / "log.jsonl")) == 5
+    args = argparse.Namespace(runs=[tmp_path / "a", tmp_path / "b"], out=tmp_path / "x.png", smooth=0.9)
+    assert plot(args) == 0
+    from PIL import Image
+
+    picture = Image.open(tmp_path / "x.png")
+    assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    with pytest.raises(UserError, match="--output_dir"):
+        plot(argparse.Namespace(runs=[tmp_path], out=None, smooth=0.9))
+    with pytest.raises(UserError, match="--smooth"):
+        plot(argparse.Namespace(runs=[tmp_path / "a"], out=None, smooth=1.0))
+
+
+# The command
+
+
+def test_llava_train_takes_every_flag(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    train_module.add_arguments(parser)
+    args = parser.parse_args(tiny.argv(tmp_path, "--max_steps 1 --save_strategy no"))
+    assert train_module.run(args) == 0
+    assert (tmp_path / "model.safetensors").is_file()
+    assert train_module.run(parser.parse_args(["--help"])) == 0
+    assert "--mm_token_reducer" in capsys.readouterr().out

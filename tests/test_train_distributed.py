@@ -1,0 +1,123 @@
+"""Two processes on the CPU take the steps one process takes with the same global batch: DDP, ZeRO-2, ZeRO-3."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import STAGES, Tiny, losses, make
+
+from llava.model.checkpoints import read_tensors
+
+pytestmark = pytest.mark.slow
+
+STEPS = "--train_sampling_strategy sequential --max_steps 4 --lora_dropout 0 --save_strategy no"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make(tmp_path_factory.mktemp("tiny"))
+
+
+def launch(root: Path, tiny: Tiny, out: Path, flags: str) -> list[dict]:
+    """The same run in two processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(port),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LLAVA_CACHE": str(out.parent / "cache")}
+    done = subprocess.run(
+        [*command, "-m", "llava.train.train", *tiny.argv(out, flags)],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return losses(out)
+
+
+def single(tiny: Tiny, out: Path, flags: str) -> list[dict]:
+    """One process, two micro batches for the other's two processes."""
+    return tiny.train(out, f"{flags} --gradient_accumulation_steps 2")
+
+
+def assert_same(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
+    assert len(ours) == len(theirs) == 4
+    for key in ("loss", "learning_rate"):
+        assert [r[key] for r in ours] == pytest.approx([r[key] for r in theirs], abs=tolerance), key
+    assert [r["grad_norm"] for r in ours] == pytest.approx(
+        [r["grad_norm"] for r in theirs], rel=max(tolerance, 1e-3)
+    )
+    key = "visual_tokens_per_image"
+    assert [r.get(key) for r in ours] == [r.get(key) for r in theirs]
+
+
+CASES = {
+    "ddp-lora": ("lora", ""),
+    "ddp-full": ("full", ""),
+    "zero2-full": ("full", "--deepspeed scripts/zero2.json"),
+    "zero2-projector": ("projector", "--deepspeed scripts/zero2.json"),
+    "zero2-lora": ("lora", "--deepspeed scripts/zero2.json --gradient_checkpointing True"),
+    "zero3-full": ("full", "--deepspeed scripts/zero3.json"),
+    "zero3-lora": ("lora", "--deepspeed scripts/zero3.json --gradient_checkpointing True"),
+    "zero3-projector": ("projector", "--deepspeed scripts/zero3.json"),
+}
+FILES = {"full": "model.safetensors", "lora": "non_lora_trainables.bin", "projector": "mm_projector.bin"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_take_the_steps_of_one(case: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
+    stage, flags = CASES[case]
+    if "zero" in case:
+        pytest.importorskip("deepspeed")
+    flags = f"{STAGES[stage].replace('--group_by_modality_length True', '')} {STEPS} {flags}"
+    theirs = single(tiny, tmp_path / "one", flags.split("--deepspeed")[0])
+    ours = launch(root, tiny, tmp_path / "two", flags)
+    assert_same(ours, theirs, 2e-4)
+    one, two = (read_tensors(tmp_path / name / FILES[stage]) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3)
+    extra = {"run.json", "log.jsonl"}
+    assert {p.name for p in (tmp_path / "two").iterdir()} - extra == {
+        p.name for p in (tmp_path / "one").iterdir()
+    } - extra
+
+
+@pytest.mark.parametrize("stage", ["lora", "full"])
+def test_zero3_in_bfloat16(stage: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    flags = f"{STAGES[stage].replace('--group_by_modality_length True', '')} {STEPS} --bf16 True"
+    theirs = single(tiny, tmp_path / "one", flags)
+    ours = launch(root, tiny, tmp_path / "two", f"{flags} --deepspeed scripts/zero3.json")
+    assert_same(ours, theirs, 0.05)
+
+
+@pytest.mark.parametrize("case", ["ddp", "zero2", "zero3"])
+def test_a_run_of_two_processes_goes_on(case: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
+    flags = f"{STAGES['lora']} --max_steps 4 --save_steps 2 --visual_cache {tmp_path / 'tokens'}"
+    if case != "ddp":
+        pytest.importorskip("deepspeed")
+        flags += f" --deepspeed scripts/{case}.json"
+    whole = launch(root, tiny, tmp_path / "whole", flags)
+    part = tmp_path / "part"
+    (part / "checkpoint-2").parent.mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(part / "checkpoint-2")
+    again = launch(root, tiny, part, flags)
+    assert [row["step"] for row in again] == [3, 4]
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in whole[2:]], abs=1e-6)
+    ours, theirs = (read_tensors(folder / "non_lora_trainables.bin") for folder in (part, tmp_path / "whole"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,264 @@
+"""Visual tokens on disk: the ones the model would have made, and never any other."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_training import STAGES, Tiny, losses, make
+from torch import Tensor
+
+from llava.errors import UserError
+from llava.model.builder import load_pretrained_model
+from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.train.train import train
+from llava.train.visual_cache import VisualCache, digest_of, fingerprint, hash_files, processing, recipe_of
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def llava(tiny: Tiny) -> LlavaLlamaForCausalLM:
+    _, model, _, _ = load_pretrained_model(
+        str(tiny.models.full), None, "llava", device="cpu", reducer="prumerge"
+    )
+    return model.float()
+
+
+def refuse(file: Path, problem: str) -> None:
+    raise AssertionError(problem)
+
+
+def fill(llava: LlavaLlamaForCausalLM, folder: Path, files: list[Path], **options) -> tuple[VisualCache, int]:
+    cache = VisualCache(folder, recipe_of(llava))
+    options = {"on_error": refuse, "show": False, "batch_size": 4, **options}
+    count = cache.fill(
+        files, hash_files(files, show=False), processing(llava), llava.encode_images, **options
+    )
+    return cache, count
+
+
+def pictures(tiny: Tiny) -> list[Path]:
+    return sorted(tiny.images.glob("*.png"))
+
+
+def encoded(llava: LlavaLlamaForCausalLM, file: Path) -> Tensor:
+    return llava.encode_images(processing(llava)(Image.open(file))[None])[0]
+
+
+@pytest.mark.parametrize("reducer", ["none", "prumerge", "prumerge+"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_entries_are_what_the_model_makes(
+    reducer: str, batch_size: int, llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path
+) -> None:
+    llava.set_reducer(reducer)
+    files = pictures(tiny)
+    cache, count = fill(llava, tmp_path, files, batch_size=batch_size)
+    assert count == len(cache) == len(files)
+    for file, entry in zip(files, cache.find([digest_of(file) for file in files]), strict=True):
+        expected = encoded(llava, file)
+        assert cache[entry].shape == expected.shape
+        torch.testing.assert_close(cache[entry].float(), expected, atol=2e-3, rtol=2e-3)
+    assert fill(llava, tmp_path, files)[1] == 0
+    assert len(VisualCache(tmp_path, recipe_of(llava))) == len(files)
+
+
+def test_the_same_content_is_encoded_once(llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path) -> None:
+    file = pictures(tiny)[0]
+    twin = tmp_path / "twin.png"
+    shutil.copy(file, twin)
+    cache, count = fill(llava, tmp_path / "cache", [file, twin, file])
+    assert count == len(cache) == 1
+
+
+def test_a_changed_picture_is_another_entry(llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path) -> None:
+    first, second = pictures(tiny)[:2]
+    file = tmp_path / "picture.png"
+    shutil.copy(first, file)
+    stamp = os.stat(file)
+    fill(llava, tmp_path / "cache", [file])
+    shutil.copy(second, file)
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # not even by its time does it look changed
+    cache = VisualCache(tmp_path / "cache", recipe_of(llava))
+    assert cache.find([digest_of(file)]).tolist() == [-1]
+    assert fill(llava, tmp_path / "cache", [file])[1] == 1
+
+
+def change_weight(llava: LlavaLlamaForCausalLM) -> None:
+    with torch.no_grad():
+        next(llava.get_vision_tower().parameters()).view(-1)[0] += 1e-3
+
+
+CHANGES = {
+    "reducer": lambda llava: llava.set_reducer("prumerge(ratio=0.25)"),
+    "tower's weights": change_weight,
+    "layer": lambda llava: setattr(llava.get_vision_tower(), "select_layer", -3),
+    "dtype": lambda llava: llava.get_vision_tower().to(torch.bfloat16),
+    "aspect": lambda llava: setattr(llava.config, "image_aspect_ratio", "square"),
+    "processor": lambda llava: setattr(
+        llava.get_vision_tower().image_processor, "image_mean", [0.5, 0.5, 0.5]
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_makes_other_tokens_has_other_entries(
+    change: str, llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path
+) -> None:
+    files = pictures(tiny)[:1]
+    fill(llava, tmp_path, files)
+    CHANGES[change](llava)
+    assert fill(llava, tmp_path, files)[1] == 1
+    assert len([folder for folder in tmp_path.iterdir() if folder.is_dir()]) == 2
+
+
+def test_weights_are_told_apart_by_name_shape_and_value() -> None:
+    torch.manual_seed(0)
+    one = torch.nn.Linear(2, 3)
+    assert fingerprint(one) == fingerprint(one)
+    prints = {fingerprint(one)}
+    with torch.no_grad():
+        one.weight[0, 0] += 1e-6
+    prints.add(fingerprint(one))
+    prints.add(fingerprint(torch.nn.ModuleDict({"a": one})))
+    prints.add(fingerprint(one.double()))
+    assert len(prints) == 4
+
+
+def test_a_program_that_makes_other_tokens_starts_anew(
+    llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path
+) -> None:
+    cache, _ = fill(llava, tmp_path, pictures(tiny))
+    process = processing(llava)
+    assert not cache.check_program(process, llava.encode_images)  # nothing to compare with yet
+    assert cache.check_program(process, llava.encode_images)
+    assert len(cache) == 6
+
+    def repaired(pixels: Tensor) -> list[Tensor]:
+        return [tokens * 1.2 for tokens in llava.encode_images(pixels)]
+
+    assert not cache.check_program(process, repaired)
+    assert len(cache) == 0
+    assert cache.check_program(process, repaired)
+
+
+@pytest.mark.parametrize("lost", ["rows", "index", "both"])
+def test_a_kill_while_filling_loses_only_what_was_not_written(
+    lost: str, llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path
+) -> None:
+    files = pictures(tiny)
+    cache, _ = fill(llava, tmp_path, files)
+    [tokens], [index] = cache.folder.glob("*.tokens"), cache.folder.glob("*.index")
+    if lost in ("rows", "both"):
+        with tokens.open("r+b") as file:
+            file.truncate(tokens.stat().st_size - 3)
+    if lost in ("index", "both"):
+        with index.open("r+b") as file:
+            file.truncate(index.stat().st_size - 4)
+    again = VisualCache(tmp_path, recipe_of(llava))
+    assert len(again) == len(files) - 1
+    again, count = fill(llava, tmp_path, files)
+    assert count == 1
+    for file, entry in zip(files, again.find([digest_of(file) for file in files]), strict=True):
+        torch.testing.assert_close(again[entry].float(), encoded(llava, file), atol=2e-3, rtol=2e-3)
+
+
+def test_a_killed_filling_is_gone_on_with(llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path) -> None:
+    files = pictures(tiny)
+    calls = 0
+
+    def killed(pixels: Tensor) -> list[Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return llava.encode_images(pixels)
+
+    cache = VisualCache(tmp_path, recipe_of(llava))
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(
+            files,
+            hash_files(files, show=False),
+            processing(llava),
+            killed,
+            batch_size=2,
+            on_error=refuse,
+            show=False,
+        )
+    cache, count = fill(llava, tmp_path, files)
+    assert (count, len(cache)) == (2, 6)
+
+
+def test_an_unreadable_picture_has_no_entry_and_is_named(
+    llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    said: list[tuple[Path, str]] = []
+    good = pictures(tiny)[0]
+    cache, count = fill(
+        llava, tmp_path / "c", [bad, good], on_error=lambda file, why: said.append((file, why))
+    )
+    assert count == 1
+    assert [file for file, _ in said] == [bad]
+    assert "bad.png" in said[0][1]
+    assert cache.find([digest_of(bad)]).tolist() == [-1]
+
+
+# In a run
+
+
+def test_a_run_on_the_cache_learns_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    flags = f"{STAGES['lora']} --max_steps 5 --save_strategy no --lora_dropout 0 --reducer prumerge+"
+    plain = tiny.train(tmp_path / "plain", flags)
+    cached = tiny.train(tmp_path / "cached", f"{flags} --visual_cache {tmp_path / 'cache'}")
+    assert [row["loss"] for row in cached] == pytest.approx([row["loss"] for row in plain], abs=2e-3)
+    key = "visual_tokens_per_image"
+    assert [row.get(key) for row in cached] == [row.get(key) for row in plain]
+
+
+def test_the_tower_never_runs_once_the_cache_is_full(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = f"{STAGES['projector']} --max_steps 2 --save_strategy no --visual_cache {tmp_path / 'cache'}"
+    first = tiny.train(tmp_path / "a", flags)
+    original = LlavaLlamaForCausalLM.encode_images
+    batches: list[int] = []
+
+    def counted(self, pixels: Tensor) -> list[Tensor]:
+        batches.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(LlavaLlamaForCausalLM, "encode_images", counted)
+    second = tiny.train(tmp_path / "b", flags)
+    assert batches == [3]  # the synthetic pictures that check the program
+    assert [row["loss"] for row in first] == [row["loss"] for row in second]
+
+
+@pytest.mark.parametrize("mode", ["error", "skip"])
+def test_a_bad_picture_stops_the_run_or_is_passed_over(mode: str, tiny: Tiny, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(tiny.images, images)
+    (images / "3.png").write_bytes(b"no picture")
+    (images / "4.png").unlink()
+    broken = Tiny(tiny.models, tiny.data, images)
+    flags = (
+        f"{STAGES['projector']} --num_train_epochs 1 --save_strategy no --visual_cache {tmp_path / 'cache'}"
+    )
+    argv = broken.argv(tmp_path / "run", f"{flags} --on_bad_sample {mode}")
+    if mode == "error":
+        with pytest.raises(UserError, match=r"[34]\.png"):
+            train(argv=argv)
+        return
+    train(argv=argv)
+    assert len(losses(tmp_path / "run")) == 5
