@@ -123,7 +123,7 @@ def as_text(benchmark: Benchmark, report: dict[str, Any]) -> str:
             f"{benchmark.title}: {headline['name']} {headline['value']:.1f}{benchmark.unit}{low_high} "
             f"over {over} questions"
         )
-        lines += _table(report["metrics"])
+        lines += as_table(report["metrics"])
     else:
         lines.append(
             f"{benchmark.title}: no score. {report['answered']:,} of {report['expected']:,} questions "
@@ -137,7 +137,7 @@ def as_text(benchmark: Benchmark, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(metrics: dict[str, Any], indent: str = "  ") -> list[str]:
+def as_table(metrics: dict[str, Any], indent: str = "  ") -> list[str]:
     lines = []
     for name, value in metrics.items():
         if not isinstance(value, dict):
@@ -145,7 +145,7 @@ def _table(metrics: dict[str, Any], indent: str = "  ") -> list[str]:
         elif all(not isinstance(inner, dict) for inner in value.values()) and indent != "  ":
             lines.append(f"{indent}{name}: " + ", ".join(f"{key} {_number(x)}" for key, x in value.items()))
         else:
-            lines += [f"{indent}{name}:", *_table(value, indent + "  ")]
+            lines += [f"{indent}{name}:", *as_table(value, indent + "  ")]
     return lines
 
 

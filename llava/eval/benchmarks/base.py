@@ -51,6 +51,7 @@ class Sample:
     category: str = ""
     stratum: str = ""  # the part within which units are drawn
     reference: Any = None  # what is right, in the benchmark's own form; None: labels not there
+    stem: str = ""  # of a multiple-choice question that can be asked in rotations: `text` without the options
     options: tuple[str, ...] = ()
     key: str = ""  # what tells it from all others, where the id alone does not
 

@@ -84,7 +84,7 @@ def metrics(totals: Totals) -> dict:
     return {"accuracy": percent(totals["right"], totals["n"])}
 
 
-def write(out: Path, root: Path, answers: Mapping[str, str]) -> None:
+def write(out: Path, root: Path | None, answers: Mapping[str, str]) -> None:
     rows = [
         {"questionId": identifier, "prediction": prediction(text)} for identifier, text in answers.items()
     ]

@@ -81,7 +81,7 @@ def metrics(totals: Totals) -> dict:
     return {"total": percent(totals["right"], totals["n"]), "by_capability": percent_by(totals, "capability")}
 
 
-def write(out: Path, root: Path, answers: Mapping[str, str]) -> None:
+def write(out: Path, root: Path | None, answers: Mapping[str, str]) -> None:
     write_text(out, json.dumps({f"v1_{identifier}": text for identifier, text in answers.items()}, indent=2))
 
 

@@ -9,7 +9,7 @@ in the answer. `llava submit mmbench` writes the xlsx the OpenCompass server tak
 
 import csv
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -62,25 +62,27 @@ def load(root: Path, questions: Path | None = None, *, default: str = EN) -> lis
             if not row.get(letter):
                 break
             options.append(row[letter])
-        lines = [row["hint"]] if row.get("hint") else []
-        lines += [
-            row["question"],
-            *(f"{letter}. {text}" for letter, text in zip(OPTIONS, options, strict=False)),
-        ]
+        stem = f"{row['hint']}\n{row['question']}" if row.get("hint") else row["question"]
         answer = row.get("answer")
         samples.append(
             Sample(
                 index,
-                "\n".join(lines),
+                question_text(stem, options),
                 Embedded(image),
                 unit=str(index % ROTATION),
                 where=str(file),
                 category=row.get("category", ""),
                 reference=(answer, row.get("l2-category", "")) if answer else None,
                 options=tuple(options),
+                stem=stem,
             )
         )
     return samples
+
+
+def question_text(stem: str, options: Sequence[str]) -> str:
+    """Hint and question, then one line an option."""
+    return "\n".join((stem, *(f"{letter}. {text}" for letter, text in zip(OPTIONS, options, strict=False))))
 
 
 def prompt(sample: Sample, protocol: str = "", *, suffix: str = LETTER) -> str:
@@ -130,6 +132,10 @@ def metrics(totals: Totals) -> dict:
 
 
 def write(out: Path, root: Path, answers: Mapping[str, str], *, default: str = EN) -> None:
+    write_sheet(out, root / default, answers)
+
+
+def write_sheet(out: Path, questions: Path, answers: Mapping[str, str]) -> None:
     """The server's sheet: `index question A B C D prediction answer split`, an empty answer left blank."""
     try:
         from openpyxl import Workbook
@@ -149,7 +155,7 @@ def write(out: Path, root: Path, answers: Mapping[str, str], *, default: str = E
         cell.data_type = "s"  # an answer that starts with = is no formula
         return cell
 
-    for number, row in enumerate(read_table(root / default)):
+    for number, row in enumerate(read_table(questions)):
         columns = [name for name in row if name not in DROPPED and name != "index"]
         if number == 0:
             header = ["index", *columns]

@@ -36,53 +36,54 @@ WRONG_RELEASE = "The label files must be those of POPE commit e3e39262."
 
 def load(root: Path, questions: Path | None = None) -> list[Sample]:
     folder = root / FOLDER
-    files = {category: _label_file(root, category) for category in OFFSETS}
-    labels = read_labels(files) if all(file.exists() for file in files.values()) else {}
-    file = questions or folder / QUESTIONS
+    return from_files(
+        questions or folder / QUESTIONS, folder / "coco", folder / "val2014", whole=questions is None
+    )
+
+
+def from_files(file: Path, label_folder: Path, images: Path, *, whole: bool = True) -> list[Sample]:
+    """The questions of `file` (made from the labels where it is missing) with their labels (where there are
+    any).
+
+    Raises UserError where a question and its label differ, or with `whole`, where a label has no question.
+    """
+    label_files = {category: label_folder / f"coco_pope_{category}.json" for category in OFFSETS}
+    labels = read_labels(label_files) if all(path.exists() for path in label_files.values()) else {}
     rows = (
         list(read_rows(file, "question_id", "image", "text"))
         if file.exists() or not labels
         else made_rows(labels)
     )
-    samples, matched = [], 0
+    samples = []
     for where, row in rows:
         category = _category(row["question_id"], where)
         label_where, label = labels.get(row["question_id"], ("", None))
-        same = label and (label["image"], bare_question(label["text"])) == (
-            row["image"],
-            bare_question(row["text"]),
-        )
-        if labels and not same:
+        question = bare_question(row["text"])
+        if labels and (
+            not label or (label["image"], bare_question(label["text"])) != (row["image"], question)
+        ):
             found = (
                 f"is {label['text']!r} about {label['image']} in {label_where}" if label else "has no label"
             )
-            asked = f"{bare_question(row['text'])!r} about {row['image']}"
-            raise UserError(f"{where}: question {row['question_id']}, {asked}, {found}. {WRONG_RELEASE}")
-        matched += bool(same)
+            shown = f"question {row['question_id']}, {question!r} about {row['image']}"
+            raise UserError(f"{where}: {shown}, {found}. {WRONG_RELEASE}")
         samples.append(
             Sample(
                 row["question_id"],
                 row["text"],
-                folder / "val2014" / row["image"],
+                images / row["image"],
                 unit=row["image"],
                 where=where,
                 category=category,
                 reference=label and label["label"],
-                key=question_key(row["question_id"], bare_question(row["text"])),
+                key=question_key(row["question_id"], question),
             )
         )
-    if questions is None and matched < len(labels):
-        extra = next(
-            where for key, (where, _) in labels.items() if key not in {sample.id for sample in samples}
-        )
-        raise UserError(
-            f"{extra}: {len(labels) - matched} labels belong to no question of {file}. {WRONG_RELEASE}"
-        )
+    asked = {sample.id for sample in samples}
+    left = [where for number, (where, _) in labels.items() if number not in asked]
+    if whole and left:
+        raise UserError(f"{left[0]}: {len(left)} labels belong to no question of {file}. {WRONG_RELEASE}")
     return samples
-
-
-def _label_file(root: Path, category: str) -> Path:
-    return root / FOLDER / "coco" / f"coco_pope_{category}.json"
 
 
 def _category(identifier: int, where: str) -> str:
@@ -123,7 +124,8 @@ def made_rows(labels: dict[int, tuple[str, dict]]) -> list[tuple[str, dict]]:
 
 
 def rebuild(root: Path) -> str:
-    return jsonl(row for _, row in made_rows(read_labels({c: _label_file(root, c) for c in OFFSETS})))
+    files = {category: root / FOLDER / "coco" / f"coco_pope_{category}.json" for category in OFFSETS}
+    return jsonl(row for _, row in made_rows(read_labels(files)))
 
 
 def read_answer(text: str) -> str:

@@ -44,11 +44,11 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
         raise UserError(
             f"{file}: {len(left)} questions of the test split are not asked, the first: {min(left)}."
         )
-    return [_sample(row, folder, problems.get(row["id"]), file) for row in rows]
+    return samples_of(rows, problems, folder, file)
 
 
-def read_problems(folder: Path) -> tuple[dict[str, dict], list[str]]:
-    """problems.json and the ids of the test split."""
+def read_problems(folder: Path, split: str = "test") -> tuple[dict[str, dict], list[str]]:
+    """problems.json and the ids of a split."""
     problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
     for identifier in splits["test"]:
         if identifier not in problems:
@@ -58,15 +58,23 @@ def read_problems(folder: Path) -> tuple[dict[str, dict], list[str]]:
     return problems, splits["test"]
 
 
-def _sample(row: dict, folder: Path, problem: dict | None, file: Path) -> Sample:
-    return Sample(
-        row["id"],
-        row["conversations"][0]["value"].replace(IMAGE_TAG, "").strip(),
-        folder / "images" / "test" / row["image"] if "image" in row else None,
-        unit=row["id"],
-        where=str(file),
-        reference=problem and (problem["answer"], len(problem["choices"]), problem["image"] is not None),
-    )
+def samples_of(rows: list[dict], problems: dict[str, dict], folder: Path, file: Path) -> list[Sample]:
+    """Rows of the question file as samples; `problems` may be empty, then there are no references."""
+    samples = []
+    for row in rows:
+        problem = problems.get(row["id"])
+        samples.append(
+            Sample(
+                row["id"],
+                row["conversations"][0]["value"].replace(IMAGE_TAG, "").strip(),
+                folder / "images" / "test" / row["image"] if "image" in row else None,
+                unit=row["id"],
+                where=str(file),
+                reference=problem
+                and (problem["answer"], len(problem["choices"]), problem["image"] is not None),
+            )
+        )
+    return samples
 
 
 def made_rows(problems: dict[str, dict], ids: list[str]) -> list[dict]:

@@ -32,7 +32,7 @@ ANNOTATIONS = f"{FOLDER}/SEED-Bench.json"
 def load(root: Path, questions: Path | None = None) -> list[Sample]:
     file = questions or root / QUESTIONS
     rows = list(read_rows(file, "question_id", "image", "text"))
-    references = _references(root / ANNOTATIONS) if (root / ANNOTATIONS).exists() else None
+    references = read_references(root / ANNOTATIONS) if (root / ANNOTATIONS).exists() else None
     if references is not None:
         for where, row in rows:
             if str(row["question_id"]) not in references:
@@ -52,8 +52,8 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
     ]
 
 
-def _references(file: Path) -> dict[str, tuple[str, str, str]]:
-    """{id: (letter, image | video, question type)}."""
+def read_references(file: Path) -> dict[str, tuple[str, str, str]]:
+    """{id: (letter, image | video, question type)}, in the order of the annotation file."""
     table = read_json(file)
     types = {number: name for name, number in table["question_type"].items()}
     return {
@@ -82,7 +82,7 @@ def metrics(totals: Totals) -> dict:
     }
 
 
-def write(out: Path, root: Path, answers: Mapping[str, str]) -> None:
+def write(out: Path, root: Path | None, answers: Mapping[str, str]) -> None:
     write_text(out, jsonl({"question_id": key, "prediction": text} for key, text in answers.items()))
 
 

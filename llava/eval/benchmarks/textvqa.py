@@ -42,7 +42,9 @@ def key(image_id: object, text: str) -> str:
 
 def load(root: Path, questions: Path | None = None) -> list[Sample]:
     folder = root / FOLDER
-    file = questions or folder / QUESTIONS
+    file, annotations = questions or folder / QUESTIONS, folder / ANNOTATIONS
+    if not file.exists() and annotations.exists():
+        return from_annotations(annotations, folder / "train_images")
     samples = [
         Sample(
             row["question_id"],
@@ -54,18 +56,38 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
         )
         for where, row in read_rows(file, "question_id", "image", "text")
     ]
-    annotations = folder / ANNOTATIONS
-    return _labelled(samples, annotations, whole=questions is None) if annotations.exists() else samples
+    if not annotations.exists():
+        return samples
+    return _labelled(samples, from_annotations(annotations, folder), annotations, whole=questions is None)
 
 
-def _labelled(samples: list[Sample], file: Path, whole: bool) -> list[Sample]:
-    references: dict[str, list[list[str]]] = {}
+def from_annotations(file: Path, images: Path) -> list[Sample]:
+    """The questions as the dataset has them: without OCR tokens."""
+    samples = []
     for entry in read_json(file)["data"]:
         if len(entry["answers"]) != 10:
             raise UserError(
                 f"{file}: question {entry['question_id']} has {len(entry['answers'])} answers, not 10."
             )
-        references.setdefault(key(entry["image_id"], entry["question"]), []).append(entry["answers"])
+        image = f"{entry['image_id']}.jpg"
+        samples.append(
+            Sample(
+                entry["image_id"],
+                entry["question"] + SHORT,
+                images / image,
+                unit=image,
+                where=str(file),
+                reference=entry["answers"],
+                key=key(entry["image_id"], entry["question"]),
+            )
+        )
+    return samples
+
+
+def _labelled(samples: list[Sample], annotated: list[Sample], file: Path, whole: bool) -> list[Sample]:
+    references: dict[str, list[list[str]]] = {}
+    for sample in annotated:
+        references.setdefault(sample.key, []).append(sample.reference)
     labelled = []
     for sample in samples:
         if not references.get(sample.key):
@@ -81,6 +103,10 @@ def _labelled(samples: list[Sample], file: Path, whole: bool) -> list[Sample]:
 
 def prompt(sample: Sample, protocol: str = "ocr") -> str:
     if protocol == "ocr":
+        if OCR not in sample.text:
+            raise UserError(
+                f"{QUESTIONS} is missing, and only it has the OCR tokens; --protocol no-ocr needs none."
+            )
         return sample.text
     lines = sample.text.removesuffix(SHORT).split("\n")
     return "\n".join(line for line in lines if not line.startswith(OCR)) + SHORT

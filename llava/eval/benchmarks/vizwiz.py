@@ -16,14 +16,23 @@ QUESTIONS = "vizwiz/llava_test.jsonl"
 
 
 def load(root: Path, questions: Path | None = None) -> list[Sample]:
+    return questions_of(questions or root / QUESTIONS, root / "vizwiz/test")
+
+
+def questions_of(file: Path, images: Path) -> list[Sample]:
     return [
-        Sample(row["question_id"], row["text"], root / "vizwiz/test" / row["image"], row["image"], where)
-        for where, row in read_rows(questions or root / QUESTIONS, "question_id", "image", "text")
+        Sample(row["question_id"], row["text"], images / row["image"], row["image"], where)
+        for where, row in read_rows(file, "question_id", "image", "text")
     ]
 
 
 def write(out: Path, root: Path, answers: Mapping[str, str]) -> None:
-    rows = [row for _, row in read_rows(root / QUESTIONS, "question_id", "image")]
+    write_upload(out, root / QUESTIONS, answers)
+
+
+def write_upload(out: Path, questions: Path, answers: Mapping[str, str]) -> None:
+    """One entry a question of `questions`, in its order; "" where there is no answer."""
+    rows = [row for _, row in read_rows(questions, "question_id", "image")]
     upload = [
         {"image": row["image"], "answer": m4c(answers.get(str(row["question_id"]), ""))} for row in rows
     ]

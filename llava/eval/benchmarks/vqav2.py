@@ -39,10 +39,7 @@ TEST = "llava_vqav2_mscoco_test2015.jsonl"
 
 def load(root: Path, questions: Path | None = None) -> list[Sample]:
     folder = root / FOLDER
-    samples = [
-        Sample(row["question_id"], row["text"], folder / "test2015" / row["image"], row["image"], where)
-        for where, row in read_rows(questions or folder / TEST_DEV, "question_id", "image", "text")
-    ]
+    samples = questions_of(questions or folder / TEST_DEV, folder / "test2015")
     found = sorted(folder.glob("v2_*_annotations.json"))
     if not found:
         return samples
@@ -52,6 +49,14 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
         )
     annotations = {str(entry["question_id"]): entry for entry in read_json(found[0])["annotations"]}
     return [replace(sample, reference=_reference(sample, annotations, found[0])) for sample in samples]
+
+
+def questions_of(file: Path, images: Path) -> list[Sample]:
+    """The questions of a file, without references."""
+    return [
+        Sample(row["question_id"], row["text"], images / row["image"], row["image"], where)
+        for where, row in read_rows(file, "question_id", "image", "text")
+    ]
 
 
 def _reference(sample: Sample, annotations: dict[str, dict], file: Path) -> tuple[str, str, list[str]]:
@@ -97,20 +102,18 @@ def metrics(totals: Totals) -> dict:
 def outside(root: Path, samples: Sequence[Sample]) -> list[Sample]:
     """The questions of test2015 that are not among `samples`."""
     asked = {str(sample.id) for sample in samples}
-    rows = read_rows(root / FOLDER / TEST, "question_id", "text")
-    return [
-        Sample(row["question_id"], row["text"], None, "", where)
-        for where, row in rows
-        if str(row["question_id"]) not in asked
-    ]
+    every = questions_of(root / FOLDER / TEST, root / FOLDER / "test2015")
+    return [sample for sample in every if str(sample.id) not in asked]
 
 
 def write(out: Path, root: Path, answers: Mapping[str, str]) -> None:
-    rows = read_rows(root / FOLDER / TEST, "question_id")
-    upload = [
-        {"question_id": row["question_id"], "answer": m4c(answers.get(str(row["question_id"]), ""))}
-        for _, row in rows
-    ]
+    write_upload(out, root / FOLDER / TEST, answers)
+
+
+def write_upload(out: Path, questions: Path, answers: Mapping[str, str]) -> None:
+    """One entry a question of `questions`, in its order; "" where there is no answer."""
+    ids = [row["question_id"] for _, row in read_rows(questions, "question_id")]
+    upload = [{"question_id": number, "answer": m4c(answers.get(str(number), ""))} for number in ids]
     write_text(out, json.dumps(upload))
 
 
