@@ -7,6 +7,7 @@ import ast
 import base64
 import io
 import math
+import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +31,9 @@ MAX_PIXELS = 178_956_970
 def load_image(source: str | Path | bytes, *, exif: bool = False, name: str | None = None) -> Image.Image:
     """One image as RGB.
 
-    `source` is a path or the bytes of a file; `name` is what errors call it (default: the path). `exif` turns
-    the picture the way its EXIF orientation says; off by default, because the weights were trained without.
+    `source` is a path, an http(s) address (fetched) or the bytes of a file; `name` is what errors call it
+    (default: the path). `exif` turns the picture the way its EXIF orientation says; off by default, because
+    the weights were trained without.
 
     Transparent pixels keep the colour stored under them, 16-bit greys are scaled to 8 bits.
     Raises UserError for a file that is missing, a directory, empty, cut short, no image, without pixels, or
@@ -39,6 +41,9 @@ def load_image(source: str | Path | bytes, *, exif: bool = False, name: str | No
     """
     if isinstance(source, bytes):
         label, data = name or "the image", source
+    elif str(source).startswith(("http://", "https://")):
+        label = name or str(source)
+        data = _fetch(str(source))
     else:
         path = Path(source)
         label = name or str(path)
@@ -77,6 +82,18 @@ def load_image(source: str | Path | bytes, *, exif: bool = False, name: str | No
     if image.width == 0 or image.height == 0:
         raise UserError(f"{label} has no pixels ({image.width} x {image.height}); replace it.")
     return image
+
+
+def _fetch(address: str) -> bytes:
+    try:
+        # Some servers refuse a client that does not introduce itself.
+        request = urllib.request.Request(address, headers={"User-Agent": "llava"})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.read()
+    except (OSError, ValueError) as error:  # no network, no such page, no such address
+        raise UserError(
+            f"{address} cannot be fetched ({first_line(error)}); check it, or download the image first."
+        ) from None
 
 
 def _too_large(label: str, size: tuple[int, int] | None = None) -> UserError:

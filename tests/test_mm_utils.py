@@ -2,11 +2,14 @@
 
 import base64
 import hashlib
+import http.server
 import io
 import json
 import struct
+import threading
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,6 +100,24 @@ def test_paths_that_are_no_file(name: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says) as caught:
         mm_utils.load_image(tmp_path / name)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_an_address_is_fetched(tmp_path: Path, noise: Image.Image) -> None:
+    """From a server on this machine; what it does not have is one sentence."""
+    (tmp_path / "good.png").write_bytes(encoded(noise, "PNG"))
+    handler = partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert mm_utils.load_image(f"{address}/good.png").tobytes() == noise.tobytes()
+        with pytest.raises(UserError, match=r"gone\.png cannot be fetched .*404"):
+            mm_utils.load_image(f"{address}/gone.png")
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
 
 
 def test_bad_base64() -> None:

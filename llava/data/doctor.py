@@ -135,7 +135,8 @@ def examine(
     names: list[str] = []
     if image_folder is not None:
         rows_of: dict[str, list[int]] = {}
-        for row, images in enumerate(table["image"]):
+        columns = table.select_columns("image").iter(1_000)
+        for row, images in enumerate(images for batch in columns for images in batch["image"]):
             for name in images:
                 rows_of.setdefault(name, []).append(row)
         names = list(rows_of)
