@@ -8,7 +8,7 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.prefix import Prefix, answer, begin, extend, nothing, select
+from llava.model.prefix import Prefix, answer, begin, extend, join, nothing
 
 HEAD = torch.tensor([1, 272, 300, 311, 262])
 QUESTIONS = [
@@ -40,7 +40,7 @@ def whole(question: Tensor) -> Tensor:
 
 
 def seen(model, visual: list[Tensor]) -> Prefix:
-    return extend(model, select(begin(model, HEAD), [0] * len(visual)), model.project(visual))
+    return extend(model, begin(model, HEAD), model.project(visual), [0] * len(visual))
 
 
 def one_by_one(model, visual: list[Tensor], **arguments) -> list:
@@ -72,7 +72,7 @@ def test_answers_and_logits_are_those_of_whole_prompts(model, reducer):
     model.set_reducer(reducer)
     visual = model.encode_images(pixels(3))
     reference = one_by_one(model, visual, **GREEDY, **LOGITS)
-    out = answer(model, select(seen(model, visual), ASKED_ABOUT), QUESTIONS, **GREEDY, **LOGITS)
+    out = answer(model, seen(model, visual), QUESTIONS, ASKED_ABOUT, **GREEDY, **LOGITS)
     for row, one in enumerate(reference):
         assert same(out.sequences[row], one.sequences[0])
         for step, logits in enumerate(one.logits):
@@ -86,19 +86,29 @@ def test_pictures_of_any_length_share_a_batch(model, visual):
     assert prefix.mask.sum(1).tolist() == [len(HEAD) + length for length in LENGTHS]
     assert prefix.mask[:, : len(HEAD)].all() and prefix.mask[:, -min(LENGTHS) :].all()
     reference = one_by_one(model, visual, **GREEDY, **LOGITS)
-    out = answer(model, select(prefix, ASKED_ABOUT), QUESTIONS, **GREEDY, **LOGITS)
+    out = answer(model, prefix, QUESTIONS, ASKED_ABOUT, **GREEDY, **LOGITS)
     for row, one in enumerate(reference):
         assert same(out.sequences[row], one.sequences[0])
         assert_close(out.logits[0][row], one.logits[0][0])
     # The pictures matter, and so does which of them a question is asked about.
-    other = answer(model, select(prefix, [1, 2, 0, 1, 2]), QUESTIONS, **GREEDY, **LOGITS)
+    other = answer(model, prefix, QUESTIONS, [1, 2, 0, 1, 2], **GREEDY, **LOGITS)
     assert ((out.logits[0] - other.logits[0]).abs().amax(1) > 1e-2).all()
+
+
+def test_joined_prefixes_are_one(model, visual):
+    start, embeds = begin(model, HEAD), model.project(visual)
+    joined = join([extend(model, start, embeds[:1], [0]), extend(model, start, embeds[1:], [0, 0])])
+    assert joined.mask.sum(1).tolist() == seen(model, visual).mask.sum(1).tolist()
+    reference = answer(model, seen(model, visual), QUESTIONS, ASKED_ABOUT, **GREEDY, **LOGITS)
+    out = answer(model, joined, QUESTIONS, ASKED_ABOUT, **GREEDY, **LOGITS)
+    assert out.sequences.equal(reference.sequences)
+    assert_close(out.logits[0], reference.logits[0])
 
 
 def test_beams(model, visual):
     beams = {**GREEDY, "num_beams": 3}
     reference = one_by_one(model, visual, **beams)
-    out = answer(model, select(seen(model, visual), ASKED_ABOUT), QUESTIONS, **beams)
+    out = answer(model, seen(model, visual), QUESTIONS, ASKED_ABOUT, **beams)
     assert all(same(row, one[0]) for row, one in zip(out, reference, strict=True))
 
 
@@ -110,10 +120,12 @@ def test_sampling_draws_what_a_batch_of_whole_prompts_draws(model, visual):
         visual_tokens=[visual[picture] for picture in ASKED_ABOUT],
         **sampling,
     )
-    prefix = select(seen(model, visual), ASKED_ABOUT)
+    prefix = seen(model, visual)
     torch.manual_seed(5)
-    assert answer(model, prefix, QUESTIONS, **sampling).equal(reference)
-    assert not answer(model, prefix, QUESTIONS, **sampling).equal(reference)  # it is chance, not greed
+    assert answer(model, prefix, QUESTIONS, ASKED_ABOUT, **sampling).equal(reference)
+    assert not answer(model, prefix, QUESTIONS, ASKED_ABOUT, **sampling).equal(
+        reference
+    )  # it is chance, not greed
 
 
 @pytest.mark.filterwarnings("ignore:Passing .* with `inputs_embeds`")
@@ -121,25 +133,25 @@ def test_sampling_draws_what_a_batch_of_whole_prompts_draws(model, visual):
 def test_penalties_see_the_answer_alone(model, visual, processor):
     """As with whole prompts, which are embeddings: neither the question nor the prefix counts as said."""
     reference = one_by_one(model, visual, **GREEDY, **processor)
-    out = answer(model, select(seen(model, visual), ASKED_ABOUT), QUESTIONS, **GREEDY, **processor)
+    out = answer(model, seen(model, visual), QUESTIONS, ASKED_ABOUT, **GREEDY, **processor)
     assert all(same(row, one[0]) for row, one in zip(out, reference, strict=True))
 
 
 def test_a_prefix_is_not_changed_by_use(model, visual):
     start = begin(model, HEAD)
-    prefix = extend(model, select(start, [0, 0, 0]), model.project(visual))
+    prefix = extend(model, start, model.project(visual), [0, 0, 0])
     before = [tensor.clone() for part in (start, prefix) for layer in part.layers for tensor in layer]
-    first = answer(model, prefix, QUESTIONS[:3], **GREEDY)
-    extend(model, prefix, model.project(visual))
-    answer(model, prefix, QUESTIONS[:3], **GREEDY, num_beams=2)
+    first = answer(model, prefix, QUESTIONS[:3], [0, 1, 2], **GREEDY)
+    extend(model, prefix, model.project(visual), [2, 2, 0])
+    answer(model, prefix, QUESTIONS[:3], [0, 1, 2], **GREEDY, num_beams=2)
     after = [tensor for part in (start, prefix) for layer in part.layers for tensor in layer]
     assert all(map(torch.equal, before, after))
-    assert answer(model, prefix, QUESTIONS[:3], **GREEDY).equal(first)
+    assert answer(model, prefix, QUESTIONS[:3], [0, 1, 2], **GREEDY).equal(first)
 
 
 def test_a_beginning_may_be_computed_in_pieces(model):
     whole_head = begin(model, HEAD)
-    pieces = extend(model, begin(model, HEAD[:2]), [model.get_input_embeddings()(HEAD[2:])])
+    pieces = extend(model, begin(model, HEAD[:2]), [model.get_input_embeddings()(HEAD[2:])], [0])
     assert pieces.length == whole_head.length == len(HEAD)
     for one, other in zip(pieces.layers, whole_head.layers, strict=True):
         torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=0)
@@ -149,9 +161,9 @@ def test_a_beginning_may_be_computed_in_pieces(model):
 def test_text_alone_with_and_without_a_beginning(model):
     reference = [model.generate(torch.cat([HEAD, one])[None], **GREEDY)[0] for one in QUESTIONS]
     rows = [0] * len(QUESTIONS)
-    shared = answer(model, select(begin(model, HEAD), rows), QUESTIONS, **GREEDY)
+    shared = answer(model, begin(model, HEAD), QUESTIONS, rows, **GREEDY)
     prompts = [torch.cat([HEAD, one]) for one in QUESTIONS]
-    none = answer(model, select(nothing(model), rows), prompts, **GREEDY)
+    none = answer(model, nothing(model), prompts, rows, **GREEDY)
     assert all(same(row, one) for row, one in zip(shared, reference, strict=True))
     assert all(same(row, one) for row, one in zip(none, reference, strict=True))
 
@@ -163,7 +175,7 @@ def test_logits_are_computed_for_one_position_a_step(model, visual):
     try:
         prefix = seen(model, visual)
         assert shapes == []
-        answer(model, select(prefix, ASKED_ABOUT), QUESTIONS, **GREEDY)
+        answer(model, prefix, QUESTIONS, ASKED_ABOUT, **GREEDY)
         assert set(shapes) == {(len(QUESTIONS), 1)}
         shapes.clear()
         model.generate(whole(QUESTIONS[0])[None], visual_tokens=[visual[0]], **GREEDY)

@@ -4,9 +4,9 @@ All questions of a run begin with the same system prompt; all questions about a 
 visual tokens too. Attention is causal, so what comes later cannot change them: to go on from a prefix gives
 what the whole prompt would give (tested), at the price of the question alone.
 
-    start = begin(model, ids_before_the_image)                    # 1 row, once a run
-    seen = extend(model, select(start, [0] * n), model.project(tokens))  # n rows, once a picture
-    new = answer(model, select(seen, rows), question_ids)         # as many rows as questions
+    start = begin(model, ids_before_the_image)                     # 1 row, once a run
+    seen = extend(model, start, model.project(tokens), [0] * n)    # n rows, once a picture
+    new = answer(model, seen, question_ids, rows)                  # as many rows as questions
 
 A Prefix is never changed: each step works on a copy of the rows it needs.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationMixin
 
 from llava.model.llava_llama import LlavaLlamaForCausalLM
@@ -42,90 +43,98 @@ class Prefix:
         """P, columns with padding."""
         return self.mask.shape[1]
 
-    def cache(self) -> DynamicCache:
-        """A cache that generation may append to: appending makes new tensors, these stay as they are."""
+    def cache(self, rows: Sequence[int]) -> DynamicCache:
+        """A copy of these rows, in this order, each as often as it is named, for generation to append to."""
+        index = torch.tensor(rows, device=self.mask.device)
         cache = DynamicCache()
-        for index, (keys, values) in enumerate(self.layers):
-            cache.update(keys, values, index)
+        for number, (keys, values) in enumerate(self.layers):
+            cache.update(keys.index_select(0, index), values.index_select(0, index), number)
         return cache
+
+
+def nothing(model: LlavaLlamaForCausalLM) -> Prefix:
+    """The prefix of prompts that share nothing: one row, no columns."""
+    return Prefix((), torch.ones(1, 0, dtype=torch.bool, device=model.device))
 
 
 def begin(model: LlavaLlamaForCausalLM, ids: Tensor) -> Prefix:
     """The prefix of one prompt's first ids, [L] int64, without images."""
-    return extend(model, nothing(model), [model.get_input_embeddings()(ids.to(model.device))])
-
-
-def nothing(model: LlavaLlamaForCausalLM) -> Prefix:
-    """The prefix of a prompt of which nothing is known yet: one row, no columns."""
-    return Prefix((), torch.ones(1, 0, dtype=torch.bool, device=model.device))
-
-
-def select(prefix: Prefix, rows: Sequence[int]) -> Prefix:
-    """A prefix of the named rows, in that order, each as often as it is named."""
-    index = torch.tensor(rows, device=prefix.mask.device)
-    layers = tuple(
-        (keys.index_select(0, index), values.index_select(0, index)) for keys, values in prefix.layers
-    )
-    return Prefix(layers, prefix.mask.index_select(0, index))
+    return extend(model, nothing(model), [model.get_input_embeddings()(ids.to(model.device))], [0])
 
 
 @torch.no_grad()
-def extend(model: LlavaLlamaForCausalLM, prefix: Prefix, blocks: Sequence[Tensor]) -> Prefix:
-    """`prefix` followed in row i by the embeddings blocks[i], [L_i, hidden] (padded on their left)."""
-    longest = max(map(len, blocks))
-    embeds = blocks[0].new_zeros(len(blocks), longest, blocks[0].shape[1])
-    mask = torch.zeros(len(blocks), longest, dtype=torch.bool, device=prefix.mask.device)
-    for row, block in enumerate(blocks):
-        embeds[row, longest - len(block) :] = block
-        mask[row, longest - len(block) :] = True
-    mask = torch.cat([prefix.mask, mask], dim=1)
-    cache = prefix.cache()
+def extend(
+    model: LlavaLlamaForCausalLM, prefix: Prefix, blocks: Sequence[Tensor], rows: Sequence[int]
+) -> Prefix:
+    """One row per block: row rows[i] of `prefix`, then the embeddings blocks[i], [L_i, hidden].
+
+    Shorter blocks are padded on their left.
+    """
+    embeds, mask = _padded(blocks, prefix, rows)
+    cache = prefix.cache(rows)
     model.get_model()(
         inputs_embeds=embeds.to(model.dtype),
         attention_mask=mask.long(),
-        position_ids=_positions(mask)[:, prefix.length :],
+        position_ids=(mask.long().cumsum(1) - 1).clamp_min(0)[:, prefix.length :],
         past_key_values=cache,
         use_cache=True,
     )
     return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask)
 
 
+def join(prefixes: Sequence[Prefix]) -> Prefix:
+    """The rows of all of them, one after the other; shorter ones are padded on their left."""
+    if len(prefixes) == 1:
+        return prefixes[0]
+    longest = max(prefix.length for prefix in prefixes)
+
+    def side_by_side(layer: int, which: int) -> Tensor:
+        return torch.cat([pad(one.layers[layer][which], (0, 0, longest - one.length, 0)) for one in prefixes])
+
+    layers = range(len(prefixes[0].layers))
+    return Prefix(
+        tuple((side_by_side(layer, 0), side_by_side(layer, 1)) for layer in layers),
+        torch.cat([pad(one.mask, (longest - one.length, 0)) for one in prefixes]),
+    )
+
+
 @torch.no_grad()
 def answer(
-    model: LlavaLlamaForCausalLM, prefix: Prefix, ids: Sequence[Tensor], *, num_beams: int = 1, **kwargs
+    model: LlavaLlamaForCausalLM,
+    prefix: Prefix,
+    ids: Sequence[Tensor],
+    rows: Sequence[int],
+    *,
+    num_beams: int = 1,
+    **kwargs,
 ):
-    """transformers' generate after row i's prefix and the ids ids[i], [L_i] int64, none of them empty.
+    """transformers' generate, after row rows[i] of `prefix` and ids[i], [L_i] int64, none of them empty.
 
-    Returns the new ids, [rows, <= max_new_tokens] int64, as `model.generate` does for whole prompts; what
+    Returns the new ids, [len(ids), <= max_new_tokens] int64, as `model.generate` does for whole prompts; what
     looks at the ids so far (penalties, stop strings) sees just these, as it does there.
 
     Args:
         kwargs: what `GenerationMixin.generate` takes (max_new_tokens, do_sample, ...), but not
             num_return_sequences.
     """
-    longest = max(map(len, ids))
-    text = model.get_input_embeddings()(torch.cat(list(ids)).to(model.device)).split(
-        [len(one) for one in ids]
-    )
-    # What stands under the prefix's columns is never read: their keys and values are there already.
-    embeds = text[0].new_zeros(len(ids), prefix.length + longest, text[0].shape[1])
-    mask = torch.zeros(len(ids), longest, dtype=torch.bool, device=prefix.mask.device)
-    for row, block in enumerate(text):
-        embeds[row, embeds.shape[1] - len(block) :] = block
-        mask[row, longest - len(block) :] = True
-    mask = torch.cat([prefix.mask, mask], dim=1)
-    if num_beams > 1:  # generate repeats embeddings and mask itself, but not a cache
-        prefix = select(prefix, [row for row in range(prefix.rows) for _ in range(num_beams)])
+    text = model.get_input_embeddings()(torch.cat(list(ids)).to(model.device))
+    embeds, mask = _padded(text.split(list(map(len, ids))), prefix, rows)
     return GenerationMixin.generate(
         model,
-        inputs_embeds=embeds,
+        # generate wants the columns of the cache too, and cuts them off unread.
+        inputs_embeds=pad(embeds, (0, 0, prefix.length, 0)),
         attention_mask=mask.long(),
-        past_key_values=prefix.cache(),
+        # It repeats embeddings and mask for its beams by itself, but not a cache.
+        past_key_values=prefix.cache([row for row in rows for _ in range(num_beams)]),
         num_beams=num_beams,
         **kwargs,
     )
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """[rows, P] int64: how many real columns precede each; padding gets 0, which nobody reads."""
-    return (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+def _padded(blocks: Sequence[Tensor], prefix: Prefix, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The blocks padded on their left, [B, L, hidden], and the mask of prefix and blocks, [B, P + L]."""
+    longest = max(map(len, blocks))
+    lengths = torch.tensor([len(block) for block in blocks], device=prefix.mask.device)
+    mask = torch.arange(longest, device=prefix.mask.device) >= longest - lengths[:, None]
+    embeds = torch.stack([pad(block, (0, 0, longest - len(block), 0)) for block in blocks])
+    return embeds, torch.cat([prefix.mask[list(rows)], mask], dim=1)
