@@ -378,6 +378,14 @@ def test_cached_visual_tokens_replace_images(write: Callable[..., Path], tokeniz
     assert "images" not in batch
 
 
+def test_a_run_without_a_tower_takes_text_only(write: Callable[..., Path], tokenizer: object) -> None:
+    rows = [sample("what is <image>?", "x"), sample("<image>", "x", image="a.png")]
+    dataset = LazySupervisedDataset(write(rows), tokenizer, is_multimodal=False)
+    assert (dataset[0]["input_ids"] >= 0).all()
+    with pytest.raises(BadSample, match="no vision tower"):
+        dataset[1]
+
+
 @pytest.mark.parametrize("option", [{"on_bad_sample": "ignore"}, {"image_aspect_ratio": "anyres"}])
 def test_unknown_options_are_refused(
     option: dict[str, str], write: Callable[..., Path], tokenizer: object

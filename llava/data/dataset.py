@@ -5,7 +5,7 @@ image carry none: the model takes batches with fewer images than rows, so nothin
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +113,7 @@ class LazySupervisedDataset(Dataset):
             f"{self.data_path}: no sample of the kind of row {index} is usable; `llava doctor data` says why."
         )
 
-    def _from(self, index: int):
+    def _from(self, index: int) -> Iterator[int]:
         """The index, then those after it of the same kind, round to the start."""
         with_image = bool(self._words[index] > 0)
         for candidate in range(index, index + len(self)):
@@ -132,6 +132,8 @@ class LazySupervisedDataset(Dataset):
         if row["problem"]:
             raise UserError(f"{row['problem']}.")
         names = row["image"]
+        if names and not self.is_multimodal:
+            raise UserError("it has an image, but the run has no vision tower; give --vision_tower.")
         input_ids, labels = encode_conversation(
             row["conversations"],
             self.tokenizer,
@@ -142,9 +144,9 @@ class LazySupervisedDataset(Dataset):
             several_images=len(names) > 1,
         )
         sample: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
-        if not self.is_multimodal:
-            return sample
-        check_placeholders(row["conversations"], len(names), int((input_ids == IMAGE_TOKEN_INDEX).sum()))
+        if self.is_multimodal:
+            placeholders = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+            check_placeholders(row["conversations"], len(names), placeholders)
         if not names:
             return sample
         if self.load_visual is not None:
