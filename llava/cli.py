@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("llava.eval.run", "ask a model a benchmark's questions, and score the answers"),
     "score": ("llava.eval.score", "score an answers file of a benchmark; no torch needed"),
     "submit": ("llava.eval.submit", "write the file a benchmark's server takes"),
+    "report": ("llava.eval.report", "one table of all runs, beside the published numbers"),
     "doctor": ("llava.doctor", "check files before a long run: `doctor checkpoint`, `doctor data`, `doctor eval`"),
     "tools merge-lora": ("llava.tools.merge_lora", "LoRA or a projector and their base as one model"),
     "tools extract-projector": ("llava.tools.extract_projector", "the projector of any LLaVA checkpoint"),

@@ -1,13 +1,17 @@
 """The one predict loop: questions in, lines of an answers file out.
 
 Work comes in units: some dozens of images with all their questions. Within a unit each distinct image is
-decoded (in worker processes, ahead of time), encoded and reduced once, and its visual tokens serve all its
-questions: the reducer never reads the text, so this is exact. The unit's questions are then sorted by
-length, cut into batches that fit a budget of tokens, and answered; each batch is written as soon as it is
-there, and joined by id later.
+decoded (in worker processes, ahead of time), encoded and reduced once: the reducer never reads the text. The
+language model too sees it once: the prompts of all questions about it begin alike (system prompt, then its
+visual tokens), so the keys and values of that beginning are computed once and shared (llava/model/prefix.py),
+and a question costs its own words only. One code path for one question an image and for many.
 
-Batches change nothing: prompts are padded on the left, positions count from each prompt's own start, and in
-float32 the answers are those of asking one question at a time (tested).
+What is computed together is of similar length, so that little of it is padding, and fits a budget of keys and
+values (`batches`). Each batch is written as soon as it is there, and joined by id later. A unit's images go
+when the unit is done: units are whole images, so nothing would be found again in a cache across them.
+
+All of this changes nothing: attention is causal, padding is masked, positions count from each prompt's own
+start, and in float32 the answers are those of asking one question at a time (tested).
 """
 
 import os
@@ -16,6 +20,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers.utils import logging
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -36,10 +42,19 @@ from llava.errors import UserError
 from llava.eval.benchmarks.base import Embedded
 from llava.eval.store import Question, Store, unit_size, units_of
 from llava.mm_utils import load_image, load_image_from_base64, process_images, tokenizer_image_token
+from llava.model import prefix
+from llava.model.prefix import Prefix
 
+logger = logging.get_logger(__name__)
 T = TypeVar("T")
 CPU_BATCH_TOKENS = 8192
 IMAGES_AT_ONCE = 32
+TOKENS_AT_ONCE = 4096
+"""More than this in one forward pass makes no device faster, and takes memory."""
+PADDING = 0.05
+"""The largest part of a pass that may be padding..."""
+PASS_TOKENS = 64
+"""...unless it is less than this: about as many tokens as another pass would cost."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +116,9 @@ class Pixels:
 class Answerer:
     """A loaded model as the loop needs it: prompts, visual tokens, answers.
 
-    `image_aspect_ratio` replaces the checkpoint's own. `batch_tokens` bounds prompts and answers of a
-    batch, in tokens with padding; it is halved, for the rest of the run, whenever memory runs out.
+    `image_aspect_ratio` replaces the checkpoint's own. `batch_tokens` bounds the keys and values alive at a
+    time, in tokens with padding: those of the images in hand, and of the prompts and answers of a batch. It
+    is halved, for the rest of the run, whenever memory runs out.
     """
 
     def __init__(
@@ -195,23 +211,72 @@ class Answerer:
             return crops * side * (side + 1)
         return len(visual)
 
+    @cached_property
+    def head(self) -> Tensor:
+        """[H] int64, the ids in front of the image, the same in every prompt with one."""
+        ids = self.ids("", with_image=True)
+        return ids[: int((ids == IMAGE_TOKEN_INDEX).nonzero()[0])]
+
+    @cached_property
+    @torch.inference_mode()
+    def start(self) -> Prefix:
+        """What all prompts with an image begin with."""
+        return prefix.begin(self.model, self.head)
+
+    @torch.inference_mode()
+    def see(self, images: Sequence["Tensor | Pixels"]) -> Prefix:
+        """The beginnings of prompts about these images: a row each, up to and with the visual tokens.
+
+        Images in descending order of `visual_length` are computed with little padding.
+        """
+        blocks = self._embed(images)
+        parts = batches([len(block) for block in blocks], lambda longest: len(blocks))
+        return prefix.join(
+            [prefix.extend(self.model, self.start, blocks[part], [0] * len(blocks[part])) for part in parts]
+        )
+
     @torch.inference_mode()
     def answer(self, ids: Sequence[Tensor], visual: Sequence["Tensor | Pixels"]) -> list[str]:
-        """The answers of a batch; `visual` in the order of the placeholders, pixels where `joins_tiles`."""
-        if self.joins_tiles:
-            tower = self.model.get_vision_tower()
-            pixels = [torch.from_numpy(image.values).to(tower.device, tower.dtype) for image in visual]
-            images = {"images": pixels, "image_sizes": [image.size for image in visual]}
-        else:
-            images = {"visual_tokens": list(visual)}
+        """The answers of whole prompts, with any number of images each: `visual` in the order of the
+        placeholders, pixels where `joins_tiles`.
+        """
+        embeds = self._embed(visual) if visual else None
+        return self._texts(self.model.generate(list(ids), visual_embeds=embeds, **self._arguments))
+
+    def _embed(self, images: Sequence["Tensor | Pixels"]) -> list[Tensor]:
+        """[K_i, hidden] of each image."""
+        if not self.joins_tiles:
+            return self.model.project(images)
+        tower = self.model.get_vision_tower()
+        pixels = [torch.from_numpy(image.values).to(tower.device, tower.dtype) for image in images]
+        # One by one: each is a pass over several crops.
+        return [
+            self.model.embed_images([crops], [image.size])[0]
+            for crops, image in zip(pixels, images, strict=True)
+        ]
+
+    def cut(self, ids: Sequence[Tensor], beginnings: Prefix, rows: Sequence[int]) -> list[Tensor]:
+        """The ids without what goes beyond the checkpoint's longest prompt, as in training."""
+        longest = self.model.config.tokenizer_model_max_length
+        if longest is None:
+            return list(ids)
+        lengths = beginnings.mask.sum(1).tolist()
+        room = [max(1, longest - lengths[row]) for row in rows]
+        if any(len(one) > most for one, most in zip(ids, room, strict=True)):
+            logger.warning_once(f"some prompts are cut to {longest} tokens (tokenizer_model_max_length)")
+        return [one[:most] for one, most in zip(ids, room, strict=True)]
+
+    @torch.inference_mode()
+    def answer_after(self, beginnings: Prefix, ids: Sequence[Tensor], rows: Sequence[int]) -> list[str]:
+        """The answers of prompts that begin with row rows[i] of `beginnings` and end with ids[i]."""
+        return self._texts(prefix.answer(self.model, beginnings, ids, rows, **self._arguments))
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
         stops = {"stop_strings": [self.stop], "tokenizer": self.tokenizer} if self.stop else {}
-        new = self.model.generate(
-            list(ids),
-            **(images if visual else {}),
-            **stops,
-            **self.generation.arguments,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        return {**stops, **self.generation.arguments, "pad_token_id": self.tokenizer.pad_token_id}
+
+    def _texts(self, new: Tensor) -> list[str]:
         texts = (text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True))
         return [text.removesuffix(self.stop).strip() if self.stop else text for text in texts]
 
@@ -223,6 +288,27 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def batches(lengths: Sequence[int], fit: Callable[[int], int]) -> Iterator[slice]:
+    """Cuts rows of these lengths, best in descending order, into what is computed together.
+
+    A batch holds at most `fit(its longest)` rows and TOKENS_AT_ONCE tokens with padding, but one row in any
+    case. Of these tokens at most PADDING are padding, or PASS_TOKENS where that is more.
+    """
+    start = 0
+    while start < len(lengths):
+        longest = real = lengths[start]
+        end = start + 1
+        while end < len(lengths):
+            longest, real, rows = max(longest, lengths[end]), real + lengths[end], end + 1 - start
+            tokens = rows * longest
+            too_loose = tokens - real > max(PADDING * tokens, PASS_TOKENS)
+            if rows > fit(longest) or tokens > TOKENS_AT_ONCE or too_loose:
+                break
+            end += 1
+        yield slice(start, end)
+        start = end
 
 
 # --- from files to pixels, in worker processes ---
@@ -354,12 +440,17 @@ def _decoded_units(
 
 @dataclass(frozen=True)
 class _Ready:
-    """A question with its prompt's ids and its image's tokens."""
+    """A question whose image is there, if it has one.
+
+    Attributes:
+        ids: those that follow the beginning it shares with others.
+        shares_head: that beginning is the system prompt (and the image, if any); False: there is none.
+    """
 
     index: int
+    image: Path | Embedded | None
     ids: Tensor
-    visual: tuple[Tensor | Pixels, ...]
-    length: int
+    shares_head: bool
 
 
 def _answer_unit(
@@ -387,9 +478,11 @@ def _answer_unit(
         if placeholders != (request.image is not None):
             store.fail(index, f"the question itself contains {DEFAULT_IMAGE_TOKEN}")
             continue
-        blocks = (visual[request.image],) if request.image is not None else ()
-        length = len(ids) - placeholders + sum(map(answerer.visual_length, blocks))
-        ready.append(_Ready(index, ids, blocks, length))
+        # Without an image the last id of the system prompt may be another: a space joined to the first word.
+        head = len(answerer.head)
+        shares_head = len(ids) > head and ids[:head].equal(answerer.head)
+        after = ids[head + placeholders :] if shares_head else ids
+        ready.append(_Ready(index, request.image, after, shares_head))
 
     def write(batch: Sequence[_Ready], texts: Sequence[str]) -> None:
         rows = {
@@ -400,33 +493,109 @@ def _answer_unit(
 
     if answerer.generation.temperature > 0:
         torch.manual_seed(answerer.generation.seed + unit)  # whichever process it falls to
-    _in_batches(ready, answerer, write)
+    _answer_all(ready, visual, answerer, write)
     return [answerer.visual_length(block) for block in visual.values()]
 
 
-def _in_batches(
-    ready: Sequence[_Ready], answerer: Answerer, write: Callable[[Sequence[_Ready], Sequence[str]], None]
+def _answer_all(
+    ready: Sequence[_Ready],
+    visual: dict[Path | Embedded, "Tensor | Pixels"],
+    answerer: Answerer,
+    write: Callable[[Sequence[_Ready], Sequence[str]], None],
 ) -> None:
-    """Longest first, so that memory runs out early if it does; then the budget is halved for good."""
-    rest = sorted(ready, key=lambda one: (-one.length, one.index))
-    new = answerer.generation.max_new_tokens
-    while rest:
-        cost = rest[0].length + new
-        batch = rest[: max(1, answerer.batch_tokens // cost)]
+    """Where memory runs out, the budget becomes half of what was in use, and the rest begins anew."""
+    waiting = {one.index: one for one in ready}
+
+    def done(batch: Sequence[_Ready], texts: Sequence[str]) -> None:
+        write(batch, texts)
+        for one in batch:
+            del waiting[one.index]
+
+    while waiting:
+        use = _Use()
         try:
-            texts = answerer.answer(
-                [one.ids for one in batch], [block for one in batch for block in one.visual]
-            )
+            for together in _hands(list(waiting.values()), visual, answerer):
+                _answer_hand(together, visual, answerer, use, done)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if len(batch) == 1:
-                raise UserError(f"one prompt of {rest[0].length} tokens does not fit in memory.") from error
-            answerer.batch_tokens = len(batch) * cost // 2
-            free_memory()
+            if use.is_least:
+                raise UserError(f"one prompt of {use.tokens} tokens does not fit in memory.") from error
+        else:
             continue
-        write(batch, texts)
-        rest = rest[len(batch) :]
+        answerer.batch_tokens = use.tokens // 2  # here the error, and what it held, is gone
+        free_memory()
+
+
+@dataclass
+class _Use:
+    """Tokens whose keys and values are in memory; whether it could not be done with fewer."""
+
+    tokens: int = 0
+    is_least: bool = False
+
+
+def _hands(
+    ready: Sequence[_Ready], visual: dict[Path | Embedded, "Tensor | Pixels"], answerer: Answerer
+) -> Iterator[list[_Ready]]:
+    """The questions in groups whose beginnings are held together, in half of the budget.
+
+    Images of many tokens come first, so that memory runs out early if it does.
+    """
+    about: dict[Path | Embedded, list[_Ready]] = {}
+    for one in ready:
+        if one.image is not None:
+            about.setdefault(one.image, []).append(one)
+    images = sorted(about, key=lambda image: -answerer.visual_length(visual[image]))
+    while images:
+        columns = len(answerer.head) + answerer.visual_length(visual[images[0]])
+        count = max(1, answerer.batch_tokens // 2 // columns)
+        yield [one for image in images[:count] for one in about[image]]
+        images = images[count:]
+    for shares_head in (True, False):
+        text = [one for one in ready if one.image is None and one.shares_head is shares_head]
+        if text:
+            yield text
+
+
+def _answer_hand(
+    together: Sequence[_Ready],
+    visual: dict[Path | Embedded, "Tensor | Pixels"],
+    answerer: Answerer,
+    use: _Use,
+    done: Callable[[Sequence[_Ready], Sequence[str]], None],
+) -> None:
+    """Answers questions about images that are seen together, or about none."""
+    images = list(dict.fromkeys(one.image for one in together if one.image is not None))
+    if images:
+        columns = len(answerer.head) + answerer.visual_length(visual[images[0]])
+        use.tokens, use.is_least = len(images) * columns, len(images) == 1
+        beginnings = answerer.see([visual[image] for image in images])
+        row_of = {image: row for row, image in enumerate(images)}
+        rows = [row_of[one.image] for one in together]
+    else:
+        beginnings = answerer.start if together[0].shares_head else prefix.nothing(answerer.model)
+        rows = [0] * len(together)
+    ids = answerer.cut([one.ids for one in together], beginnings, rows)
+    held, columns = beginnings.rows * beginnings.length, beginnings.length
+    generation = answerer.generation
+
+    def tokens(count: int, longest: int) -> int:
+        """In use while so many questions are answered."""
+        return held + count * generation.num_beams * (columns + longest + generation.max_new_tokens)
+
+    def fit(longest: int) -> int:
+        return (answerer.batch_tokens - held) // (tokens(1, longest) - held)
+
+    order = sorted(range(len(ids)), key=lambda place: (-len(ids[place]), place))
+    for part in batches([len(ids[place]) for place in order], fit):
+        places = order[part]
+        use.tokens = tokens(len(places), len(ids[places[0]]))
+        use.is_least = len(places) == 1 and len(images) < 2
+        texts = answerer.answer_after(
+            beginnings, [ids[place] for place in places], [rows[place] for place in places]
+        )
+        done([together[place] for place in places], texts)
 
 
 def answer_row(request: Request, text: str, model_id: str) -> dict[str, Any]:

@@ -1,0 +1,232 @@
+"""`llava report DIR ...`: one table of all runs under some folders, beside the published numbers.
+
+Reads the provenance files that `llava eval` leaves beside its answers. Markdown goes to stdout; `--html`
+writes a page with plots of score against visual tokens and against time, `--json` the numbers.
+"""
+
+import argparse
+import html
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.eval import benchmarks
+from llava.eval.benchmarks.base import write_text
+from llava.eval.published import COLUMNS, PUBLISHED
+
+
+@dataclass(frozen=True)
+class Run:
+    """One provenance file."""
+
+    file: str
+    benchmark: str
+    protocol: str
+    model: str
+    weights: str
+    reducer: str
+    dtype: str
+    score: float | None  # the headline; None where it was not scored here
+    interval: tuple[float, float] | None
+    questions: int
+    answered: int
+    visual_tokens: float | None  # mean over images
+    visual_tokens_p95: float | None
+    seconds_per_question: float | None
+    device: str
+
+    @property
+    def column(self) -> str:
+        """The benchmark, with its protocol where that is not the default one."""
+        default = benchmarks.get(self.benchmark).protocols[0].name
+        return self.benchmark if self.protocol == default else f"{self.benchmark} ({self.protocol})"
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        return self.model, self.weights, self.reducer, self.dtype
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="searched for *.provenance.json")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+
+
+def run(args: argparse.Namespace) -> int:
+    runs = collect(args.folders)
+    print(as_markdown(runs))
+    if args.json:
+        content = {"runs": [asdict(one) for one in runs], "published": [asdict(one) for one in PUBLISHED]}
+        write_text(args.json, json.dumps(content, indent=2) + "\n")
+    if args.html:
+        write_text(args.html, as_html(runs))
+    return 0
+
+
+def collect(folders: Sequence[Path]) -> list[Run]:
+    """All runs of benchmarks, of each kind the newest. UserError where there is none."""
+    files = sorted({file for folder in folders for file in folder.rglob("*.provenance.json")}, key=_age)
+    newest: dict[tuple[object, ...], Run] = {}
+    for file in files:
+        one = read_run(file)
+        if one is not None:
+            newest[(*one.row, one.column)] = one
+    if not newest:
+        raise UserError(f"no *.provenance.json of a finished run under {', '.join(map(str, folders))}.")
+    return sorted(newest.values(), key=lambda one: (one.row, one.column))
+
+
+def _age(file: Path) -> tuple[float, str]:
+    return file.stat().st_mtime, str(file)
+
+
+def read_run(file: Path) -> Run | None:
+    """None for a run that is no benchmark's or has not come to its end."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        made, took = content["run"], content.get("summary")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}).") from error
+    if took is None or "benchmark" not in made:
+        return None
+    headline = (content.get("score") or {}).get("headline")
+    tokens = took["visual_tokens"] or {}
+    speed = took["questions_per_second"]
+    return Run(
+        file=str(file),
+        benchmark=made["benchmark"],
+        protocol=made["protocol"],
+        model=made["model"],
+        weights=made["weights"],
+        reducer=made["reducer"],
+        dtype=made["dtype"],
+        score=headline and headline["value"],
+        interval=tuple(headline["interval"]) if headline and headline["interval"] else None,
+        questions=took["questions"],
+        answered=took["answered"],
+        visual_tokens=tokens.get("mean"),
+        visual_tokens_p95=tokens.get("p95"),
+        seconds_per_question=1 / speed if speed else None,
+        device=", ".join(sorted({sitting["device"] for sitting in content.get("sittings", [])})),
+    )
+
+
+# --- tables ---
+
+
+def tables(runs: Sequence[Run]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) of the scores, of what they took, and of the published numbers."""
+    columns = sorted({one.column for one in runs}, key=_column_order)
+    rows = list(dict.fromkeys(one.row for one in runs))
+    cells = {(one.row, one.column): one for one in runs}
+    several = len({row[:2] for row in rows}) > len({row[0] for row in rows})  # equal names, other weights
+
+    def label(row: tuple[str, str, str, str]) -> list[str]:
+        model, weights, reducer, dtype = row
+        return [f"{model} ({weights[:6]})" if several else model, reducer, dtype]
+
+    head = ["model", "reducer", "dtype"]
+    scores = [[*label(row), *(_score(cells.get((row, column))) for column in columns)] for row in rows]
+    took = [[*label(row), *(_took(cells.get((row, column))) for column in columns)] for row in rows]
+    names = [column for column in COLUMNS if any(one.benchmark == column for one in runs)] or list(COLUMNS)
+    published = [
+        [one.name, _number(one.visual_tokens, 0), *(_number(one.scores.get(name), 1) for name in names)]
+        for one in PUBLISHED
+    ]
+    return [
+        ("Scores (95 % interval)", [*head, *columns], scores),
+        ("Visual tokens an image (95th percentile), seconds a question", [*head, *columns], took),
+        ("Published", ["model", "tokens", *names], published),
+    ]
+
+
+def _column_order(column: str) -> tuple[int, str]:
+    return COLUMNS.index(column.split(" ")[0]), column
+
+
+def _number(value: float | None, places: int) -> str:
+    return "-" if value is None else f"{value:.{places}f}"
+
+
+def _score(one: Run | None) -> str:
+    if one is None or one.score is None:
+        return "-"
+    interval = f" ({one.interval[0]:.1f} to {one.interval[1]:.1f})" if one.interval else ""
+    missing = f", {one.answered:,} of {one.questions:,}" if one.answered < one.questions else ""
+    return f"{one.score:.1f}{interval}{missing}"
+
+
+def _took(one: Run | None) -> str:
+    if one is None:
+        return "-"
+    tokens = f"{_number(one.visual_tokens, 1)} ({_number(one.visual_tokens_p95, 0)})"
+    return f"{tokens}, {_number(one.seconds_per_question, 3)} s"
+
+
+def as_markdown(runs: Sequence[Run]) -> str:
+    parts = []
+    for title, header, rows in tables(runs):
+        lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+        parts += [f"## {title}", "", *lines, ""]
+    return "\n".join(parts).rstrip()
+
+
+# --- the page ---
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;display:block;overflow-x:auto;margin:1rem 0}"
+    "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}"
+    "svg{max-width:100%;height:auto}"
+)
+
+
+def as_html(runs: Sequence[Run]) -> str:
+    body = []
+    for title, header, rows in tables(runs):
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        body += [f"<h2>{html.escape(title)}</h2>", f"<table><tr>{head}</tr>"]
+        body += [f"<tr>{line}</tr>" for line in lines] + ["</table>"]
+    for column in sorted({one.column for one in runs if one.score is not None}, key=_column_order):
+        body += [f"<h2>{html.escape(column)}</h2>", plot([one for one in runs if one.column == column])]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>llava report</title>'
+        f"<style>{STYLE}</style></head><body><h1>Evaluation</h1>{''.join(body)}</body></html>\n"
+    )
+
+
+def plot(runs: Sequence[Run]) -> str:
+    """An SVG: score against mean visual tokens (published ones as crosses) and against time a question."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, name, label in (
+        (left, "visual_tokens", "visual tokens an image"),
+        (right, "seconds_per_question", "seconds a question"),
+    ):
+        for one in runs:
+            x = getattr(one, name)
+            if x is None or one.score is None:
+                continue
+            low, high = one.interval or (one.score, one.score)
+            axes.errorbar(x, one.score, [[one.score - low], [high - one.score]], fmt="o", capsize=3)
+            axes.annotate(one.reducer, (x, one.score), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    benchmark = benchmarks.get(runs[0].benchmark)
+    if runs[0].questions == benchmark.questions:  # published scores belong beside those of the same set only
+        for one in PUBLISHED:
+            if one.visual_tokens is not None and benchmark.name in one.scores:
+                left.plot(one.visual_tokens, one.scores[benchmark.name], "x", color="gray")
+    left.set_ylabel("score")
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()[out.getvalue().index("<svg") :]

@@ -1,0 +1,99 @@
+"""The report: what is collected, where it stands in the tables, and what a page shows."""
+
+import json
+
+import pytest
+
+from llava import cli
+from llava.eval import benchmarks, report
+from llava.eval.published import COLUMNS, PUBLISHED
+
+
+def provenance(folder, name, reducer, benchmark="pope", value=80.0, tokens=144.0, questions=100, **more):
+    content = {
+        "run": {
+            "benchmark": benchmark, "protocol": benchmarks.get(benchmark).protocols[0].name, "model": "mini",
+            "weights": "abcdef0123456789", "reducer": reducer, "dtype": "float32",
+        } | more,
+        "summary": {
+            "questions": questions, "answered": questions, "problems": [], "questions_per_second": 4.0,
+            "visual_tokens": {"mean": tokens, "p50": tokens, "p95": tokens + 8, "max": 200},
+        },
+        "sittings": [{"device": "cpu"}],
+        "score": {"headline": {"name": "f1", "value": value, "interval": [value - 1, value + 1.5]}},
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.provenance.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    provenance(tmp_path / "pope", "a", "none", value=85.9, tokens=576)
+    provenance(tmp_path / "pope", "b", "prumerge+", value=84.0)
+    provenance(tmp_path / "sqa", "c", "prumerge+", "scienceqa", 68.3)
+    provenance(tmp_path / "sqa", "d", "prumerge+", "scienceqa", 67.1, protocol="crop")
+    (tmp_path / "unfinished.provenance.json").write_text(json.dumps({"run": {"benchmark": "pope"}}))
+    return tmp_path
+
+
+def test_tables(runs):
+    (_, header, scores), (_, _, took), (_, names, published) = report.tables(report.collect([runs]))
+    assert header == ["model", "reducer", "dtype", "scienceqa", "scienceqa (crop)", "pope"]
+    assert scores == [
+        ["mini", "none", "float32", "-", "-", "85.9 (84.9 to 87.4)"],
+        ["mini", "prumerge+", "float32", "68.3 (67.3 to 69.8)", "67.1 (66.1 to 68.6)", "84.0 (83.0 to 85.5)"],
+    ]
+    assert took[0][-1] == "576.0 (584), 0.250 s"
+    assert names == ["model", "tokens", "scienceqa", "pope"]
+    assert ["LLaVA-1.5-7B", "576", "66.8", "85.9"] in published and [
+        "PruMerge+ 7B",
+        "144",
+        "68.3",
+        "84.0",
+    ] in published
+
+
+def test_command_writes_page_and_numbers(runs, capsys):
+    page, numbers = runs / "r.html", runs / "r.json"
+    assert cli.main(["report", str(runs), "--html", str(page), "--json", str(numbers)]) == 0
+    assert "| mini | none | float32 |" in capsys.readouterr().out
+    text = page.read_text()
+    assert (
+        text.count("<svg") == 3
+        and "prumerge+" in text
+        and "http://www.w3.org/1999/xhtml" not in text.partition("<svg")[0]
+    )
+    content = json.loads(numbers.read_text())
+    assert {one["score"] for one in content["runs"]} == {85.9, 84.0, 68.3, 67.1}
+    assert len(content["published"]) == len(PUBLISHED)
+
+
+def test_the_newest_of_equal_runs(tmp_path):
+    provenance(tmp_path, "old", "none", value=1.0)
+    provenance(tmp_path, "new", "none", value=2.0)
+    provenance(tmp_path, "other", "none", value=3.0, weights="0123456789abcdef")
+    import os
+
+    os.utime(tmp_path / "old.provenance.json", (1, 1))
+    found = report.collect([tmp_path])
+    assert sorted(one.score for one in found) == [2.0, 3.0]
+    labels = [row[0] for row in report.tables(found)[0][2]]
+    assert labels == ["mini (012345)", "mini (abcdef)"]  # one name, two sets of weights
+
+
+def test_nothing_to_report(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no *.provenance.json" in capsys.readouterr().err
+    (tmp_path / "x.provenance.json").write_text("{")
+    assert cli.main(["report", str(tmp_path)]) == 2
+
+
+def test_published_columns_are_benchmarks():
+    assert set(COLUMNS) == set(benchmarks.MODULES)
+    by_name = {one.name: one for one in PUBLISHED}
+    assert (
+        by_name["LLaVA-1.5-7B"].scores["mm-vet"] == 31.1 and by_name["LLaVA-1.5-13B"].scores["seed"] == 61.6
+    )
+    assert by_name["PruMerge 7B"].scores == {
+        "vqav2": 72.0, "scienceqa": 68.5, "textvqa": 56.0, "pope": 76.3, "mme": 1350.3, "mmbench": 60.9
+    }  # fmt: skip
