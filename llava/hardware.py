@@ -215,7 +215,7 @@ def _best_dtype(kind: str, capability: Capability | None) -> tuple[str, str]:
     if kind == "mps":
         return "float16", "Apple GPUs compute in float16 natively"
     if capability is None:
-        return "float32", f"half precision gains nothing on {kind}"
+        return "float32", f"exact, and fast on every {kind}; some do bfloat16 faster"
     if capability >= AMPERE:
         return "bfloat16", f"compute capability {_dotted(capability)} has bfloat16 tensor cores"
     if capability >= PASCAL:

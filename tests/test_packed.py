@@ -1,0 +1,67 @@
+"""Packed weights give the same products, and leave everything else of a model as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from llava.model.packed import FEW_ROWS, PackedLinear, pack
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(), (1,), (FEW_ROWS,), (2, 37), (1, 0)])
+def test_same_product(rows, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(40, 24, bias=bias)
+    x = torch.randn(*rows, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(PackedLinear.of(linear)(x), linear(x))
+
+
+def test_not_contiguous_input():
+    linear, x = nn.Linear(40, 24), torch.randn(40, 9).T
+    with torch.no_grad():
+        torch.testing.assert_close(PackedLinear.of(linear)(x), linear(x))
+
+
+class Body(nn.Module):
+    """Two layers, the head tied to the embedding, and one that must not be packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        self.up = nn.Linear(32, 48)
+        self.down = nn.Linear(48, 32, bias=False)
+        self.wide = nn.Linear(4, 4, dtype=torch.float64)
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.down(self.up(self.embed(ids)).relu()))
+
+
+def test_a_model_keeps_its_parameters_its_ties_and_its_outputs():
+    torch.manual_seed(0)
+    plain = Body().eval()
+    packed = copy.deepcopy(plain)
+    size = pack(packed)
+    assert size == 4 * (32 * 48 + 48 * 32 + 50 * 32)
+    assert type(packed.wide) is nn.Linear and isinstance(packed.up, PackedLinear)
+    assert packed.head.weight is packed.embed.weight
+    assert list(packed.state_dict()) == list(plain.state_dict())
+    assert pack(packed) == 0  # a second time there is nothing to do
+    ids = torch.arange(30).view(2, 15)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(ids), plain(ids))
+
+
+def test_gradients_are_those_of_the_weight():
+    torch.manual_seed(0)
+    plain = nn.Linear(16, 8)
+    packed, x = PackedLinear.of(copy.deepcopy(plain)), torch.randn(6, 16)
+    for layer in (plain, packed):
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(packed.weight.grad, plain.weight.grad)
