@@ -8,6 +8,7 @@ import importlib
 
 SUBJECTS: dict[str, tuple[str, str]] = {
     # name: (module, one line for --help)
+    "checkpoint": ("llava.tools.doctor_checkpoint", "what a directory holds, and whether it would load"),
     "data": ("llava.data.doctor", "a training file: every row and every image"),
     "eval": ("llava.eval.doctor", "the benchmarks' files: which are missing, where they come from"),
 }

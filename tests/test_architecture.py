@@ -30,6 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model.checkpoints", "model.llava_llama", "model.vision_tower", "model.projector", "model.tokenization", "reducers",
     },
     "model": {"model.checkpoints", "model.llava_llama", "model.builder"},
+    # LLaVA's names for our commands: `python -m llava.model.consolidate`
+    "model.consolidate": {"cli"},
+    "model.apply_delta": {"cli"},
+    "model.make_delta": {"cli"},
     "tools": {"model", "reducers"},
     "data": {"conversation", "mm_utils", "model.tokenization"},
     "train": {"data", "model", "conversation", "mm_utils", "reducers"},

@@ -129,22 +129,17 @@ def load_pretrained_model(
         "device_map": device_map,
         "quantization_config": _quantization(load_8bit, load_4bit, plan),
     }
-    tokenizer = _load_tokenizer(info)
     if not info.is_llava:
-        model = _load_plain(info.base or info, options)
+        model = load_plain(info.base or info, **options)
         answering = apply_lora(model, info, merge=merge_lora) if info.kind == "lora" else model
-        _finish(model, info)
-        return tokenizer, answering.eval(), None, _context_length(info.config)
+        finish(model, info)
+        return tokenizer_of(info), answering.eval(), None, _context_length(info.config)
 
     raw = _config_dict(customized_config) if customized_config is not None else llava_config_dict(info)
     if reducer is not None:
         raw["mm_token_reducer"] = reducer
-    if raw.get("mm_use_im_patch_token", True):
-        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
-    if raw.get("mm_use_im_start_end", False):
-        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-
     config = build_config(raw, info)
+    tokenizer = tokenizer_of(info, config)
     weights = read_model_weights(info)
     adapted = info.kind == "lora"
     if adapted and merge_lora and options["quantization_config"] is not None:
@@ -152,9 +147,11 @@ def load_pretrained_model(
     model = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
     # LoRA first: its target names (q_proj ...) exist in the tower too.
     answering = apply_lora(model, info, merge=merge_lora) if adapted else model
-    tower = _load_tower(info, config, weights, vision_tower, device=model.device, dtype=plan.dtype)
+    tower = tower_of(info, config, weights, vision_tower, device=model.device, dtype=plan.dtype)
     model.set_vision_tower(tower)
-    _finish(model, info)
+    if vision_tower is not None:
+        model.config.mm_vision_tower = str(vision_tower)
+    finish(model, info)
     if "mm_token_reducer" not in raw:
         logger.warning(
             "%s does not say which tokens to use: all %d visual tokens of an image are; "
@@ -176,7 +173,7 @@ def _place(
 ) -> tuple[hardware.Plan, Any]:
     """What the device wants, and the device map for from_pretrained."""
     named = _as_device(device_map)
-    wanted = named or torch.device(device)
+    wanted = named or _as_device(device) or torch.device("cuda")
     missing = wanted.type == "cuda" and not torch.cuda.is_available()
     # "cuda" without a number leaves the choice to the plan, and so to LLAVA_DEVICE.
     asked = None if missing or wanted == torch.device("cuda") else wanted
@@ -200,7 +197,7 @@ def _place(
 
 
 def _as_device(value: Any) -> torch.device | None:
-    """The one device a device map names, if it does."""
+    """The one device that `device` or a device map names, if it does."""
     if isinstance(value, Mapping):
         return _as_device(value[""]) if list(value) == [""] else None
     if value is None or value == "" or value in AUTOMATIC_MAPS:
@@ -211,7 +208,7 @@ def _as_device(value: Any) -> torch.device | None:
         return torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise UserError(
-            f"device_map {value!r} is no device (cuda, cuda:1, cpu) and none of {', '.join(AUTOMATIC_MAPS)}"
+            f"{value!r} is no device (cuda, cuda:1, cpu) and no device map ({', '.join(AUTOMATIC_MAPS)})"
         ) from error
 
 
@@ -275,13 +272,7 @@ def load_language_model(
     Raises:
         UserError: a weight is missing, of the wrong shape, or unknown.
     """
-    found = read_model_weights(info) if weights is None else weights
-    found = found.select(lambda name: not name.startswith(TOWER))
-    if config.tie_word_embeddings:
-        found = found.select(lambda name: name != "lm_head.weight")
-    if info.needs_base:
-        found = fit_vocabulary(found, config.vocab_size)
-    check_weights(found, _shapes(config), info)
+    found = language_model_weights(info, config, read_model_weights(info) if weights is None else weights)
     if num_tokens is not None and num_tokens > config.vocab_size:
         if num_tokens - config.vocab_size > MAX_ADDED_TOKENS:
             raise UserError(
@@ -294,6 +285,21 @@ def load_language_model(
     size = sum(tensor.nbytes for tensor in found.tensors.values())
     with _quiet(size):
         return LlavaLlamaForCausalLM.from_pretrained(None, config=config, state_dict=found.tensors, **options)
+
+
+def language_model_weights(info: CheckpointInfo, config: LlavaConfig, weights: Weights) -> Weights:
+    """Those of language model and projector, complete and of the right shapes.
+
+    Raises:
+        UserError: a weight is missing, of the wrong shape, or unknown.
+    """
+    found = weights.select(lambda name: not name.startswith(TOWER))
+    if config.tie_word_embeddings:
+        found = found.select(lambda name: name != "lm_head.weight")
+    if info.needs_base:
+        found = fit_vocabulary(found, config.vocab_size)
+    check_weights(found, _shapes(config), info)
+    return found
 
 
 @contextmanager
@@ -382,16 +388,24 @@ def _base_path(info: CheckpointInfo) -> Path:
     return info.base.path if info.base is not None else info.path
 
 
-def _load_tower(
+def tower_of(
     info: CheckpointInfo,
     config: LlavaConfig,
     weights: Weights,
-    override: str | Path | None,
+    override: str | Path | None = None,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> VisionTower:
-    """The tower from its own path; from the checkpoint only where that carries one of its own."""
+    """The tower from its own path; from the checkpoint only where that carries one of its own.
+
+    Args:
+        weights: `read_model_weights(info)`.
+        override: another tower than the config's.
+
+    Raises:
+        UserError: no tower is named, it cannot be found, or its files are damaged.
+    """
     name = override or config.mm_vision_tower
     if not name:
         raise UserError(f"{info.path / 'config.json'} names no vision tower: pass --vision-tower PATH")
@@ -414,18 +428,30 @@ def _load_tower(
         )
 
 
-def _load_tokenizer(info: CheckpointInfo):
-    """The checkpoint's own tokenizer, else its base's; llava-hf's without the tokens LLaVA does not use."""
+def tokenizer_of(info: CheckpointInfo, config: LlavaConfig | None = None):
+    """The checkpoint's own tokenizer, else its base's, with the tokens that the config says were added.
+
+    llava-hf's comes without `<image>` and `<pad>`, for which LLaVA has no embeddings.
+    """
     owner = next((one for one in (info, info.base) if one is not None and one.has_tokenizer), info)
-    if owner.kind != "llava_hf":
-        return load_tokenizer(owner.path)
-    tokens = load_tokenizer(owner.path).added_tokens_decoder
-    rows = hf_vocabulary(owner.config)
-    kept = {index: token for index, token in tokens.items() if index < rows}
-    return load_tokenizer(owner.path, added_tokens_decoder=kept, pad_token="<unk>")
+    tokenizer = load_tokenizer(owner.path)
+    if owner.kind == "llava_hf":
+        rows = hf_vocabulary(owner.config)
+        kept = {index: token for index, token in tokenizer.added_tokens_decoder.items() if index < rows}
+        tokenizer = load_tokenizer(owner.path, added_tokens_decoder=kept, pad_token="<unk>")
+    if config is not None and config.mm_use_im_patch_token:
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if config is not None and config.mm_use_im_start_end:
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    return tokenizer
 
 
-def _load_plain(info: CheckpointInfo, options: dict[str, Any]) -> PreTrainedModel:
+def load_plain(info: CheckpointInfo, **options: Any) -> PreTrainedModel:
+    """A language model without vision, by transformers.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
     size = sum(file.stat().st_size for file in info.files if file.is_file())
     try:
         with _quiet(size):
@@ -434,7 +460,7 @@ def _load_plain(info: CheckpointInfo, options: dict[str, Any]) -> PreTrainedMode
         raise UserError(f"cannot load {info.path}: {first_line(error)}") from error
 
 
-def _finish(model: PreTrainedModel, info: CheckpointInfo) -> None:
+def finish(model: PreTrainedModel, info: CheckpointInfo) -> None:
     """Frozen, in eval mode, with the generation settings of the files."""
     model.requires_grad_(False)
     model.eval()

@@ -280,7 +280,7 @@ def inspect_checkpoint(path: str | Path, base: str | Path | None = None) -> Chec
         return info
     base_info = _inspect_one(base_directory)
     if base_info.kind not in ("full", "llava_hf", "plain_lm"):
-        hint = ": merge it first with `llava merge-lora`" if base_info.kind == "lora" else ""
+        hint = ": merge it first with `llava tools merge-lora`" if base_info.kind == "lora" else ""
         raise UserError(
             f"--model-base {base_directory} is {KINDS[base_info.kind]}, not a language model that "
             f"{directory} could be applied to{hint}"
@@ -636,7 +636,7 @@ def llava_config_dict(info: CheckpointInfo) -> dict[str, Any]:
     """The config of the model a checkpoint loads into, in LLaVA's own terms.
 
     For llava-hf the fields are translated; its tower lies in the checkpoint itself, and the pictures are
-    padded to squares, as LLaVA-1.5 was trained (llava-hf's config does not say so).
+    padded to squares, as LLaVA-1.5 was trained (llava-hf's config does not say so, unless we wrote it).
 
     Raises:
         UserError: a llava-hf model of another make than LLaVA-1.5 on LLaMA.
@@ -666,7 +666,7 @@ def llava_config_dict(info: CheckpointInfo) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "pad_token_id": 0,
         "dtype": config.get("dtype", config.get("torch_dtype")),
-        "image_aspect_ratio": "pad",
+        "image_aspect_ratio": config.get("image_aspect_ratio", "pad"),
         "mm_vision_tower": str(owner.path),
         "mm_vision_select_layer": config.get("vision_feature_layer", -2),
         "mm_vision_select_feature": "cls_patch" if strategy == "full" else "patch",
@@ -727,7 +727,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_weights(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """model.safetensors, or shards of 5 GB with their index."""
-    save_torch_state_dict(dict(tensors), directory, max_shard_size="5GB", metadata={"format": "pt"})
+    # A part of a larger tensor is copied: the file would get the whole.
+    own = {
+        name: tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
+        for name, tensor in tensors.items()
+    }
+    save_torch_state_dict(own, directory, max_shard_size="5GB", metadata={"format": "pt"})
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: str | Path) -> None:

@@ -1,0 +1,1 @@
+"""Tools on checkpoints: merge, extract, consolidate, convert, deltas, and what is in a directory."""

@@ -1,0 +1,39 @@
+"""`llava tools merge-lora`: LoRA weights added to their base, as a whole model that needs no base any more.
+
+Takes projector-only checkpoints too: then base and projector become one model.
+"""
+
+import argparse
+from pathlib import Path
+
+from llava.errors import UserError
+from llava.model.checkpoints import KINDS, replacing, save_full
+from llava.model.tokenization import save_tokenizer
+from llava.tools.whole import add_dtype, inspect_llava, load_whole, tower_name_from
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-path", required=True, help="LoRA (or projector-only) checkpoint")
+    parser.add_argument(
+        "--model-base", help="its base; default: the one it names, if that is on this machine"
+    )
+    parser.add_argument("--save-model-path", "--out", required=True, type=Path, help="directory to write")
+    add_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    info = inspect_llava(args.model_path, args.model_base)
+    if not info.needs_base:
+        raise UserError(f"{info.path} is {KINDS[info.kind]}: there is nothing to merge")
+    tokenizer, model = load_whole(info, args.dtype)
+    if info.is_llava:
+        model.config.mm_vision_tower = tower_name_from(
+            model.config.mm_vision_tower, info.llava_config.path, args.save_model_path
+        )
+        save_full(model, tokenizer, args.save_model_path)
+    else:
+        with replacing(args.save_model_path) as directory:
+            model.save_pretrained(directory)
+            save_tokenizer(tokenizer, directory)
+    print(args.save_model_path)
+    return 0

@@ -1,0 +1,471 @@
+"""The tools: what they write is the same model, read by us and by transformers."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import (
+    IMAGE_SIZE,
+    VISUAL_TOKENS,
+    Family,
+    edit_json,
+    family,
+    single_safetensors,
+)
+
+from llava.cli import main
+from llava.errors import UserError
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoints import inspect_checkpoint, read_model_weights, read_projector
+from llava.tools.delta import combine
+from llava.tools.whole import tower_name_from
+
+PROMPT = torch.tensor([[1, 270, 280, -200, 290, 300]])
+
+
+@pytest.fixture(scope="module")
+def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return family(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def tiny(tiny_once: Family, tmp_path: Path) -> Family:
+    """A copy that the test may change."""
+    shutil.copytree(tiny_once.root, tmp_path, dirs_exist_ok=True)
+    moved = {
+        name: tmp_path / getattr(tiny_once, name).relative_to(tiny_once.root)
+        for name in ("tower", "base", "full", "lora", "projector")
+    }
+    return Family(**{**vars(tiny_once), "root": tmp_path, **moved})
+
+
+def tool(*words: str | Path) -> int:
+    return main([str(word) for word in words])
+
+
+def load(path: Path, base: Path | None = None):
+    return load_pretrained_model(path, base, "any-name", device="cpu")
+
+
+def pixels() -> torch.Tensor:
+    return torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(7))
+
+
+@torch.inference_mode()
+def logits(path: Path, base: Path | None = None) -> torch.Tensor:
+    return load(path, base)[1](PROMPT, images=pixels()).logits
+
+
+# Merging
+
+
+def test_merge_lora(tiny: Family) -> None:
+    out = tiny.root / "out/merged"
+    assert (
+        tool(
+            "tools",
+            "merge-lora",
+            "--model-path",
+            tiny.lora,
+            "--model-base",
+            tiny.base,
+            "--save-model-path",
+            out,
+        )
+        == 0
+    )
+    assert inspect_checkpoint(out).kind == "full"
+    assert (out / "model.safetensors").is_file()
+    torch.testing.assert_close(logits(out), logits(tiny.lora, tiny.base), atol=1e-6, rtol=0)
+
+
+def test_merge_keeps_dtype_unless_told(tiny: Family) -> None:
+    half = {name: tensor.half() for name, tensor in tiny.language_model.items()}
+    torch.save(half, tiny.base / "pytorch_model.bin")
+    common = ("tools", "merge-lora", "--model-path", tiny.lora, "--model-base", tiny.base, "--out")
+    tool(*common, tiny.root / "a")
+    tool(*common, tiny.root / "b", "--dtype", "float32")
+    for name, dtype in (("a", torch.float16), ("b", torch.float32)):
+        assert {tensor.dtype for tensor in load_file(tiny.root / name / "model.safetensors").values()} == {
+            dtype
+        }
+        assert json.loads((tiny.root / name / "config.json").read_text())["dtype"] == str(dtype).removeprefix(
+            "torch."
+        )
+
+
+def test_merge_projector_into_its_base(tiny: Family) -> None:
+    tool(
+        "tools",
+        "merge-lora",
+        "--model-path",
+        tiny.projector,
+        "--model-base",
+        tiny.base,
+        "--out",
+        tiny.root / "out",
+    )
+    assert torch.equal(logits(tiny.root / "out"), logits(tiny.full))
+
+
+def test_merge_adapter_of_a_plain_language_model(tiny: Family) -> None:
+    for name in ("config.json", "non_lora_trainables.bin"):
+        (tiny.lora / name).unlink()
+    out = tiny.root / "out"
+    assert (
+        tool("tools", "merge-lora", "--model-path", tiny.lora, "--model-base", tiny.base, "--out", out) == 0
+    )
+    assert inspect_checkpoint(out).kind == "plain_lm"
+    ids = PROMPT[:, :3]
+    expected = load(tiny.lora, tiny.base)[1](ids).logits
+    torch.testing.assert_close(load(out)[1](ids).logits, expected, atol=1e-6, rtol=0)
+
+
+def test_nothing_to_merge(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool("tools", "merge-lora", "--model-path", tiny.full, "--out", tiny.root / "out") == 2
+    assert "nothing to merge" in capsys.readouterr().err
+    assert not (tiny.root / "out").exists()
+
+
+def test_a_failed_tool_leaves_nothing(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny.base / "pytorch_model.bin").write_bytes(b"PK torn")
+    assert (
+        tool(
+            "tools",
+            "merge-lora",
+            "--model-path",
+            tiny.lora,
+            "--model-base",
+            tiny.base,
+            "--out",
+            tiny.root / "out",
+        )
+        == 2
+    )
+    assert "pytorch_model.bin is damaged or cut off" in capsys.readouterr().err
+    assert not list(tiny.root.glob("*out*"))
+
+
+# The way to the tower
+
+
+def test_relative_tower_paths_move_along(
+    tiny: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    assert tower_name_from("towers/clip-tiny", tiny.full, tiny.root / "other") == "towers/clip-tiny"
+    assert tower_name_from("openai/clip", tiny.full, tiny.root / "other") == "openai/clip"
+    far = tmp_path.parent / f"{tmp_path.name}-far/out"
+    name = tower_name_from("towers/clip-tiny", tiny.full, far)
+    assert (far.parent.resolve() / "out" / name).resolve() == tiny.tower.resolve()
+    tool("tools", "consolidate", "--src", tiny.full, "--dst", far, "--dtype", "float32")
+    assert torch.equal(logits(far), logits(tiny.full))
+    shutil.rmtree(far.parent)
+
+
+# Extracting
+
+
+@pytest.mark.parametrize("source", ["full", "lora", "projector"])
+def test_extract_projector(tiny: Family, source: str) -> None:
+    for name in ("mm_projector.bin", "mm_projector.safetensors"):
+        out = tiny.root / "out" / name
+        assert tool("tools", "extract-projector", "--model-path", getattr(tiny, source), "--output", out) == 0
+        found = read_projector(out).tensors
+        assert found.keys() == tiny.projector_weights.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tiny.projector_weights.items())
+
+
+def test_extracted_projector_is_a_checkpoint(tiny: Family) -> None:
+    out = tiny.root / "out"
+    tool("tools", "extract-projector", "--model-path", tiny.full, "--output", out)
+    assert inspect_checkpoint(out).kind == "projector"
+    assert torch.equal(logits(out, tiny.base), logits(tiny.full))
+
+
+def test_nothing_to_extract(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool("tools", "extract-projector", "--model-path", tiny.base, "--output", tiny.root / "x.bin") == 2
+    assert "holds no projector" in capsys.readouterr().err
+
+
+# Consolidating
+
+
+def test_consolidate(tiny: Family) -> None:
+    tower = {
+        f"model.vision_tower.vision_tower.{name}": tensor
+        for name, tensor in torch.load(tiny.tower / "pytorch_model.bin").items()
+        if name.startswith("vision_model.")
+    }
+    whole = {**tiny.language_model, **tiny.projector_weights}
+    single_safetensors(tiny.full, {**whole, **tower})
+    out = tiny.root / "out"
+    assert tool("tools", "consolidate", "--src", tiny.full, "--dst", out) == 0
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], tensor.half()) for name, tensor in whole.items())
+    assert {"tokenizer.json", "generation_config.json", "config.json"} <= {
+        file.name for file in out.iterdir()
+    }
+
+    edit_json(tiny.full / "config.json", unfreeze_mm_vision_tower=True)
+    tool("tools", "consolidate", "--src", tiny.full, "--dst", tiny.root / "with-tower")
+    assert load_file(tiny.root / "with-tower/model.safetensors").keys() == whole.keys() | tower.keys()
+
+
+def test_consolidate_is_for_whole_models(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path="base-tiny")
+    assert tool("tools", "consolidate", "--src", tiny.lora, "--dst", tiny.root / "out") == 2
+    assert "llava tools merge-lora" in capsys.readouterr().err
+
+
+# llava-hf
+
+
+def test_to_llava_hf_is_transformers_llava(tiny: Family) -> None:
+    """The same picture and text through transformers' own model, read from what we wrote."""
+    from transformers import LlamaTokenizer, LlavaForConditionalGeneration
+
+    edit_json(tiny.full / "config.json", mm_token_reducer="none")
+    out = tiny.root / "hf"
+    assert tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", out) == 0
+    model, report = LlavaForConditionalGeneration.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    image_token = model.config.image_token_index
+    assert (
+        LlamaTokenizer.from_pretrained(out).convert_tokens_to_ids("<image>") == image_token == tiny.vocab_size
+    )
+    before, after = PROMPT[0, :3].tolist(), PROMPT[0, 4:].tolist()
+    ids = torch.tensor([[*before, *[image_token] * VISUAL_TOKENS, *after]])
+    with torch.inference_mode():
+        theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels()).logits
+    assert theirs.shape[-1] % 64 == 0
+    torch.testing.assert_close(theirs[..., : tiny.vocab_size], logits(tiny.full), atol=1e-5, rtol=0)
+
+
+def test_llava_hf_round_trip(tiny: Family) -> None:
+    edit_json(tiny.full / "config.json", mm_token_reducer="topk(tokens=5)", image_aspect_ratio="square")
+    hf, back = tiny.root / "hf", tiny.root / "back"
+    tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", hf)
+    assert inspect_checkpoint(hf).kind == "llava_hf"
+    expected = logits(tiny.full)
+    assert torch.equal(logits(hf), expected)
+
+    shutil.rmtree(tiny.root / "towers")
+    tool("tools", "convert", "--to", "llava", "--model-path", hf, "--out", back)
+    assert inspect_checkpoint(back).kind == "full"
+    found = read_model_weights(inspect_checkpoint(back)).tensors
+    whole = {**tiny.language_model, **tiny.projector_weights}
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    assert torch.equal(logits(back), expected)
+    tokenizer, model, *_ = load(back)
+    assert len(tokenizer) == tiny.vocab_size
+    assert (model.reducer.spec, model.config.image_aspect_ratio) == ("topk(tokens=5)", "square")
+
+    again = tiny.root / "again"
+    tool("tools", "convert", "--to", "llava-hf", "--model-path", back, "--out", again)
+    first, second = load_file(hf / "model.safetensors"), load_file(again / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_convert_golden_llava_hf(golden: Path, tmp_path: Path) -> None:
+    """A 4.37-era directory becomes the released format's weights, and its tower the CLIP they came from."""
+    ckpt = golden / "llava/ckpt"
+    out = tmp_path / "llava"
+    tool("tools", "convert", "--to", "llava", "--model-path", ckpt / "llava-tiny-1.5-7b-hf", "--out", out)
+    found = read_model_weights(inspect_checkpoint(out)).tensors
+    expected = read_model_weights(inspect_checkpoint(ckpt / "llava-tiny-v1.5-7b")).tensors
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    clip = torch.load(ckpt / "clip-tiny-336/pytorch_model.bin")
+    tower = load_file(out / "vision_tower/model.safetensors")
+    assert tower.keys() == {
+        name for name in clip if name.startswith("vision_model.") and "position_ids" not in name
+    }
+    assert all(torch.equal(tower[name], clip[name]) for name in tower)
+
+
+def test_spellings_of_transformers_5_in_memory(tiny: Family) -> None:
+    """A state dict saved by hand from transformers' model has its in-memory names; it loads too."""
+    from transformers import LlavaForConditionalGeneration
+
+    hf = tiny.root / "hf"
+    tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", hf)
+    state = LlavaForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).state_dict()
+    assert "model.vision_tower.pre_layrnorm.weight" in state
+    save_file({name: tensor.clone() for name, tensor in state.items()}, hf / "model.safetensors")
+    assert torch.equal(logits(hf), logits(tiny.full))
+
+
+def test_convert_with_a_named_tower(tiny: Family) -> None:
+    hf, out = tiny.root / "hf", tiny.root / "out"
+    tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", hf)
+    tool(
+        "tools",
+        "convert",
+        "--to",
+        "llava",
+        "--model-path",
+        hf,
+        "--out",
+        out,
+        "--vision-tower",
+        "towers/clip-tiny",
+    )
+    assert not (out / "vision_tower").exists()
+    assert torch.equal(logits(out), logits(tiny.full))
+
+
+def test_what_llava_hf_has_no_place_for(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_json(tiny.full / "config.json", mm_projector_type="linear")
+    weights = {
+        **tiny.language_model,
+        "model.mm_projector.weight": torch.zeros(64, 32),
+        "model.mm_projector.bias": torch.zeros(64),
+    }
+    single_safetensors(tiny.full, weights)
+    assert (
+        tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", tiny.root / "out")
+        == 2
+    )
+    assert "linear" in capsys.readouterr().err
+    assert (
+        tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.base, "--out", tiny.root / "out")
+        == 2
+    )
+    assert "cannot see" in capsys.readouterr().err
+    assert not (tiny.root / "out").exists()
+
+
+# Deltas
+
+
+def test_delta_round_trip(tiny: Family) -> None:
+    """The model has an added token and a projector that its base has not."""
+    rows = tiny.vocab_size + 1
+    changed = {name: tensor + 0.25 for name, tensor in tiny.language_model.items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        changed[name] = torch.cat([changed[name], torch.full((1, 64), 0.5)])
+    single_safetensors(tiny.full, {**changed, **tiny.projector_weights})
+    edit_json(tiny.full / "config.json", vocab_size=rows)
+    delta, target = tiny.root / "delta", tiny.root / "target"
+    tool(
+        "tools",
+        "make-delta",
+        "--base-model-path",
+        tiny.base,
+        "--target-model-path",
+        tiny.full,
+        "--delta-path",
+        delta,
+    )
+    found = load_file(delta / "model.safetensors")
+    torch.testing.assert_close(found["model.norm.weight"], torch.full((64,), 0.25))
+    torch.testing.assert_close(found["lm_head.weight"][-1], torch.full((64,), 0.5))
+    tool(
+        "tools",
+        "apply-delta",
+        "--base-model-path",
+        tiny.base,
+        "--target-model-path",
+        target,
+        "--delta-path",
+        delta,
+    )
+    torch.testing.assert_close(logits(target), logits(tiny.full), atol=1e-5, rtol=0)
+
+
+def test_delta_of_another_base() -> None:
+    two, three = {"a": torch.zeros(2)}, {"a": torch.zeros(3)}
+    for base, other, says in (
+        (two, three, "wrong base"),
+        (two, {}, "not its delta"),
+        ({}, two, "wrong base"),
+    ):
+        with pytest.raises(UserError, match=says):
+            combine(base, other, 1, Path("delta"))
+
+
+# Doctor
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, dict]:
+    status = tool("doctor", "checkpoint", *words, "--json")
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_doctor_finds_nothing_wrong(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    for directory, base in (
+        (tiny.full, None),
+        (tiny.lora, tiny.base),
+        (tiny.projector, tiny.base),
+        (tiny.base, None),
+        (tiny.tower, None),
+    ):
+        status, report = doctor(capsys, directory, *(["--model-base", base] if base else []), "--deep")
+        assert (status, report["problems"]) == (0, [])
+        assert report["values"] == "finite"
+    assert tool("doctor", "checkpoint", tiny.full) == 0
+    assert "nothing wrong found" in capsys.readouterr().out
+
+
+def test_doctor_lists_what_is_wrong(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = doctor(capsys, tiny.lora)
+    assert status == 1
+    assert "--model-base someone/base-tiny" in report["problems"][0]
+
+    edit_json(tiny.full / "config.json", mm_vision_tower="openai/nowhere", hidden_size=32)
+    (tiny.full / "tokenizer.json").unlink()
+    status, report = doctor(capsys, tiny.full)
+    assert status == 1
+    tokenizer, tower, weights = report["problems"]
+    assert "no tokenizer" in tokenizer
+    assert "openai/nowhere" in tower
+    assert "has shape" in weights
+
+
+def test_doctor_reads_the_values_if_asked(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tiny.projector / "mm_projector.bin"
+    weights = torch.load(file)
+    weights["model.mm_projector.0.bias"][3] = float("nan")
+    torch.save(weights, file)
+    assert doctor(capsys, tiny.projector, "--model-base", tiny.base)[0] == 0
+    status, report = doctor(capsys, tiny.projector, "--model-base", tiny.base, "--deep")
+    assert status == 1
+    assert "mm_projector.0.bias holds NaN" in report["problems"][0]
+
+
+# Old names
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("llava.model.consolidate", "--src"),
+        ("llava.model.apply_delta", "--delta-path"),
+        ("llava.model.make_delta", "--delta-path"),
+        ("scripts/merge_lora_weights.py", "--save-model-path"),
+        ("scripts/extract_mm_projector.py", "--output"),
+    ],
+)
+def test_old_names(
+    root: Path, name: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        if name.endswith(".py"):
+            runpy.run_path(str(root / name), run_name="__main__")
+        else:
+            runpy.run_module(name, run_name="__main__")
+    assert not stopped.value.code
+    assert says in capsys.readouterr().out
