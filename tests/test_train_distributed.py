@@ -1,4 +1,4 @@
-"""Two processes on the CPU take the steps one process takes with the same global batch: DDP, ZeRO-2, ZeRO-3."""
+"""Two processes on the CPU take the steps one process takes with the same global batch: DDP and ZeRO."""
 
 import os
 import socket

@@ -111,7 +111,7 @@ def _set_up_processes(training: TrainingArguments) -> None:
 
 def _resume_from(training: TrainingArguments, run: Path, say) -> Path | None:
     """The checkpoint to go on from: the one asked for, else the newest complete one of this run."""
-    if (asked := training.resume_from_checkpoint) not in (None, "True", "true"):
+    if (asked := training.resume_from_checkpoint) not in (None, "True", "true"):  # which is what we do anyway
         if (flaw := save.what_is_missing(Path(asked))) is not None:
             raise UserError(f"--resume_from_checkpoint {asked}: {flaw}.")
         return Path(asked)

@@ -1,0 +1,174 @@
+"""How much of a LoRA step visual token reduction saves, beside what it could save by arithmetic.
+
+    python scripts/bench_train_step.py [--rounds 5] [--reducers none prumerge+ prumerge] [--json out.json]
+
+The small model (checkpoints/mini-base, made by `llava mini prepare`) on composed scenes, through the real
+trainer: forward, backward, clipping, AdamW; the same texts for every reducer, visual tokens made before, so
+the tower takes no part. The reducers take turns in each round, so that a busy machine slows all of them
+alike; times are medians. On a CPU one thread's processor time is measured, which is what a wall clock shows
+on an idle machine. FLOPs are counted by torch over the same steps (attention as products of all with all).
+
+achieved = (1 - time / time with every token) / (1 - FLOPs / FLOPs with every token)
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.mini.world import generate
+from llava.train.arguments import parse
+from llava.train.setup import build
+from llava.train.trainer import LlavaTrainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--base", default="checkpoints/mini-base", help="language model, vision_tower/ inside"
+    )
+    parser.add_argument("--version", default="smollm2", help="conversation template")
+    parser.add_argument("--reducers", nargs="+", default=["none", "prumerge+", "prumerge"])
+    parser.add_argument("--batch", type=int, default=4, help="samples a step")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps per reducer")
+    parser.add_argument("--lora_r", type=int, default=32)
+    parser.add_argument("--precision", default="auto", help="as for `llava train`")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(args, Path(folder))
+        device = trainer.args.device
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        batches = {spec: make_batch(trainer, spec, args.batch) for spec in args.reducers}
+    times: dict[str, list[float]] = {spec: [] for spec in batches}
+    flops = {spec: count_flops(trainer, batch) for spec, batch in batches.items()}  # warms up, too
+    for _ in range(args.rounds):
+        for spec, batch in batches.items():
+            times[spec].append(timed_step(trainer, batch, device))
+    report(trainer, batches, times, flops, args.json)
+
+
+def make_trainer(args: argparse.Namespace, folder: Path) -> LlavaTrainer:
+    """Everything a LoRA run has, with 64 scenes to choose samples from."""
+    generate("train", 0, 64, folder / "data")
+    flags = (
+        f"--model_name_or_path {args.base} --version {args.version} --vision_tower {args.base}/vision_tower "
+        f"--data_path {folder}/data/conversations.json --image_folder {folder}/data "
+        f"--output_dir {folder}/run "
+        "--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False "
+        f"--image_aspect_ratio pad --lora_enable True --lora_r {args.lora_r} --lora_dropout 0 "
+        f"--precision {args.precision} --model_max_length 2048 --per_device_train_batch_size {args.batch}"
+    )
+    model_args, data_args, training_args = parse(shlex.split(flags))
+    torch.manual_seed(0)
+    prepared = build(model_args, data_args, training_args, print)
+    dataset = LazySupervisedDataset(
+        data_args.data_path,
+        prepared.tokenizer,
+        prepared.llava.get_vision_tower().image_processor,
+        image_folder=data_args.image_folder,
+        version=model_args.version,
+        image_aspect_ratio=data_args.image_aspect_ratio,
+        cache_dir=folder / "cache",
+    )
+    trainer = LlavaTrainer(
+        prepared, training_args, dataset, DataCollatorForSupervisedDataset(prepared.tokenizer)
+    )
+    trainer.create_optimizer()
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def make_batch(trainer: LlavaTrainer, spec: str, size: int) -> dict[str, Any]:
+    """The first samples, with the visual tokens `spec` leaves of their images."""
+    llava = trainer.prepared.llava
+    llava.set_reducer(spec)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(size)])
+    pixels = torch.stack(batch.pop("images")).to(llava.device)
+    batch["visual_tokens"] = [tokens.float() for tokens in llava.encode_images(pixels)]
+    return batch
+
+
+def step(trainer: LlavaTrainer, batch: dict[str, Any]) -> None:
+    trainer.training_step(trainer.model, dict(batch))
+    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.optimizer.step()
+    trainer.model.zero_grad()
+
+
+def count_flops(trainer: LlavaTrainer, batch: dict[str, Any]) -> int:
+    # The CPU's fused attention is not counted; products of matrices are.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(trainer, batch)
+    return counter.get_total_flops()
+
+
+def timed_step(trainer: LlavaTrainer, batch: dict[str, Any], device: torch.device) -> float:
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = clock()
+    step(trainer, batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start
+
+
+def report(
+    trainer: LlavaTrainer,
+    batches: dict[str, dict[str, Any]],
+    times: dict[str, list[float]],
+    flops: dict[str, int],
+    out: Path | None,
+) -> None:
+    first, *_ = batches
+    rows = {}
+    for spec, batch in batches.items():
+        seconds = statistics.median(times[spec])
+        visual = [len(tokens) for tokens in batch["visual_tokens"]]
+        row = {
+            "visual_tokens_per_image": sum(visual) / len(visual),
+            "text_tokens": int(batch["attention_mask"].sum()) - len(visual),
+            "seconds": seconds,
+            "teraflop": flops[spec] / 1e12,
+            "gigaflop_per_second": flops[spec] / seconds / 1e9,
+        }
+        if spec != first:
+            row["saved"] = 1 - seconds / rows[first]["seconds"]
+            row["saved_by_flops"] = 1 - flops[spec] / flops[first]
+            row["achieved"] = row["saved"] / row["saved_by_flops"]
+        rows[spec] = row
+    size = len(batches[first]["visual_tokens"])
+    print(
+        f"LoRA step, {size} samples, {rows[first]['text_tokens']} text tokens in all, {trainer.args.device}"
+    )
+    print(
+        f"{'reducer':12} {'tok/image':>9} {'s/step':>8} {'TFLOP':>7} {'GFLOP/s':>8} {'saved':>7} "
+        f"{'by FLOPs':>8} achieved"
+    )
+    for spec, row in rows.items():
+        line = (
+            f"{spec:12} {row['visual_tokens_per_image']:9.1f} {row['seconds']:8.3f} {row['teraflop']:7.3f} "
+        )
+        line += f"{row['gigaflop_per_second']:8.1f}"
+        if "saved" in row:
+            line += f" {row['saved']:7.1%} {row['saved_by_flops']:8.1%} {row['achieved']:8.2f}"
+        print(line)
+    if out is not None:
+        out.write_text(json.dumps({"device": str(trainer.args.device), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
