@@ -25,7 +25,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("llava.eval.score", "score an answers file of a benchmark; no torch needed"),
     "submit": ("llava.eval.submit", "write the file a benchmark's server takes"),
     "report": ("llava.eval.report", "one table of all runs, beside the published numbers"),
-    "doctor": ("llava.doctor", "check files before a long run: `doctor checkpoint`, `doctor data`, `doctor eval`"),
+    "train": ("llava.train.train", "one training stage; its flags are LLaVA's"),
+    "plot": ("llava.train.plot", "draw loss and throughput of a training run"),
+    "doctor": ("llava.doctor", "check before a long run: `doctor checkpoint`, `doctor data`, `doctor eval`"),
     "tools merge-lora": ("llava.tools.merge_lora", "LoRA or a projector and their base as one model"),
     "tools extract-projector": ("llava.tools.extract_projector", "the projector of any LLaVA checkpoint"),
     "tools consolidate": ("llava.tools.consolidate", "a self-trained checkpoint as it would be released"),
@@ -35,7 +37,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "mini prepare": ("llava.mini.prepare", "build checkpoints/mini-base from two pip packages"),
     "mini world": ("llava.mini.world", "compose scenes and conversations about them"),
     "mini align": ("llava.mini.align", "give the projector its first meaning: patches to words"),
+    "mini ship": ("llava.mini.ship", "a LoRA run as the small checkpoint that travels with the code"),
     "mini evaluate": ("llava.mini.evaluate", "accuracy by type of question and reducer, on composed scenes"),
+    "mini benchmarks": ("llava.mini.benchmarks", "six small benchmark sets in the official file formats"),
     "mini demo": ("llava.mini.demo", "ask about five pictures, with every visual token and with few"),
 }
 

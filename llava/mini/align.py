@@ -166,7 +166,7 @@ def label_tokens(args: argparse.Namespace, scenes: list, words: Words) -> tuple[
 
 
 def patch_labels(scene, grid: tuple[int, int], words: Words) -> Tensor:
-    """[N, 4] int64: thing, colour, side (0 left, 1 right), height (0 top, 1 bottom) at each patch's centre."""
+    """[N, 4] int64: thing, colour, side (0 left, 1 right), height (0 top, 1 bottom) at patch centres."""
     rows, columns = grid
     y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
     y, x = y.flatten() / rows, x.flatten() / columns

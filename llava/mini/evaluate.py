@@ -2,7 +2,7 @@
 
 The questions of a world (`llava mini world --split test`) are asked one by one, by the same predict loop as
 the benchmarks, once for every reducer; random and topk get as many tokens as prumerge kept on average. Beside
-every number stands the constant answer, the most frequent right one of its type, which a blind model could give.
+every number stands the constant answer: the most frequent right one, what a blind model could say.
 Answers files in OUT resume; OUT/table.md and OUT/table.json hold the outcome.
 """
 
@@ -164,7 +164,7 @@ def as_markdown(kinds: Sequence[Kind], tokens: dict[str, float], manifest: dict)
     drawings = ", ".join(f"{name} ({style})" for name, style in held["drawings"].items())
     lines += [
         "",
-        f"Held out of training: the backgrounds {', '.join(held['backgrounds'])}; {len(held['pairs'])} pairs of "
-        f"things; the font {', '.join(held['fonts'])}; one drawing each of {drawings}.",
+        f"Held out of training: the backgrounds {', '.join(held['backgrounds'])}; {len(held['pairs'])} "
+        f"pairs of things; the font {', '.join(held['fonts'])}; one drawing each of {drawings}.",
     ]
     return "\n".join(lines) + "\n"

@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.mini import backgrounds, sprites
-from llava.mini.questions import REGIONS, Question, ask, caption, class_weights, converse
+from llava.mini.questions import REGIONS, SHORT, Question, ask, caption, class_weights, converse, presence
 
 SIZE = 336
 HALF = SIZE // 2
 SPLITS = ("train", "test")
-VERSION = 3
+VERSION = 4
 """Raise when the same (split, seed, index) gives another scene than before."""
 
 # Streams of random numbers: layout is shared by a pair of scenes, the others belong to one scene.
@@ -238,9 +238,14 @@ def interview(split: str, seed: int, scene: Scene) -> tuple[list[Question], list
     questions = ask(rng, scene, coins)
     if shape.captioned:
         return questions, [caption(rng, scene)]
+    # A conversation asks about the presence of every class that is there and of as many that are not: one
+    # picture costs the same however much is asked about it, and yes or no is what is learnt last.
+    here = len({t.name for t in scene.objects if not t.written})
+    asked = presence(rng, scene, rng.permutation([True] * here + [False] * here).tolist())
+    asked += [q for q in questions if q.type != "presence"]
     fit = "naming" if shape.asks_presence else "presence"
     alone = len({t.name for t in scene.objects}) == 1
-    return questions, converse(rng, [q for q in questions if not (alone and q.type == fit)])
+    return questions, converse(rng, [q for q in asked if not (alone and q.type == fit)])
 
 
 _KEYS = {"name": "class"}  # where a field is called otherwise in objects.jsonl
@@ -271,11 +276,14 @@ def read_scenes(folder: Path) -> list[Scene]:
 
 
 def to_llava(name: str, image: str, turns: list[Question]) -> dict:
-    """One entry of LLaVA's training JSON; the first turn carries the image tag."""
+    """One entry of LLaVA's training JSON; the first turn carries the image tag.
+
+    As in LLaVA's own mixture, the prompt for a short answer is given once and holds for the turns after it.
+    """
     talk = []
     for turn in turns:
-        tag = "" if talk else "<image>\n"
-        talk += [{"from": "human", "value": tag + turn.text}, {"from": "gpt", "value": turn.answer}]
+        text = turn.text.removesuffix(SHORT) if talk else f"<image>\n{turn.text}"
+        talk += [{"from": "human", "value": text}, {"from": "gpt", "value": turn.answer}]
     return {"id": name, "image": image, "conversations": talk}
 
 
