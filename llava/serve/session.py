@@ -150,7 +150,7 @@ class ChatSession:
             text: what the user says.
             temperature, top_p: of sampling; temperature 0 answers greedily.
             max_new_tokens: bound of the answer; less where the model's context ends before.
-            emit: called with each piece of the answer as it comes; together they are `Reply.text`.
+            emit: called with each piece of the answer as it comes.
 
         Raises:
             UserError: see `question`, or no room is left in the model's context.
@@ -202,13 +202,15 @@ class _Stream(BaseStreamer):
     """The answer as it grows, without special tokens, blanks around it and the template's stop string.
 
     Attributes:
-        text: what has been handed to `emit`; in the end, the answer.
+        text: in the end, the answer. The pieces handed to `emit` make it up, unless the model's bytes are
+            no UTF-8: then they differ in what stands for those.
         first: `time.perf_counter()` when the first new token was there.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str | None, emit: Callable[[str], None]):
         self.tokenizer, self.stop, self.emit = tokenizer, stop or "", emit
         self.text, self.first = "", 0.0
+        self._said = 0  # characters
         self._ids: list[int] = []
         self._prompt_is_next = True  # generate hands that out too
 
@@ -224,14 +226,15 @@ class _Stream(BaseStreamer):
         self._hand_out(text[: len(text) - _overlap(text, self.stop)].rstrip())
 
     def end(self) -> None:
-        self._hand_out(self._decoded().removesuffix(self.stop).rstrip())
+        self.text = self._decoded().removesuffix(self.stop).rstrip()
+        self._hand_out(self.text)
 
     def _decoded(self) -> str:
         return self.tokenizer.decode(self._ids, skip_special_tokens=True).strip()
 
     def _hand_out(self, text: str) -> None:
-        if piece := text[len(self.text) :]:
-            self.text = text
+        if piece := text[self._said :]:
+            self._said = len(text)
             self.emit(piece)
 
 
