@@ -1,8 +1,8 @@
 """Faster products on a CPU: weights laid out once the way oneDNN multiplies them.
 
 torch's float32 `F.linear` hands the weight to BLAS as it lies, which re-packs it in every call: a cost per
-call, not per token, so it eats most where a reducer has made the sequence short. With weights packed beforehand
-the time of a prefill goes with its tokens. Figures in docs/performance.md.
+call, not per token, so it eats most where a reducer has made the sequence short. With weights packed before
+that, the time of a prefill goes with its tokens. Figures in docs/performance.md.
 
 For inference only. The packed copy lies beside the weight, so memory doubles; saving, tying and whatever else
 looks at parameters sees what it saw before.
