@@ -49,15 +49,18 @@ class Files:
 
     @property
     def provenance(self) -> Path:
-        return self.answers.with_suffix(".provenance.json")
+        return self._beside(".provenance.json")
 
     @property
     def log(self) -> Path:
-        return self.answers.with_suffix(".log")
+        return self._beside(".log")
 
     @property
     def lock(self) -> Path:
-        return self.answers.with_suffix(".lock")
+        return self._beside(".lock")
+
+    def _beside(self, suffix: str) -> Path:
+        return self.answers.with_name(self.answers.name.removesuffix(".jsonl") + suffix)
 
     def all(self) -> tuple[Path, ...]:
         return self.answers, self.provenance, self.log, self.lock

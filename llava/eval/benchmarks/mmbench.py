@@ -10,7 +10,6 @@ in the answer. `llava submit mmbench` writes the xlsx the OpenCompass server tak
 import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from llava.errors import UserError
@@ -49,8 +48,8 @@ def read_table(file: Path) -> Iterator[dict[str, str]]:
             yield row
 
 
-def load(root: Path, questions: Path | None = None, *, default: str = EN) -> list[Sample]:
-    file = questions or root / default
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
+    file = questions or root / EN
     samples, images = [], {}
     for row in read_table(file):
         index = int(row["index"])
@@ -131,8 +130,8 @@ def metrics(totals: Totals) -> dict:
     }
 
 
-def write(out: Path, root: Path, answers: Mapping[str, str], *, default: str = EN) -> None:
-    write_sheet(out, root / default, answers)
+def write(out: Path, root: Path, answers: Mapping[str, str]) -> None:
+    write_sheet(out, root / EN, answers)
 
 
 def write_sheet(out: Path, questions: Path, answers: Mapping[str, str]) -> None:
@@ -184,6 +183,6 @@ BENCHMARK = Benchmark(
     measure=measure,
     metrics=metrics,
     unscored="this TSV has no answers; `llava submit` writes what the server scores.",
-    write=partial(write, default=EN),
+    write=write,
     max_new_tokens=1024,
 )

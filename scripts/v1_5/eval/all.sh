@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# All benchmarks whose files are there, one after the other, and the table of all runs. With MINI=1 the six of the
+# paper. A benchmark that fails does not stop the others; the exit status tells.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+case ${1-} in -h | --help) usage && exit 0 ;; esac
+all=(vqav2 textvqa mme pope sqa mmbench)
+[[ -n $MINI ]] || all+=(mmbench_cn gqa vizwiz seed mmvet llavabench)
+failed=()
+for name in "${all[@]}"; do
+    echo "== $name" >&2
+    bash "scripts/v1_5/eval/$name.sh" "$@" || failed+=("$name")
+done
+run "$PYTHON" -m llava.cli report "$ROOT" --html "$ROOT/report.html" --json "$ROOT/report.json"
+[[ ${#failed[@]} -eq 0 ]] || { echo "failed: ${failed[*]}" >&2 && exit 1; }
