@@ -377,7 +377,10 @@ def assert_same_run(ours: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    ["lora", pytest.param("projector", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)],
+)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
     stage: str,
     moment: str,

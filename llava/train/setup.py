@@ -104,9 +104,9 @@ def _base(name: str) -> CheckpointInfo:
     if info.kind in ("plain_lm", "full"):
         return info
     remedy = {
-        "lora": "merge it into its base first (llava merge-lora)",
+        "lora": "merge it into its base first (llava tools merge-lora)",
         "projector": "pass its language model, and this one's mm_projector.bin as --pretrain_mm_mlp_adapter",
-        "llava_hf": "convert it first (llava convert)",
+        "llava_hf": "convert it first (llava tools convert)",
     }.get(info.kind, "pass a language model or a LLaVA checkpoint")
     raise UserError(f"--model_name_or_path {name} is {KINDS[info.kind]}: {remedy}.")
 
