@@ -45,9 +45,9 @@ class Prefix:
 
     def cache(self, rows: Sequence[int]) -> DynamicCache:
         """A copy of these rows, in this order, each as often as it is named, for generation to append to."""
-        index = torch.tensor(rows, device=self.mask.device)
         cache = DynamicCache()
         for number, (keys, values) in enumerate(self.layers):
+            index = torch.tensor(rows, device=keys.device)  # layers may be spread over devices
             cache.update(keys.index_select(0, index), values.index_select(0, index), number)
         return cache
 
