@@ -336,7 +336,7 @@ def run(args: argparse.Namespace) -> int:
     charts.check_name(args.out, "--out")
     source = _source(args)
     try:
-        reducer = build_reducer(args.reducer or source.reducer)
+        reducer = build_reducer(source.reducer if args.reducer is None else args.reducer)
         device = hardware.plan(args.device).device
     except (ReducerSpecError, ValueError) as error:
         raise UserError(str(error)) from error
