@@ -398,7 +398,7 @@ def test_gradients_flow(spec, dtype):
 def test_chunks_change_nothing(spec, monkeypatch):
     features = make_features(3, sharp=2.0)
     whole = build_reducer(spec)(features)
-    monkeypatch.setattr(reducer_ops, "_chunk", lambda each, device: 1)
+    monkeypatch.setattr(reducer_ops, "_images_at_a_time", lambda each, device: 2)
     in_chunks = build_reducer(spec)(features)
     for field in dataclasses.fields(ReducedTokens):
         torch.testing.assert_close(
@@ -440,7 +440,7 @@ def test_one_host_sync_a_batch(spec, monkeypatch):
 
 @pytest.mark.parametrize("spec", ["prumerge(tokens=576)", "prumerge+(tokens=576)", "topk"])
 def test_extra_memory_is_bounded(spec):
-    """With every patch kept, similarities of 16 images are 5.3 M numbers: they are made in chunks."""
+    """With every patch kept, similarities of 16 images are 5.3 M numbers: they are made image by image."""
     features = make_features(16, width=64)
     with Spy() as spy:
         build_reducer(spec)(features)

@@ -55,8 +55,8 @@ def test_python_numbers_round_trip():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("prumrge", r"no reducer is called 'prumrge'; did you mean 'prumerge'\? There are: none, random"),
-        ("prumerge_plus", r"did you mean 'prumerge\+'\?"),
+        ("prumrge", r"no reducer is called 'prumrge'; did you mean 'prumerge' or 'prumerge\+'\? There are: none, random"),
+        ("prumerge_plus", r"did you mean 'prumerge' or 'prumerge\+'\?"),
         ("xyz", r"no reducer is called 'xyz'\. There are: "),
         ("prumerge(ration=0.1)", r"no option 'ration'; did you mean 'ratio'\? There are: ratio, tokens"),
         ("none(tokens=3)", r"'none' has no option 'tokens'; it takes no options"),
@@ -123,7 +123,7 @@ def test_every_option_type(registry):
 
 def test_the_example_of_the_docs(root: Path, registry):
     """The method docs/reducers.md adds in a few lines is run as it stands there."""
-    from tests.test_reducers import make_features
+    from test_reducers import make_features
 
     text = (root / "docs" / "reducers.md").read_text(encoding="utf-8")
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register" in code]

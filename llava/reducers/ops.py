@@ -12,16 +12,14 @@ from torch.nn import functional as F
 from llava.reducers.features import VisionFeatures
 from llava.reducers.registry import ReducerInputError
 
-BLOCK = 16
-"""Kept rows are compared with all patches in blocks of so many."""
 
+def _images_at_a_time(each: int, device: torch.device) -> int:
+    """How many images to work on at once where each needs so many float32 of room.
 
-def _chunk(each: int, device: torch.device) -> int:
-    """How many things of `each` elements to work on at a time.
-
-    4 MiB of float32, which a CPU's cache holds; 256 MiB where starting an operation is what costs time.
+    One at least, else what fits 1 MiB, so into a CPU's cache; 256 MiB elsewhere, where many small operations
+    cost more than a large one.
     """
-    return max(1, (1 << 20 if device.type == "cpu" else 1 << 26) // max(1, each))
+    return max(1, (1 << 18 if device.type == "cpu" else 1 << 26) // max(1, each))
 
 
 def cls_attention(features: VisionFeatures) -> Tensor:
@@ -59,13 +57,18 @@ def _attention_scores(features: VisionFeatures, heads: int) -> Tensor:
             "use pool, grid or random with it"
         )
     _, rows, width = features.key.shape
-    chunk = _chunk(rows * width, features.key.device)
+    chunk = _images_at_a_time(rows * width, features.key.device)
     scaled = features.query.float() * (width // heads) ** -0.5
     logits = [
         (key.float() * query.unsqueeze(1)).view(-1, heads, width // heads).sum(2)
         for key, query in zip(features.key.split(chunk), scaled.split(chunk), strict=True)
     ]
-    return torch.cat(logits).view(-1, rows, heads).softmax(1).transpose(1, 2)
+    return (
+        (logits[0] if len(logits) == 1 else torch.cat(logits))
+        .view(-1, rows, heads)
+        .softmax(1)
+        .transpose(1, 2)
+    )
 
 
 def require_finite(finite: list[bool]) -> None:
@@ -166,7 +169,7 @@ def merge_nearest(
 
     The one large product is that of the K kept keys with all N. Only indices are taken from it; the merge
     then reads the 33 patches of each row (`embedding_bag`), which costs less than a second product. Extra
-    memory: twice the similarities, in chunks of kept rows (`_chunk`), and the kept keys of a chunk.
+    memory: K (2 N + C) float32 an image, for `_images_at_a_time`, and B K 33 indices and weights.
 
     Args:
         patches: [B, N, C] float32.
@@ -187,16 +190,10 @@ def merge_nearest(
         return patches.new_zeros(batch, 1, width), kept.new_zeros(batch, length)
     first = torch.arange(0, batch * length, length, device=device).view(-1, 1)  # of each image, flat
     inverse_norm = norm[:, 1:].clamp(min=1e-12).reciprocal()
-    chunk = BLOCK * _chunk(BLOCK * batch * length, device)
-    parts = [
-        _nearest(key, inverse_norm, rows, min(neighbours + 1, length))
-        for rows in kept.detach().split(chunk, 1)
-    ]
-    near, _, nearest = parts[0]
-    if len(parts) > 1:
-        near = torch.cat([part[0] for part in parts], 1)
-        part = torch.stack([part[1] for part in parts]).argmax(0)
-        nearest = torch.stack([part[2] for part in parts]).gather(0, part.unsqueeze(0))[0] + part * chunk
+    chunk = _images_at_a_time(count * length, device)
+    images = zip(key.split(chunk), inverse_norm.split(chunk), kept.split(chunk), strict=True)
+    parts = [_nearest(*image, min(neighbours + 1, length)) for image in images]
+    near, nearest = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     index = (near + first.unsqueeze(2)).flatten()
     share = weight.flatten().index_select(0, index).view_as(near).masked_fill(near == kept.unsqueeze(2), 1)
     if is_real is not None:
@@ -212,36 +209,50 @@ def merge_nearest(
 
 
 @torch.no_grad()
-def _nearest(key: Tensor, inverse_norm: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine similarities of some kept keys with all keys, and what is nearest to what.
+def _nearest(key: Tensor, inverse_norm: Tensor, kept: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities of the kept keys with all keys, and what is nearest to what.
 
     Args:
         key: [B, N + 1, C] float32, CLS first.
-        inverse_norm: [B, N].
-        rows: [B, K] int64, patches.
-        number: of patches to find for each row, itself included.
+        inverse_norm: [B, N], of the keys without CLS.
+        kept: [B, K] int64, patches.
+        number: of patches to find for each kept one, itself included.
 
     Returns:
-        [B, K, number] int64 patches nearest to each row, in no order; [B, N] how near each patch's nearest
-        row is (not divided by the norm of the patch's own key), and [B, N] int64 that row.
+        [B, K, number] int64, the patches nearest to each row, in no order; [B, N] int64, the row nearest to
+        each patch.
     """
     batch, total, width = key.shape
-    count = rows.shape[1]
-    # Kernels of a product differ with its size, in the last bit of the result: whole blocks of rows keep an
-    # image's similarities the same whatever the number of rows its batch needs.
-    rows = F.pad(rows, (0, -count % BLOCK))
-    image = torch.arange(1, batch * total, total, device=key.device).view(-1, 1)
-    own = key.flatten(0, 1).index_select(0, (rows + image).flatten()).view(batch, -1, width)
+    # Kernels of a product differ with its size, in the last bit of the result. Whole blocks of 16 rows keep
+    # an image's similarities the same (seen, not promised) whatever the number of rows its batch needs.
+    rows = F.pad(kept, (0, -kept.shape[1] % 16))
+    first = torch.arange(1, batch * total, total, device=key.device).view(-1, 1)
+    own = key.flatten(0, 1).index_select(0, (rows + first).flatten()).view(batch, -1, width)
     own.mul_(inverse_norm.gather(1, rows).unsqueeze(2))
-    patch_by_row = torch.bmm(key[:, 1:], own.transpose(1, 2))[:, :, :count]
-    best, nearest = patch_by_row.max(2)
-    row_by_patch = patch_by_row.transpose(1, 2).contiguous().mul_(inverse_norm.unsqueeze(1))
-    # A row itself comes first, whatever rounding says.
-    row_by_patch.scatter_(2, rows[:, :count].unsqueeze(2), torch.inf)
-    return _orderly(row_by_patch).topk(number, sorted=False).indices, best, nearest
+    by_patch = torch.bmm(key[:, 1:], own.transpose(1, 2))[:, :, : kept.shape[1]]
+    by_row = by_patch.transpose(1, 2).contiguous().mul_(inverse_norm.unsqueeze(1))
+    by_row.scatter_(2, kept.unsqueeze(2), torch.inf)  # a row itself comes first, whatever rounding says
+    return _largest(_orderly(by_row), number), by_patch.max(2).indices
 
 
 def _orderly(values: Tensor) -> Tensor:
     """float32 -> int32 in the same order, in place: a CPU selects integers, never NaN, a third faster."""
     bits = values.view(torch.int32)
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
+
+
+def _largest(values: Tensor, number: int, parts: int = 4) -> Tensor:
+    """Indices [B, K, number] of the largest of values [B, K, N], in no order; exact.
+
+    Split a row into groups of `parts`, N / parts apart: the largest are all in the groups with the largest
+    maxima, as many as are sought. Two selections among fewer values cost less than one among all.
+    """
+    length = values.shape[2]
+    if length % parts or length <= parts * number:
+        return values.topk(number, sorted=False).indices
+    grouped = values.unflatten(2, (parts, -1))
+    best = grouped.amax(2).topk(number, sorted=False).indices
+    among = grouped.gather(3, best.unsqueeze(2).expand(-1, -1, parts, -1)).flatten(2)
+    place = among.topk(number, sorted=False).indices
+    part = place.div(number, rounding_mode="floor")
+    return best.gather(2, place - part * number) + part * (length // parts)

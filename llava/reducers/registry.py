@@ -88,9 +88,10 @@ def register(name: str) -> Callable[[R], R]:
         ValueError: the name is taken, or could not be written in a spec.
     """
 
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be a reducer's name: letters, digits, '_', '-' and '+' only")
+
     def decorate(cls: R) -> R:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot be a reducer's name: letters, digits, '_', '-' and '+' only")
         if name in _METHODS:
             raise ValueError(f"reducer {name!r} is already registered, by {_METHODS[name].__qualname__}")
         cls.name = name
@@ -160,8 +161,8 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
 def _near(word: str, known: Iterable[str]) -> str:
     """'; did you mean ...? There are: ...' for an error about an unknown word."""
     names = list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return (f"; did you mean {near[0]!r}?" if near else ".") + f" There are: {', '.join(names)}"
+    near = " or ".join(map(repr, difflib.get_close_matches(word, names, n=2)))
+    return (f"; did you mean {near}?" if near else ".") + f" There are: {', '.join(names)}"
 
 
 def _option_type(method: type[Reducer], name: str) -> tuple[type, bool]:
