@@ -220,6 +220,29 @@ def test_a_local_directory_wins_over_the_hub(tiny: Family, monkeypatch: pytest.M
     assert inspect_checkpoint("liuhaotian/llava-v1.5-7b").kind == "full"
 
 
+@pytest.mark.parametrize(
+    ("remote", "skipped"), [(["model.safetensors"], True), (["pytorch_model.bin"], False)]
+)
+def test_download_takes_one_format(
+    tiny: Family, monkeypatch: pytest.MonkeyPatch, remote: list[str], skipped: bool
+) -> None:
+    asked = {}
+
+    class Hub:
+        def list_repo_files(self, name: str) -> list[str]:
+            return ["config.json", "mm_projector.bin", *remote]
+
+    def download(name: str, **patterns) -> str:
+        asked.update(patterns, name=name)
+        return str(tiny.full)
+
+    monkeypatch.setattr(checkpoints, "HfApi", Hub)
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    assert inspect_checkpoint("liuhaotian/llava-v1.5-7b").path == tiny.full
+    assert asked["name"] == "liuhaotian/llava-v1.5-7b"
+    assert ("pytorch_model*.bin" in asked["ignore_patterns"]) is skipped
+
+
 def test_resolve_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/b/ckpt", "a/towers/clip", "here/towers/clip"):
         (tmp_path / name).mkdir(parents=True)

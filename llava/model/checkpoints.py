@@ -784,7 +784,7 @@ def save_full(
     """A whole model: config.json, generation_config.json, safetensors shards and the tokenizer.
 
     Args:
-        model: LlavaLlamaForCausalLM.
+        model: LlavaLlamaForCausalLM, or a language model without vision.
         tokenizer: its tokenizer, or None.
         out: the directory.
         state_dict: the model's weights where they had to be gathered (ZeRO-3), named as in
@@ -802,7 +802,7 @@ def save_full(
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory)
         config = config_for_disk(model.config)
-        write_json(directory / "config.json", {**config, "architectures": ["LlavaLlamaForCausalLM"]})
+        write_json(directory / "config.json", {**config, "architectures": [type(model).__name__]})
 
 
 def save_projector(

@@ -7,8 +7,7 @@ import argparse
 from pathlib import Path
 
 from llava.errors import UserError
-from llava.model.checkpoints import KINDS, replacing, save_full
-from llava.model.tokenization import save_tokenizer
+from llava.model.checkpoints import KINDS, save_full
 from llava.tools.whole import add_dtype, inspect_llava, load_whole, tower_name_from
 
 
@@ -30,10 +29,6 @@ def run(args: argparse.Namespace) -> int:
         model.config.mm_vision_tower = tower_name_from(
             model.config.mm_vision_tower, info.llava_config.path, args.save_model_path
         )
-        save_full(model, tokenizer, args.save_model_path)
-    else:
-        with replacing(args.save_model_path) as directory:
-            model.save_pretrained(directory)
-            save_tokenizer(tokenizer, directory)
+    save_full(model, tokenizer, args.save_model_path)
     print(args.save_model_path)
     return 0
