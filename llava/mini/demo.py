@@ -76,7 +76,7 @@ def answer_all(args: argparse.Namespace, questions: list[tuple[Path, str]]) -> l
     rows = []
     with tqdm(total=len(questions) * len(REDUCERS) + 1, desc="loading the model", file=sys.stderr) as bar:
         tokenizer, model, processor, _ = load_pretrained_model(
-            str(args.model_path), str(args.model_base), args.model_path.name, device=None, reducer="none"
+            str(args.model_path), str(args.model_base), args.model_path.name, reducer="none"
         )
         session = ChatSession(model, tokenizer, processor, "smollm2")
         session.look_at([load_image(questions[0][0])])
