@@ -1,7 +1,7 @@
 """Spec strings, the registry, and what docs/reducers.md promises about both."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -141,7 +141,7 @@ def test_the_docs_name_every_method_and_option(root: Path):
     text = (root / "docs" / "reducers.md").read_text(encoding="utf-8")
     for name in available_reducers():
         assert f"`{name}`" in text
-        for key in _METHODS[name].__dataclass_fields__:
+        for key in [f.name for f in fields(_METHODS[name])]:
             assert f"`{key}`" in text
     for spec in re.findall(r"--reducer \"?([a-z+]+(?:\([^)]*\))?)", text):
         build_reducer(spec)

@@ -9,6 +9,7 @@ from llava.reducers.registry import (
     ReducerSpecError,
     available_reducers,
     build_reducer,
+    option,
     register,
 )
 
@@ -20,5 +21,6 @@ __all__ = [
     "VisionFeatures",
     "available_reducers",
     "build_reducer",
+    "option",
     "register",
 ]

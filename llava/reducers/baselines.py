@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.ops import cls_attention_per_head, require_finite
+from llava.reducers.ops import cls_attention_per_head, pick, require_finite
 from llava.reducers.registry import Reducer, option, register
 
 QUARTER = 144
@@ -40,7 +39,7 @@ class RandomPatches(Reducer):
     def reduce(self, features: VisionFeatures) -> ReducedTokens:
         batch, length, _ = features.patches.shape
         drawn = torch.randperm(length, generator=torch.Generator().manual_seed(self.seed))[: self.tokens]
-        return _pick(features.patches, drawn.sort().values.to(features.patches.device).repeat(batch, 1))
+        return pick(features.patches, drawn.sort().values.to(features.patches.device).repeat(batch, 1))
 
 
 @register("grid")
@@ -61,7 +60,7 @@ class GridPatches(Reducer):
         y = ((torch.arange(high, device=device) * 2 + 1) * rows) // (2 * high)
         x = ((torch.arange(wide, device=device) * 2 + 1) * columns) // (2 * wide)
         index = (y.unsqueeze(1) * columns + x).flatten()
-        return _pick(features.patches, index.repeat(features.patches.shape[0], 1))
+        return pick(features.patches, index.repeat(features.patches.shape[0], 1))
 
 
 @register("topk")
@@ -83,7 +82,7 @@ class TopAttention(Reducer):
         score = cls_attention_per_head(features).mean(1)
         require_finite(score.isfinite().all(1).tolist())
         best = score.sort(dim=1, descending=True, stable=True).indices[:, : self.tokens]
-        return _pick(features.patches, best.sort(dim=1).values)
+        return pick(features.patches, best.sort(dim=1).values)
 
 
 @register("pool")
@@ -130,16 +129,3 @@ def grid_shape(tokens: int, rows: int, columns: int) -> tuple[int, int]:
     limit = max(2.0, min(map(elongation, shapes)))
     fitting = [shape for shape in shapes if elongation(shape) <= limit]
     return max(fitting, key=lambda shape: (shape[0] * shape[1], -elongation(shape)))
-
-
-def _pick(patches: Tensor, index: Tensor) -> ReducedTokens:
-    """The patches at index [B, K], as they are; the others go nowhere."""
-    batch, length, width = patches.shape
-    count = index.shape[1]
-    row = torch.arange(count, device=index.device).expand(batch, -1)
-    return ReducedTokens(
-        tokens=patches.gather(1, index.unsqueeze(-1).expand(-1, -1, width)),
-        lengths=index.new_full((batch,), count),
-        kept=index,
-        source=index.new_full((batch, length), -1).scatter_(1, index, row),
-    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava.reducers.features import VisionFeatures
+from llava.reducers.features import ReducedTokens, VisionFeatures
 from llava.reducers.registry import ReducerInputError
 
 
@@ -151,6 +151,19 @@ def inverse(order: Tensor) -> Tensor:
     """The rank of each patch in `order`: the inverse of permutations [B, N] int64."""
     ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, ranks)
+
+
+def pick(patches: Tensor, index: Tensor) -> ReducedTokens:
+    """The patches [B, N, C] at index [B, K] int64 as they are, in that order; the others go nowhere."""
+    batch, length, width = patches.shape
+    count = index.shape[1]
+    row = torch.arange(count, device=index.device).expand(batch, -1)
+    return ReducedTokens(
+        tokens=patches.gather(1, index.unsqueeze(-1).expand(-1, -1, width)),
+        lengths=index.new_full((batch,), count),
+        kept=index,
+        source=index.new_full((batch, length), -1).scatter_(1, index, row),
+    )
 
 
 def merge_nearest(
