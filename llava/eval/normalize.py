@@ -63,9 +63,7 @@ def punctuation(text: str) -> str:
 
 
 def digits_and_articles(text: str) -> str:
-    """Lower-case; number words to digits, articles dropped, contractions repaired; words joined by one
-    blank.
-    """
+    """Lower case, number words to digits, no articles, contractions repaired, one blank between words."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 

@@ -173,9 +173,7 @@ def requests_of(benchmark: Benchmark, samples: Sequence[Sample], protocol: Proto
 
 
 def chunk(items: Sequence[Any], chunks: int, index: int) -> Sequence[Any]:
-    """Part `index` of `chunks` contiguous parts of ceil(n / chunks); empty where the items ran out before
-    it.
-    """
+    """Part `index` of `chunks` contiguous parts of ceil(n / chunks); empty where no item is left for it."""
     if not 0 <= index < chunks:
         raise UserError(f"--chunk-idx {index} is not one of 0 to {chunks - 1} (--num-chunks {chunks}).")
     size = -(-len(items) // chunks)
@@ -183,9 +181,7 @@ def chunk(items: Sequence[Any], chunks: int, index: int) -> Sequence[Any]:
 
 
 def default_answers(benchmark: Benchmark, protocol: Protocol, args: argparse.Namespace) -> Path:
-    """<root>/<folder>/answers/<model>[-<reducer>][-<protocol>].jsonl, or LLaVA's <chunks>_<index>.jsonl in
-    it.
-    """
+    """<root>/<folder>/answers/<model>[-<reducer>][-<protocol>].jsonl; of chunks .../<chunks>_<index>.jsonl."""
     from llava.mm_utils import get_model_name_from_path
 
     parts = [get_model_name_from_path(args.model_path)]

@@ -32,9 +32,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Question:
-    """What the store knows of a question. `id` and `prompt` are what its line in the answers file will
-    hold.
-    """
+    """What the store knows of a question: what its line in the answers file will hold, and its unit."""
 
     id: str | int
     prompt: str
@@ -140,9 +138,7 @@ class Store:
             self._refresh()
 
     def fail(self, index: int, problem: str) -> None:
-        """Record that a question could not be asked; it stays without an answer, and the next run tries it
-        again.
-        """
+        """Record that a question could not be asked. It has no answer, and the next run tries it again."""
         self.problems[index] = problem
         question = self.questions[index]
         self.note({"problem": problem, "question_id": question.id, "prompt": question.prompt})

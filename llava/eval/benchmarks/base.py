@@ -187,8 +187,7 @@ class Benchmark:
         """{"metrics": {...}, "interval": [low, high] of the headline or None}.
 
         `answers` go with `samples`. None, no answer, counts nowhere: refuse it before, or say over how many
-        the score is. Raises UserError where the benchmark cannot be scored here or its labels are not
-        there.
+        the score is. Raises UserError where the benchmark cannot be scored here or has no labels.
         """
         if (
             self.measure is None
@@ -289,9 +288,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, object) of a JSON Lines file; UserError at a row that is no object or lacks one of
-    `keys`.
-    """
+    """(file:line, object) of a JSON Lines file; UserError at a row that is none or lacks one of `keys`."""
     for number, line in numbered_lines(require(path)):
         try:
             row = parse_object(line)

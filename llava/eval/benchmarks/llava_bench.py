@@ -65,9 +65,7 @@ def parse_review(where: str, data: dict[str, Any]) -> Row:
 
 
 def from_rows(rows: list[Row]) -> list[Sample]:
-    """The questions as the reviews know them (a review carries its category), where questions.jsonl is not
-    there.
-    """
+    """The questions as the reviews know them, each with its category, where questions.jsonl is missing."""
     seen = {row.id: Sample(row.id, "", None, row.id, row.where, reference=row.prompt) for row in rows}
     return list(seen.values())
 

@@ -89,9 +89,7 @@ def prompt(sample: Sample, protocol: str = "", *, suffix: str = LETTER) -> str:
 
 
 def read_answer(text: str, options: tuple[str, ...]) -> str | None:
-    """The option an answer names, by VLMEvalKit's rules; Z where it says so itself; None where it is
-    unclear.
-    """
+    """The option an answer names, by VLMEvalKit's rules; Z where it says so; None where it is unclear."""
     letters = OPTIONS[: len(options)]
     words = text.translate(str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))).split()
     named = [letter for letter in letters if letter in words]

@@ -42,8 +42,7 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
 
 
 def from_files(file: Path, label_folder: Path, images: Path, *, whole: bool = True) -> list[Sample]:
-    """The questions of `file` (made from the labels where it is missing) with their labels (where there are
-    any).
+    """The questions of `file`, made from the labels where it is missing, with their labels if there are any.
 
     Raises UserError where a question and its label differ, or with `whole`, where a label has no question.
     """
