@@ -55,7 +55,7 @@ def test_python_numbers_round_trip():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("prumrge", r"no reducer is called 'prumrge'; did you mean 'prumerge' or 'prumerge\+'\? There are: none, random"),
+        ("prumrge", r"'prumrge'; did you mean 'prumerge' or 'prumerge\+'\? There are: none, random"),
         ("prumerge_plus", r"did you mean 'prumerge' or 'prumerge\+'\?"),
         ("xyz", r"no reducer is called 'xyz'\. There are: "),
         ("prumerge(ration=0.1)", r"no option 'ration'; did you mean 'ratio'\? There are: ratio, tokens"),
