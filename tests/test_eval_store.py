@@ -241,6 +241,9 @@ def test_problems_are_kept_apart_and_tried_again(tmp_path):
     assert 0 not in store.claims()  # not twice in one run
     assert answers.read_text() == ""
     store.close()
+    onlooker = Store(answers, QUESTIONS, None)
+    assert len(onlooker.problems) == len(onlooker.units[0])
+    onlooker.close()
     again = Store(answers, QUESTIONS, RUN)
     assert again.open_questions == len(QUESTIONS)
     work(again)

@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +181,7 @@ def chunk(items: Sequence[Any], chunks: int, index: int) -> Sequence[Any]:
 
 
 def default_answers(benchmark: Benchmark, protocol: Protocol, args: argparse.Namespace) -> Path:
-    """<root>/<folder>/answers/<model>[-<reducer>][-<protocol>].jsonl; of chunks .../<chunks>_<index>.jsonl."""
+    """<root>/<folder>/answers/<model>[-<reducer>][-<protocol>].jsonl; chunks: .../<chunks>_<index>.jsonl."""
     from llava.mm_utils import get_model_name_from_path
 
     parts = [get_model_name_from_path(args.model_path)]
@@ -235,9 +235,10 @@ def as_rates(took: dict[str, Any]) -> str:
 
 
 def answer(job: Job, *, workers: int | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Answers all requests of a job, together with every other process that runs the same one; returns what
-    it
-    took (`predict.summary`). `workers`: how many processes to start, None for one per visible GPU."""
+    """Answers all requests of a job, together with every other process that runs the same one.
+
+    Returns what it took (`predict.summary`). `workers`: processes to start, None for one per visible GPU.
+    """
     from llava.eval.predict import NOTHING
     from llava.eval.store import remove
 
@@ -281,6 +282,8 @@ def lead(job: Job, workers: int) -> dict[str, Any]:
     from llava.eval.store import Store
 
     context = multiprocessing.get_context("spawn")
+    share = max(1, (os.cpu_count() or 1) // workers)
+    job = replace(job, decode_workers=min(job.decode_workers, share))
     started = [
         context.Process(target=_be_worker, args=(job, device_of(job.model.device, rank)))
         for rank in range(workers)

@@ -92,7 +92,8 @@ class Store:
                 self._agree(identity)
             _cut_torn_line(self._answers)
             _cut_torn_line(self._log)
-            self._read_log_to = os.fstat(self._log).st_size  # problems of earlier runs are tried again
+            # A run tries again what failed in earlier ones; who only looks wants to know of it.
+            self._read_log_to = os.fstat(self._log).st_size if identity is not None else 0
             self._refresh()
 
     def close(self) -> None:
