@@ -1,7 +1,8 @@
 """`llava mini demo`: real pictures, the same question with every visual token and with few.
 
 For each picture and reducer: one row of the table on stdout (visual tokens, times, answer) and one overlay in
-OUT: kept patches bright, merged ones tinted by the token they went to.
+OUT: kept patches bright, merged ones tinted by the token they went to. Then a small POPE: yes-no questions
+about composed scenes, in the benchmark's own file formats, by the commands the real one is run with.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from llava.errors import UserError
 MODEL = Path("checkpoints/mini-lora")
 BASE = Path("checkpoints/mini-base")
 PICTURES = Path("playground/pictures")
-REDUCERS = ("none", "prumerge+", "prumerge")
+REDUCERS = ("none", "prumerge+", "prumerge+(max_tokens=144)", "prumerge")
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pictures", type=Path, default=PICTURES, help="folder with questions.json (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="where the overlays go")
+    parser.add_argument(
+        "--pope", type=int, default=8, help="pictures of the small POPE, 0: none (default: 8)"
+    )
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines instead of a table")
 
 
@@ -53,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(table(rows))
     print(f"overlays: {args.out}/", file=sys.stderr)
+    if args.pope:
+        mini_pope(args)
     return 0
 
 
@@ -114,9 +120,45 @@ def table(rows: list[Row]) -> str:
         if row.picture != last:
             lines += ["", f"{row.picture}: {row.question}"]
             lines.append(
-                f"  {'reducer':<10} {'visual tokens':>13} {'prefill ms':>11} {'total ms':>9}  answer"
+                f"  {'reducer':<26} {'visual tokens':>13} {'prefill ms':>11} {'total ms':>9}  answer"
             )
             last = row.picture
         times = f"{row.prefill_ms:>11.0f} {row.total_ms:>9.0f}"
-        lines.append(f"  {row.reducer:<10} {row.visual_tokens:>13} {times}  {row.answer}")
+        lines.append(f"  {row.reducer:<26} {row.visual_tokens:>13} {times}  {row.answer}")
     return "\n".join(lines[1:])
+
+
+def mini_pope(args: argparse.Namespace) -> None:
+    """F1 on `--pope` held-out scenes, 18 questions each, per reducer; random keeps as many as prumerge."""
+    from llava.eval import benchmarks
+    from llava.eval.predict import Generation
+    from llava.eval.run import Job, ModelSource, answer, requests_of
+    from llava.eval.score import score
+    from llava.mini.benchmarks import generate
+    from llava.mini.evaluate import with_count
+
+    root = args.out / f"eval-mini-{args.pope}"
+    generate(root, seed=0, number=args.pope)
+    benchmark = benchmarks.get("pope")
+    requests = requests_of(benchmark, benchmark.load(root), benchmark.protocols[0])
+    print(f"\nmini-POPE: {len(requests)} questions about {args.pope} composed scenes it never saw")
+    print(f"  {'reducer':<26} {'visual tokens':>13} {'F1':>6} {'95 %':>13} {'questions/s':>12}")
+    tokens: dict[str, float] = {}
+    for reducer in ("none", "prumerge+", "prumerge", "random"):
+        spec = with_count(reducer, tokens)
+        file = root / "pope" / "answers" / f"{spec}.jsonl"
+        job = Job(
+            requests=requests,
+            model=ModelSource(path=str(args.model_path), base=str(args.model_base), reducer=spec),
+            answers=file,
+            generation=Generation(max_new_tokens=4),
+            conv_mode="smollm2",
+        )
+        took = answer(job)
+        tokens[spec] = took["visual_tokens"]["mean"]
+        headline = score(benchmark, root, [file])["headline"]
+        low, high = headline["interval"]
+        print(
+            f"  {spec:<26} {tokens[spec]:>13.1f} {headline['value']:>6.1f} {low:>6.1f}-{high:<6.1f} "
+            f"{took['questions_per_second']:>12.2f}"
+        )
