@@ -525,6 +525,24 @@ def test_mm_vet_grades(score, tmp_path):
     refused(score("mm-vet", root_of(HERE), [file]), "v1_2 has no score")
 
 
+def test_chunks_of_two_runs(score, tmp_path):
+    """A stale chunk of an earlier run fits by its ids; its provenance gives it away."""
+    case = EXPECTED[HERE]["vqav2"]["cases"]["clean"]
+    files = []
+    for index, file in enumerate(files_of(HERE, case)):
+        files.append(tmp_path / file.name)
+        shutil.copy(file, files[-1])
+        run = {"model": "m", "reducer": "none" if index == 1 else "prumerge+", "chunk": f"{index} of 3"}
+        files[-1].with_suffix(".provenance.json").write_text(json.dumps({"run": run}))
+    refused(
+        score("vqav2", root_of(HERE), files),
+        "3_1.jsonl: of another run than",
+        "'prumerge+' there, 'none' now",
+    )
+    files[1].with_suffix(".provenance.json").unlink()
+    scored(score("vqav2", root_of(HERE), files))
+
+
 def test_interval_covers_like_the_normal_one(tmp_path, score):
     """GQA with 400 one-question images, half right: the interval is that of a binomial mean."""
     folder = tmp_path / "gqa"

@@ -200,9 +200,9 @@ def default_decode_workers() -> int:
 
 def finish(benchmark: Benchmark, root: Path, answers: Path, took: dict[str, Any], *, score: bool) -> int:
     """Print what came of it, keep the score beside the answers."""
+    from llava.eval.provenance import Files, update_json
     from llava.eval.score import as_text, report_problems
     from llava.eval.score import score as score_answers
-    from llava.eval.store import Files, update_json
 
     problems = [f"question {one['question_id']}: {one['problem']}" for one in took["problems"]]
     print(f"{answers}: {took['answered']:,} of {took['questions']:,} questions answered")

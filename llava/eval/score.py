@@ -13,6 +13,7 @@ from typing import Any
 
 from llava.eval import benchmarks
 from llava.eval.benchmarks.base import Benchmark
+from llava.eval.provenance import mixed_runs
 
 SHOWN_PROBLEMS = 20
 
@@ -62,6 +63,7 @@ def score(
     Raises UserError for input that is missing or broken.
     """
     rows, problems = benchmark.read(answers)
+    problems += mixed_runs(answers)
     notes = []
     if benchmark.from_rows and not questions and not (root / benchmark.files[0].path).exists():
         samples = benchmark.from_rows(rows)

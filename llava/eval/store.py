@@ -25,6 +25,7 @@ from typing import Any
 from llava.errors import UserError
 from llava.eval.answers import parse_answer, parse_object
 from llava.eval.benchmarks.base import write_text
+from llava.eval.provenance import Files, differences, read_run, update_json
 
 WRITER = 0  # the byte whose lock lets a process write; unit n has byte n + 1
 POLL_SECONDS = 0.5
@@ -37,31 +38,6 @@ class Question:
     id: str | int
     prompt: str
     unit: int
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of one run."""
-
-    answers: Path
-
-    @property
-    def provenance(self) -> Path:
-        return self._beside(".provenance.json")
-
-    @property
-    def log(self) -> Path:
-        return self._beside(".log")
-
-    @property
-    def lock(self) -> Path:
-        return self._beside(".lock")
-
-    def _beside(self, suffix: str) -> Path:
-        return self.answers.with_name(self.answers.name.removesuffix(".jsonl") + suffix)
-
-    def all(self) -> tuple[Path, ...]:
-        return self.answers, self.provenance, self.log, self.lock
 
 
 class Store:
@@ -174,18 +150,9 @@ class Store:
                 )
             write_text(provenance, json.dumps({"run": identity}, indent=2) + "\n")
             return
-        try:
-            before = json.loads(provenance.read_text(encoding="utf-8"))["run"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{provenance} is damaged; give another --answers file, or --overwrite."
-            ) from error
+        before = read_run(provenance)
         now = json.loads(json.dumps(identity))
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        if names:
-            different = "; ".join(
-                f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in names
-            )
+        if different := differences(before, now):
             raise UserError(
                 f"{answers} belongs to another run ({different}). Give another --answers file, "
                 "or --overwrite."
@@ -260,11 +227,6 @@ def _cut_torn_line(descriptor: int) -> None:
         end = start
     if end < os.fstat(descriptor).st_size:
         os.ftruncate(descriptor, end)
-
-
-def update_json(file: Path, **more: Any) -> None:
-    """Set entries of an object on disk, which is replaced as a whole."""
-    write_text(file, json.dumps(json.loads(file.read_text(encoding="utf-8")) | more, indent=2) + "\n")
 
 
 def remove(answers: Path) -> None:

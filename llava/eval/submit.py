@@ -11,6 +11,7 @@ from pathlib import Path
 from llava.errors import UserError
 from llava.eval import benchmarks
 from llava.eval.answers import read_answers
+from llava.eval.provenance import mixed_runs
 from llava.eval.score import add_common_arguments, report_problems
 
 
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if benchmark.write is None:
         raise UserError(f"{benchmark.name} has no server; `llava score {benchmark.name}` scores it here.")
     rows, problems = read_answers(args.answers)
+    problems += mixed_runs(args.answers)
     samples = benchmark.load(args.root, args.questions)
     others = benchmark.optional(args.root, samples)
     joined, wrong = benchmark.join(samples, rows, others)
