@@ -161,9 +161,11 @@ class VisualCache:
         shard, first, count = self._places[entry]
         if shard not in self._maps:
             # Opened where it is used first: a data loader's worker maps for itself.
-            flat = np.memmap(self._shards[shard], dtype=np.float16, mode="r")
-            rows = len(flat) // self.recipe.width
-            self._maps[shard] = flat[: rows * self.recipe.width].reshape(rows, self.recipe.width)
+            file, width = self._shards[shard], self.recipe.width
+            rows = file.stat().st_size // (
+                2 * width
+            )  # of a killed writer's last row there may be only a part
+            self._maps[shard] = np.memmap(file, dtype=np.float16, mode="r", shape=(rows, width))
         return torch.from_numpy(np.array(self._maps[shard][first : first + count]))
 
     def __getstate__(self) -> dict[str, Any]:
