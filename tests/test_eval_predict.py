@@ -16,10 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoints import family
+from tiny_checkpoints import HIDDEN, edit_json, family, single_safetensors
 
 from llava import cli
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run, run_llava
 from llava.eval.benchmarks.base import Embedded
@@ -27,6 +26,7 @@ from llava.eval.predict import (
     Answerer,
     Generation,
     Request,
+    batches,
     decode,
     predict,
     questions_of,
@@ -34,6 +34,8 @@ from llava.eval.predict import (
     summary,
 )
 from llava.eval.store import Store
+from llava.mm_utils import load_image, process_images
+from llava.model import prefix
 from llava.model.builder import load_pretrained_model
 
 SCRIPTS = {
@@ -72,6 +74,7 @@ class ScriptedModel:
         image_grid_pinpoints=None,
         mm_patch_merge_type="flat",
         mm_use_im_start_end=False,
+        tokenizer_model_max_length=None,
     )
     config._attn_implementation, config.mm_vision_tower = "sdpa", "clip"
     reducer, device, dtype = SimpleNamespace(name="none", spec="none"), torch.device("cpu"), torch.float32
@@ -82,14 +85,30 @@ class ScriptedModel:
     def encode_images(self, pixels):
         return [torch.zeros(2, 4) for _ in pixels]
 
-    def generate(self, ids, visual_tokens=(), **arguments):
-        prompts = [
-            "".join("<image>" if i == IMAGE_TOKEN_INDEX else chr(i) for i in row.tolist()) for row in ids
-        ]
-        assert sum(prompt.count("<image>") for prompt in prompts) == len(visual_tokens)
+    def project(self, visual_tokens):
+        return visual_tokens
+
+    # In place of llava.model.prefix: the beginnings of prompts, and what comes after them.
+
+    def begin(self, _, ids):
+        self.head = ids
+        return prefix.Prefix((), torch.ones(1, len(ids), dtype=torch.bool))
+
+    def extend(self, _, start, blocks, rows):
+        assert (start.length, set(rows)) == (len(self.head), {0})
+        return prefix.Prefix((), torch.ones(len(blocks), start.length + 2, dtype=torch.bool))
+
+    def answer(self, _, beginnings, ids, rows, **arguments):
+        assert max(rows) < beginnings.rows
+        begin = {0: "", len(self.head): text(self.head), len(self.head) + 2: text(self.head) + "<image>"}
+        prompts = [begin[beginnings.length] + text(row) for row in ids]
         self.asked += prompts
         self.calls.append(arguments)
         return [self.outputs[prompt] for prompt in prompts]
+
+
+def text(ids):
+    return "".join(map(chr, ids.tolist()))
 
 
 class RecordingProcessor:
@@ -119,6 +138,8 @@ def test_runner_cases(case, golden, tmp_path, monkeypatch):
     root, upstream = golden / "eval/playground/data/eval", case["upstream"]
     outputs = dict(zip(upstream["model_inputs"], case["scripted_outputs"], strict=False))
     model, processor = ScriptedModel(outputs), RecordingProcessor()
+    for name in ("begin", "extend", "answer"):
+        monkeypatch.setattr(prefix, name, getattr(model, name))
     monkeypatch.setattr(run, "fingerprint", lambda path, base: "scripted")
     monkeypatch.setattr(
         "llava.model.builder.load_pretrained_model",
@@ -232,26 +253,26 @@ def ask(parts, requests, folder, **options):
     """({id: answer}, store) of a run."""
     generation = options.pop("generation", Generation(max_new_tokens=6))
     workers = options.pop("decode_workers", 0)
-    answerer = Answerer(*parts, "vicuna_v1", generation, **options)
+    answerer = Answerer(*parts, options.pop("conv_mode", "vicuna_v1"), generation, **options)
     store = Store(folder / "a.jsonl", questions_of(requests), {})
     predict(requests, answerer, store, "m", decode_workers=workers, show_progress=False)
     answers = {row["question_id"]: row["text"] for row in map(json.loads, (folder / "a.jsonl").open())}
     return answers, store
 
 
-def one_at_a_time(parts, requests):
+def one_at_a_time(parts, requests, conv_mode="vicuna_v1"):
     """The slow way: image and question by themselves, through the pixels."""
     model, tokenizer, image_processor = parts
     answers = {}
+    answerer = Answerer(*parts, conv_mode, Generation())
     for request in requests:
-        answerer = Answerer(*parts, "vicuna_v1", Generation(max_new_tokens=6))
         ids = answerer.ids(request.text, request.image is not None)[None]
-        images = None
+        given = {}
         if request.image:
-            from llava.mm_utils import load_image, process_images
-
-            images = process_images([load_image(request.image)], image_processor, model.config)
-        new = model.generate(ids, images=images, do_sample=False, max_new_tokens=6, pad_token_id=0)
+            picture = load_image(request.image)
+            given["images"] = process_images([picture], image_processor, model.config)
+            given["image_sizes"] = [picture.size]
+        new = model.generate(ids, **given, do_sample=False, max_new_tokens=6, pad_token_id=0)
         answers[request.id] = tokenizer.decode(new[0], skip_special_tokens=True).strip()
     return answers
 
@@ -281,55 +302,168 @@ def test_every_image_is_encoded_once(parts, pictures, tmp_path, monkeypatch):
     store.close()
 
 
-def test_batches_are_sorted_and_within_the_budget(parts, pictures, tmp_path, monkeypatch):
-    model, padded, whole = parts[0], 0, 0
-    generate = model.generate
+def test_every_beginning_is_computed_once(parts, pictures, tmp_path, monkeypatch):
+    """The system prompt once a run, a picture once in all, a question its own words."""
+    begun, seen, asked = [], [], []
+    begin, extend, answer = prefix.begin, prefix.extend, prefix.answer
 
-    def counting(ids, visual_tokens=(), **arguments):
-        nonlocal padded, whole
-        blocks = iter(visual_tokens)
-        lengths = [
-            len(row) + sum(len(next(blocks)) - 1 for i in row.tolist() if i == IMAGE_TOKEN_INDEX)
-            for row in ids
-        ]
-        assert len(ids) == 1 or len(ids) * (max(lengths) + 6) <= 2000
-        padded += len(ids) * max(lengths) - sum(lengths)
-        whole += sum(lengths)
-        return generate(ids, visual_tokens=visual_tokens, **arguments)
+    def counting_extend(model, start, blocks, rows):
+        seen.append(len(blocks))
+        return extend(model, start, blocks, rows)
 
-    monkeypatch.setattr(model, "generate", counting)
-    ask(parts, questions(pictures, 60), tmp_path, batch_tokens=2000)[1].close()
-    assert padded / whole < 0.05
+    def counting_answer(model, beginnings, ids, rows, **arguments):
+        asked.extend(map(len, ids))
+        return answer(model, beginnings, ids, rows, **arguments)
+
+    monkeypatch.setattr(prefix, "begin", lambda model, ids: begun.append(len(ids)) or begin(model, ids))
+    monkeypatch.setattr(prefix, "extend", counting_extend)
+    monkeypatch.setattr(prefix, "answer", counting_answer)
+    requests = questions(pictures, 72)
+    answerer = Answerer(*parts, "vicuna_v1", Generation())
+    ask(parts, requests, tmp_path)[1].close()
+    assert begun == [len(answerer.head)] and sum(seen) - len(begun) == 8  # begin extends nothing by itself
+    words = [answerer.ids(one.text, one.image is not None) for one in requests]
+    images = sum(one.image is not None for one in requests)
+    assert sum(asked) == sum(map(len, words)) - 72 * len(answerer.head) - images
+
+
+@pytest.mark.parametrize("conv_mode", ["v1_mmtag", "llava_llama_2", "mpt"])
+def test_templates_of_every_kind(parts, pictures, tmp_path, conv_mode):
+    """With mmtag a prompt without image does not begin like one with an image."""
+    requests = questions(pictures)
+    answers, store = ask(parts, requests, tmp_path, conv_mode=conv_mode)
+    store.close()
+    slow = one_at_a_time(parts, requests, conv_mode)
+    stop = Answerer(*parts, conv_mode, Generation()).stop
+    assert answers == {n: (text.split(stop)[0].strip() if stop else text) for n, text in slow.items()}
+
+
+def test_prompts_are_cut_as_one_at_a_time(parts, pictures, tmp_path):
+    requests, model = questions(pictures), parts[0]
+    free = one_at_a_time(parts, requests)
+    longest = len(Answerer(*parts, "vicuna_v1", Generation()).ids("?", True)) + 10
+    model.config.tokenizer_model_max_length = longest
+    try:
+        slow = one_at_a_time(parts, requests)
+        answers, store = ask(parts, requests, tmp_path)
+    finally:
+        model.config.tokenizer_model_max_length = None
+    store.close()
+    assert answers == slow != free
+
+
+def test_joined_tiles(tiny, pictures, tmp_path):
+    """LLaVA-1.6's pictures: several crops each, joined after the projector."""
+    shutil.copytree(tiny.root, tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / tiny.full.name
+    edit_json(
+        path / "config.json",
+        mm_patch_merge_type="spatial_unpad",
+        image_aspect_ratio="anyres",
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+    )
+    newline = {"model.image_newline": torch.full((HIDDEN,), 0.3)}
+    single_safetensors(path, tiny.language_model | tiny.projector_weights | newline)
+    tokenizer, model, image_processor, _ = load_pretrained_model(path, device="cpu")
+    assert Answerer(model, tokenizer, image_processor, "vicuna_v1", Generation()).joins_tiles
+    requests = questions(pictures, 20)
+    slow = one_at_a_time((model, tokenizer, image_processor), requests)
+    answers, store = ask((model, tokenizer, image_processor), requests, tmp_path)
+    store.close()
+    assert answers == slow and len(set(slow.values())) > 5
+
+
+def every_cut(count):
+    """All ways to cut so many rows into batches."""
+    if count == 0:
+        yield []
+    for last in range(count):
+        yield from ([*cut, slice(last, count)] for cut in every_cut(last))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_batches_are_the_cheapest_that_fit(seed):
+    """Against all cuts: fewest tokens with padding, where a batch costs as much as 32 tokens more."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = (10 + torch.randint(1 + 9 * seed, (9,), generator=draw)).tolist()
+    lengths = sorted(lengths, reverse=True) if seed % 3 else lengths
+    room = 150 + 40 * seed
+
+    def cost(cut):
+        batches = [lengths[part] for part in cut]
+        if any(len(batch) > 1 and len(batch) * max(batch) > room for batch in batches):
+            return None
+        return sum(len(batch) * max(batch) + 32 for batch in batches)
+
+    costs = [price for cut in every_cut(9) if (price := cost(cut)) is not None]
+    assert cost(batches(lengths, lambda longest: room // longest)) == min(costs)
+
+
+def test_batches_at_the_edges():
+    assert batches([], lambda longest: 9) == []
+    assert batches([9000, 8000], lambda longest: 0) == [slice(0, 1), slice(1, 2)]  # one in any case
+    assert batches([400] * 30, lambda longest: 99) == [
+        slice(0, 10),
+        slice(10, 20),
+        slice(20, 30),
+    ]  # 4096 tokens
+    assert batches([400, 40, 40], lambda longest: 99) == [slice(0, 1), slice(1, 3)]
+    assert batches([40, 40, 30], lambda longest: 99) == [slice(0, 3)]  # 10 of padding or another pass
+
+
+def test_keys_and_values_stay_within_the_budget(parts, pictures, tmp_path, monkeypatch):
+    answer, sizes = prefix.answer, []
+
+    def counting(model, beginnings, ids, rows, *, num_beams, **arguments):
+        held = beginnings.rows * beginnings.length
+        used = held + len(ids) * num_beams * (beginnings.length + max(map(len, ids)) + 6)
+        assert used <= 2000 or len(ids) == 1
+        sizes.append(len(ids))
+        return answer(model, beginnings, ids, rows, num_beams=num_beams, **arguments)
+
+    monkeypatch.setattr(prefix, "answer", counting)
+    for beams in (1, 2):
+        generation = Generation(max_new_tokens=6, num_beams=beams)
+        folder = tmp_path / str(beams)
+        ask(parts, questions(pictures, 60), folder, batch_tokens=2000, generation=generation)[1].close()
+    assert sum(sizes) == 120 and max(sizes) > 3
 
 
 def test_out_of_memory_halves_the_budget_and_goes_on(parts, pictures, tmp_path, monkeypatch):
     requests, model = questions(pictures), parts[0]
     whole, store = ask(parts, requests, tmp_path / "whole")
     store.close()
-    generate, refused = model.generate, []
+    answer, extend, encode = prefix.answer, prefix.extend, model.encode_images
+    refused = []
 
-    def small(ids, **arguments):
-        if len(ids) > 3:
-            refused.append(len(ids))
+    def at_most(rows, size):
+        if size > rows:
+            refused.append(size)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(ids, **arguments)
 
-    encode = model.encode_images
+    def small_answer(model, beginnings, ids, rows, **arguments):
+        at_most(3, len(ids))
+        return answer(model, beginnings, ids, rows, **arguments)
+
+    def small_extend(model, start, blocks, rows):
+        at_most(2, len(blocks))
+        return extend(model, start, blocks, rows)
 
     def small_encode(pixels):
-        if len(pixels) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        at_most(2, len(pixels))
         return encode(pixels)
 
-    monkeypatch.setattr(model, "generate", small)
+    monkeypatch.setattr(prefix, "answer", small_answer)
+    monkeypatch.setattr(prefix, "extend", small_extend)
     monkeypatch.setattr(model, "encode_images", small_encode)
     answers, store = ask(parts, requests, tmp_path / "small")
     assert answers == whole
-    assert 0 < len(refused) < 8 and refused == sorted(refused, reverse=True)
+    assert 3 <= len(refused) < 14
     store.close()
-    monkeypatch.setattr(model, "generate", lambda ids, **arguments: small([0] * 9))
-    with pytest.raises(UserError, match="does not fit in memory"):
-        ask(parts, requests, tmp_path / "none")
+    for step in ("answer", "extend"):
+        monkeypatch.setattr(prefix, step, lambda *args, **arguments: at_most(0, 1))
+        with pytest.raises(UserError, match="does not fit in memory"):
+            ask(parts, requests, tmp_path / step)
 
 
 def test_broken_images_are_problems_not_empty_answers(parts, pictures, tmp_path):
@@ -366,18 +500,18 @@ def test_a_folder_without_images_is_a_mistake_of_the_command(parts, tmp_path):
 
 
 def test_a_run_goes_on_where_it_stopped(parts, pictures, tmp_path, monkeypatch):
-    requests, model = questions(pictures), parts[0]
+    requests = questions(pictures)
     whole, store = ask(parts, requests, tmp_path / "whole")
     store.close()
-    generate, calls = model.generate, []
+    answer, calls = prefix.answer, []
 
-    def interrupted(ids, **arguments):
+    def interrupted(model, beginnings, ids, rows, **arguments):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(len(ids))
-        return generate(ids, **arguments)
+        return answer(model, beginnings, ids, rows, **arguments)
 
-    monkeypatch.setattr(model, "generate", interrupted)
+    monkeypatch.setattr(prefix, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ask(parts, requests, tmp_path / "cut", batch_tokens=1500)
     monkeypatch.undo()

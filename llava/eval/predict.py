@@ -15,6 +15,7 @@ start, and in float32 the answers are those of asking one question at a time (te
 """
 
 import os
+import sys
 import time
 import uuid
 from collections import Counter
@@ -51,10 +52,8 @@ CPU_BATCH_TOKENS = 8192
 IMAGES_AT_ONCE = 32
 TOKENS_AT_ONCE = 4096
 """More than this in one forward pass makes no device faster, and takes memory."""
-PADDING = 0.05
-"""The largest part of a pass that may be padding..."""
-PASS_TOKENS = 64
-"""...unless it is less than this: about as many tokens as another pass would cost."""
+PASS_TOKENS = 32
+"""What a pass costs beside its tokens, in tokens: so much padding is cheaper than a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -290,25 +289,28 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def batches(lengths: Sequence[int], fit: Callable[[int], int]) -> Iterator[slice]:
-    """Cuts rows of these lengths, best in descending order, into what is computed together.
+def batches(lengths: Sequence[int], fit: Callable[[int], int]) -> list[slice]:
+    """Cuts rows of these lengths, best in order of length, into what is computed together.
 
-    A batch holds at most `fit(its longest)` rows and TOKENS_AT_ONCE tokens with padding, but one row in any
-    case. Of these tokens at most PADDING are padding, or PASS_TOKENS where that is more.
+    A batch holds at most `fit(its longest)` rows and TOKENS_AT_ONCE tokens, but one row in any case. Of all
+    such cuts it is the one with the fewest tokens, padding and PASS_TOKENS for each batch included.
     """
-    start = 0
-    while start < len(lengths):
-        longest = real = lengths[start]
-        end = start + 1
-        while end < len(lengths):
-            longest, real, rows = max(longest, lengths[end]), real + lengths[end], end + 1 - start
-            tokens = rows * longest
-            too_loose = tokens - real > max(PADDING * tokens, PASS_TOKENS)
-            if rows > fit(longest) or tokens > TOKENS_AT_ONCE or too_loose:
+    cost = [0] + [sys.maxsize] * len(lengths)  # of the rows up to here
+    begin = [0] * (len(lengths) + 1)  # of the batch that ends here
+    for start in range(len(lengths)):
+        longest = 0
+        for end in range(start + 1, len(lengths) + 1):
+            longest, rows = max(longest, lengths[end - 1]), end - start
+            if rows > 1 and (rows > fit(longest) or rows * longest > TOKENS_AT_ONCE):
                 break
-            end += 1
-        yield slice(start, end)
-        start = end
+            if (total := cost[start] + rows * longest + PASS_TOKENS) < cost[end]:
+                cost[end], begin[end] = total, start
+    parts = []
+    end = len(lengths)
+    while end > 0:
+        parts.append(slice(begin[end], end))
+        end = begin[end]
+    return parts[::-1]
 
 
 # --- from files to pixels, in worker processes ---
