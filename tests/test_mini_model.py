@@ -1,0 +1,75 @@
+"""The shipped small checkpoint, end to end: scenes it never saw, real commands, what it must still know."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava import cli
+
+
+@pytest.fixture(scope="module")
+def mini(root: Path) -> tuple[Path, Path]:
+    """(checkpoint, base); skips where `llava mini prepare` has not been run."""
+    base = root / "checkpoints" / "mini-base"
+    if not (base / "config.json").is_file():
+        pytest.skip(f"{base} is missing: `llava mini prepare` builds it (scripts/test.sh does)")
+    return root / "checkpoints" / "mini-lora", base
+
+
+@pytest.mark.slow
+def test_it_answers_about_scenes_it_never_saw(mini, tmp_path: Path, capsys) -> None:
+    checkpoint, base = mini
+    world, out = tmp_path / "world", tmp_path / "table"
+    assert (
+        cli.main(["mini", "world", "--split", "test", "--n", "12", "--seed", "3", "--out", str(world)]) == 0
+    )
+    command = ["mini", "evaluate", "--model-path", str(checkpoint), "--model-base", str(base)]
+    command += [
+        "--data",
+        str(world),
+        "--out",
+        str(out),
+        "--reducers",
+        "prumerge",
+        "random",
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(command) == 0
+    report = json.loads((out / "table.json").read_text())
+    kinds = {kind["name"]: kind for kind in report["kinds"]}
+    assert sum(kind["n"] for kind in kinds.values()) == len(
+        (world / "questions.jsonl").read_text().splitlines()
+    )
+
+    def points_over_constant(name: str) -> float:
+        cell = kinds[name]["cells"]["prumerge"]
+        return 100 * (cell["right"] / cell["n"] - kinds[name]["share"])
+
+    # The table in docs/mini.md says about 30; a few dozen questions leave some noise.
+    assert points_over_constant("presence/yesno") > 10
+    assert points_over_constant("naming/open") > 5
+    random = next(spec for spec in report["tokens"] if spec.startswith("random"))
+    assert round(report["tokens"]["prumerge"]) == report["tokens"][random]
+    assert "constant answer" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_checkpoint_says_how_many_tokens_it_wants(mini, root: Path, capsys) -> None:
+    """`llava chat` without --reducer obeys the config; with it, the flag."""
+    checkpoint, base = mini
+    command = ["chat", "--model-path", str(checkpoint), "--model-base", str(base), "--max-new-tokens", "2"]
+    command += [
+        "--image-file",
+        str(root / "playground" / "pictures" / "scene-1.jpg"),
+        "--query",
+        "What is it?",
+    ]
+    counts = []
+    for extra in ([], ["--reducer", "topk(tokens=20)"], ["--reducer", "none"]):
+        assert cli.main([*command, *extra]) == 0
+        said = capsys.readouterr()
+        assert said.out.strip()
+        counts.append(int(said.err.split(" visual tokens")[0].split()[-1].lstrip("(")))
+    assert counts[0] < 200 and counts[1:] == [20, 576]
