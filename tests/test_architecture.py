@@ -25,10 +25,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model.tokenization": set(),
     "model.llava_llama": {"model.vision_tower", "model.projector", "model.splice", "reducers", "mm_utils"},
     "model.language_model": {"model.llava_llama"},
-    "model.checkpoints": {"model.llava_llama", "model.vision_tower", "model.projector", "model.tokenization", "reducers"},
-    "model.builder": {
-        "model.checkpoints", "model.llava_llama", "model.vision_tower", "model.projector", "model.tokenization", "reducers",
-    },
+    "model.checkpoints": {"reducers"}
+    | {f"model.{name}" for name in ("llava_llama", "vision_tower", "projector", "tokenization")},
+    "model.builder": {"reducers", "model.checkpoints"}
+    | {f"model.{name}" for name in ("llava_llama", "vision_tower", "projector", "tokenization")},
     "model": {"model.checkpoints", "model.llava_llama", "model.builder"},
     # LLaVA's names for our commands: `python -m llava.model.consolidate`
     "model.consolidate": {"cli"},
@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 
 def room_of(module: str) -> str:
-    """`llava.model.builder` -> `model.builder`, `llava.reducers.ops` -> `reducers` (the longest known prefix)."""
+    """`llava.model.builder` -> `model.builder`, `llava.reducers.ops` -> `reducers` (longest known prefix)."""
     parts = module.split(".")[1:]
     for length in range(len(parts), 0, -1):
         name = ".".join(parts[:length])
@@ -93,8 +93,12 @@ def test_import_directions(root: Path) -> None:
     for module, path in modules(root):
         if module == "llava":
             continue
-        assert room_of(module) in MAY_IMPORT, f"{module} belongs to no room: add it to docs/architecture.md and here"
-        wrong += [f"{module} -> {name}" for name in sorted(imports_of(path, root)) if not allowed(module, name)]
+        assert room_of(module) in MAY_IMPORT, (
+            f"{module} belongs to no room: add it to docs/architecture.md and here"
+        )
+        wrong += [
+            f"{module} -> {name}" for name in sorted(imports_of(path, root)) if not allowed(module, name)
+        ]
     assert not wrong, "imports through a wall:\n" + "\n".join(wrong)
 
 
@@ -106,7 +110,9 @@ def test_no_torchvision_anywhere(root: Path) -> None:
             assert not any(name.split(".")[0] == "torchvision" for name in names), module
 
 
-@pytest.mark.parametrize("module", ["llava.reducers.features", "llava.hardware", "llava.constants", "llava.errors"])
+@pytest.mark.parametrize(
+    "module", ["llava.reducers.features", "llava.hardware", "llava.constants", "llava.errors"]
+)
 def test_the_lowest_rooms_import_alone(module: str) -> None:
     """They load without the rest of the house."""
     code = f"import sys, {module}; print([m for m in sys.modules if m.startswith('llava.')])"
@@ -116,6 +122,10 @@ def test_the_lowest_rooms_import_alone(module: str) -> None:
 
 
 def test_every_file_says_what_it_is(root: Path) -> None:
-    silent = [m for m, path in modules(root) if path.read_text(encoding="utf-8").strip()
-              and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    silent = [
+        m
+        for m, path in modules(root)
+        if path.read_text(encoding="utf-8").strip()
+        and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
     assert not silent, f"no docstring on top: {silent}"
