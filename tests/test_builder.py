@@ -47,12 +47,7 @@ def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
 @pytest.fixture
 def tiny(tiny_once: Family, tmp_path: Path) -> Family:
     """A copy that the test may change."""
-    shutil.copytree(tiny_once.root, tmp_path, dirs_exist_ok=True)
-    moved = {
-        name: tmp_path / getattr(tiny_once, name).relative_to(tiny_once.root)
-        for name in ("tower", "base", "full", "lora", "projector")
-    }
-    return Family(**{**vars(tiny_once), "root": tmp_path, **moved})
+    return tiny_once.copied_to(tmp_path)
 
 
 def load(path: Path, base: Path | None = None, **options):
@@ -275,6 +270,12 @@ def test_reducer_is_obeyed_overridden_and_missed(tiny: Family, caplog: pytest.Lo
     assert model.reducer.spec == model.config.mm_token_reducer == "grid(tokens=4)"
     assert len(model.encode_images(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0]) == 4
     assert "visual tokens" not in caplog.text
+
+
+def test_unknown_reducer_in_a_config(tiny: Family) -> None:
+    edit_json(tiny.full / "config.json", mm_token_reducer="tomorrow(tokens=3)")
+    with pytest.raises(UserError, match=r"llava-tiny/config.json, mm_token_reducer: .*tomorrow"):
+        load(tiny.full)
 
 
 def test_wrong_reducer_is_refused_before_loading(tiny: Family, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,12 +37,7 @@ def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
 @pytest.fixture
 def tiny(tiny_once: Family, tmp_path: Path) -> Family:
     """A copy that the test may damage."""
-    shutil.copytree(tiny_once.root, tmp_path, dirs_exist_ok=True)
-    moved = {
-        name: tmp_path / getattr(tiny_once, name).relative_to(tiny_once.root)
-        for name in ("tower", "base", "full", "lora", "projector")
-    }
-    return Family(**{**vars(tiny_once), "root": tmp_path, **moved})
+    return tiny_once.copied_to(tmp_path)
 
 
 # Names
@@ -559,7 +554,12 @@ def test_a_new_directory_appears_whole(tmp_path: Path) -> None:
     out = tmp_path / "deep/out"
     with replacing(out) as directory:
         (directory / "config.json").write_text("{}")
+        (directory / "config.json").chmod(0o600)  # as safetensors leaves its files
         assert not out.exists()
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/file").write_text("")
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (out / "config.json").stat().st_mode == (tmp_path / "plain/file").stat().st_mode
     assert [file.name for file in out.iterdir()] == ["config.json"]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 

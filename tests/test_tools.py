@@ -36,12 +36,7 @@ def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
 @pytest.fixture
 def tiny(tiny_once: Family, tmp_path: Path) -> Family:
     """A copy that the test may change."""
-    shutil.copytree(tiny_once.root, tmp_path, dirs_exist_ok=True)
-    moved = {
-        name: tmp_path / getattr(tiny_once, name).relative_to(tiny_once.root)
-        for name in ("tower", "base", "full", "lora", "projector")
-    }
-    return Family(**{**vars(tiny_once), "root": tmp_path, **moved})
+    return tiny_once.copied_to(tmp_path)
 
 
 def tool(*words: str | Path) -> int:

@@ -5,8 +5,9 @@ that what reads them is tested against the formats and not against what writes t
 """
 
 import json
+import shutil
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,6 +74,12 @@ class Family:
     vocab_size: int
     language_model: dict[str, torch.Tensor]
     projector_weights: dict[str, torch.Tensor]
+
+    def copied_to(self, root: Path) -> "Family":
+        """A copy, for a test to change."""
+        shutil.copytree(self.root, root, dirs_exist_ok=True)
+        paths = {name: value for name, value in vars(self).items() if isinstance(value, Path)}
+        return replace(self, **{name: root / path.relative_to(self.root) for name, path in paths.items()})
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -152,7 +152,7 @@ def load_pretrained_model(
     if vision_tower is not None:
         model.config.mm_vision_tower = str(vision_tower)
     finish(model, info)
-    if "mm_token_reducer" not in raw:
+    if raw.get("mm_token_reducer") is None:
         logger.warning(
             "%s does not say which tokens to use: all %d visual tokens of an image are; "
             "--reducer prumerge+ (reducer=) keeps fewer",
@@ -240,12 +240,18 @@ def build_config(raw: Mapping[str, Any], info: CheckpointInfo) -> LlavaConfig:
     """Our config from a config.json of any age.
 
     Raises:
-        UserError: a field that makes no sense.
+        UserError: a field that makes no sense, an unknown reducer among them.
     """
     # Released checkpoints say "llava", which is another class of transformers today.
     fields = {name: value for name, value in raw.items() if name != "model_type"}
+    if fields.get("mm_token_reducer") is None:
+        fields["mm_token_reducer"] = "none"
     try:
-        return LlavaConfig.from_dict(fields)
+        config = LlavaConfig.from_dict(fields)
+        build_reducer(config.mm_token_reducer)
+        return config
+    except ReducerSpecError as error:
+        raise UserError(f"{info.llava_config.path / 'config.json'}, mm_token_reducer: {error}") from error
     except Exception as error:  # whatever a field of the wrong type meets first
         raise UserError(
             f"{info.llava_config.path / 'config.json'} makes no sense: {first_line(error)}"

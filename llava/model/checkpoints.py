@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +285,7 @@ def inspect_checkpoint(path: str | Path, base: str | Path | None = None) -> Chec
             f"--model-base {base_directory} is {KINDS[base_info.kind]}, not a language model that "
             f"{directory} could be applied to{hint}"
         )
-    return CheckpointInfo(**{**vars(info), "base": base_info})
+    return replace(info, base=base_info)
 
 
 def _inspect_one(directory: Path) -> CheckpointInfo:
@@ -695,9 +695,12 @@ def replacing(out: str | Path) -> Iterator[Path]:
     fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         yield fresh
+        # mkdtemp's is private, and so are safetensors' files; others may read what the user lets them.
         umask = os.umask(0)
         os.umask(umask)
-        fresh.chmod(0o777 & ~umask)  # mkdtemp's is private
+        fresh.chmod(0o777 & ~umask)
+        for file in fresh.iterdir():
+            file.chmod(0o666 & ~umask)
         if not out.exists():
             os.replace(fresh, out)
             return
