@@ -43,6 +43,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "mini demo": ("llava.mini.demo", "ask about five pictures, with every visual token and with few"),
 }
 
+PASS_THROUGH = {"train"}
+"""Commands that read their flags themselves (LLaVA's are some two hundred)."""
+
 
 def build_parser(command: str) -> argparse.ArgumentParser:
     """The parser of one subcommand (imports its module)."""
@@ -83,7 +86,10 @@ def dispatch(argv: Sequence[str]) -> int:
     command = command_of(argv)
     if command is None:
         raise UserError(no_such_command(argv))
-    args = build_parser(command).parse_args(argv[len(command.split()) :])
+    rest = argv[len(command.split()) :]
+    if command in PASS_THROUGH:
+        rest = ["--", *rest]  # argparse: what follows are no options of mine
+    args = build_parser(command).parse_args(rest)
     return importlib.import_module(COMMANDS[command][0]).run(args)
 
 

@@ -232,16 +232,16 @@ def _version(package: str) -> str | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`llava train`: all flags go to the training parser, which has its own --help."""
-    parser.add_help = False
+    """`llava train`: every flag goes to the training parser, which has its own --help."""
     parser.add_argument("flags", nargs=argparse.REMAINDER)
 
 
 def run(args: argparse.Namespace) -> int:
-    if {"-h", "--help"} & set(args.flags):
+    flags = [flag for flag in args.flags if flag != "--"]
+    if {"-h", "--help"} & set(flags):
         build_parser().print_help()
-        return 0
-    train(argv=args.flags)
+    else:
+        train(argv=flags)
     return 0
 
 
