@@ -97,6 +97,8 @@ def test_every_flag_of_ours_has_a_help_text() -> None:
         ("--tokenizer x --learning_rate 1", "--learning_rate 1"),
         ("--save_safetensors False", ""),
         ("--overwrite_output_dir", ""),
+        ("--debug --bf16", "--bf16"),
+        ("--debug underflow_overflow", "--debug underflow_overflow"),
         ("--mm_vision_select_layer -2", "--mm_vision_select_layer -2"),
         ("--bf16 --lora_r=8", "--bf16 --lora_r=8"),
     ],

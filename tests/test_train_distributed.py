@@ -14,7 +14,11 @@ from llava.model.checkpoints import read_tensors
 
 pytestmark = pytest.mark.slow
 
-STEPS = "--train_sampling_strategy sequential --max_steps 4 --lora_dropout 0 --save_strategy no"
+# Ten samples are five global batches of two: no process has to repeat a sample to fill its last batch.
+STEPS = (
+    "--per_device_train_batch_size 1 --train_sampling_strategy sequential --max_steps 4 --lora_dropout 0 "
+    "--save_strategy no"
+)
 
 
 @pytest.fixture(scope="module")

@@ -206,6 +206,8 @@ def translate(argv: Sequence[str], say: Callable[[str], None] = lambda text: Non
     """
     result: list[str] = []
     for name, values, tokens in _split(argv):
+        if name == "debug" and not values:
+            continue  # `llava`'s own: show the traceback of an error
         if name == "warmup_ratio":
             result += _warmup(values)
         elif name == "group_by_length":

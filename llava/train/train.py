@@ -22,7 +22,7 @@ import torch.distributed
 from transformers import set_seed
 
 from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
-from llava.errors import UserError
+from llava.errors import UserError, exit_status
 from llava.mm_utils import load_image
 from llava.train import save
 from llava.train.arguments import Arguments, DataArguments, TrainingArguments, build_parser, parse
@@ -246,11 +246,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    try:
-        train()
-    except UserError as error:
-        print(f"train: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Trains as sys.argv says, and ends the process with the status of a command."""
+    sys.exit(exit_status(lambda: run(argparse.Namespace(flags=sys.argv[1:])), name="train"))
 
 
 if __name__ == "__main__":
