@@ -174,6 +174,8 @@ def convert_language_model(wheel: Path, scratch: Path, out: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
+    # Not <|im_end|>, which ends every turn: whoever masks `ids != pad` would lose those.
+    tokenizer.pad_token = tokenizer.unk_token
     check_language_model(model, tokenizer)
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
