@@ -81,9 +81,9 @@ CASES = {
 FILES = {"full": "model.safetensors", "lora": "non_lora_trainables.bin", "projector": "mm_projector.bin"}
 
 
-# A known defect, open in issue B: under ZeRO-3 the first loss already differs from one process (7.224 against
-# 7.296 with the projector alone), so not the same weights or batch are used. Until it is found these are expected
-# to fail; do not train with zero3.json before.
+# A known defect: under ZeRO-3 the first loss already differs from that of one process (7.224 against 7.296
+# with the projector alone), so not the same weights or batch are used. Expected to fail until it is found; do
+# not train with zero3.json before.
 ZERO3_DIFFERS = pytest.mark.xfail(reason="ZeRO-3 losses differ from one process: open defect", strict=False)
 
 
