@@ -383,7 +383,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--reducer",
         nargs="+",
-        help="specs to run beside `none` (default: prumerge+ prumerge; with --shape at 144 and 32 tokens)",
+        default=["prumerge+(tokens=144)", "prumerge(tokens=32)"],
+        help="specs to run beside `none` (default: prumerge+ at 144 tokens and prumerge at 32)",
     )
     work.add_argument("--image", type=Path, help="picture of every request (default: a drawn one, 640 x 480)")
     work.add_argument("--text", type=int, default=40, help="text tokens of a prompt (default: %(default)s)")
@@ -558,11 +559,8 @@ def _tower_of(model: LlavaLlamaForCausalLM, args: argparse.Namespace) -> VisionT
 
 def _reducers(args: argparse.Namespace) -> list[Reducer]:
     """The dense run first, then what was asked for."""
-    default = (
-        ["prumerge+", "prumerge"] if args.shape is None else ["prumerge+(tokens=144)", "prumerge(tokens=32)"]
-    )
     try:
-        reducers = [build_reducer(DENSE), *(build_reducer(spec) for spec in args.reducer or default)]
+        reducers = [build_reducer(DENSE), *(build_reducer(spec) for spec in args.reducer)]
     except ReducerSpecError as error:
         raise UserError(str(error)) from error
     return list(dict.fromkeys(reducers))
