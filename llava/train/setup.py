@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -215,6 +215,7 @@ def _add_vision(
         dtype=compute_dtype(training),
         device=llava.device,
     )
+    set_seed(training.seed)  # a new projector's start; how many numbers loading drew depends on sharding
     llava.set_vision_tower(tower)
 
 
@@ -287,6 +288,7 @@ def _with_lora(llava: LlavaLlamaForCausalLM, training: TrainingArguments) -> Pef
         exclude_modules=NOT_LANGUAGE_MODEL,
         task_type="CAUSAL_LM",
     )
+    set_seed(training.seed)  # LoRA's start
     # DeepSpeed wants one dtype throughout; otherwise `_cast` makes float32 of what trains.
     return get_peft_model(llava, config, autocast_adapter_dtype=False)
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-from transformers import set_seed
 
 from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.errors import UserError, exit_status
@@ -61,7 +60,6 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
         if main_process:
             print(line, file=sys.stderr)
     _set_up_processes(training_args)
-    set_seed(training_args.seed)  # LoRA's start and a new projector's are random
 
     prepared = build(model_args, data_args, training_args, say)
     dataset = LazySupervisedDataset(
