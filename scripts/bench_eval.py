@@ -48,9 +48,9 @@ from llava.eval import benchmarks
 from llava.eval.predict import (
     Answerer,
     Generation,
+    Ready,
     Request,
-    _answer_all,
-    _Ready,
+    answer_all,
     batches,
     decode,
     predict,
@@ -299,12 +299,12 @@ def padding(shape: Shape, visual: tuple[float, float], batch_tokens: int, seed: 
     starts = np.flatnonzero(np.diff(units, prepend=-1))
     for start, end in zip(starts, [*starts[1:], len(units)], strict=True):
         ready = [
-            _Ready(index, Path(str(pictures[index])), torch.empty(lengths[index]), shares_head=True)
+            Ready(index, Path(str(pictures[index])), torch.empty(lengths[index]), shares_head=True)
             for index in range(start, end)
         ]
         counts = {one.image: max(4, round(rng.normal(*visual))) for one in ready}
         tokens = {image: torch.empty(count, 0) for image, count in sorted(counts.items())}
-        _answer_all(ready, tokens, run, lambda batch, texts: None)
+        answer_all(ready, tokens, run, lambda batch, texts: None)
 
     def part(passes: Sequence[tuple[int, int]]) -> float:
         real, padded = np.array(passes).sum(0)

@@ -41,7 +41,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis": {"model", "mm_utils", "conversation", "reducers", "data"},
     "serve": {"model", "mm_utils", "conversation", "reducers", "utils"},
     "mini": {"model", "mm_utils", "conversation", "reducers", "data", "train", "eval", "analysis", "serve"},
-    "doctor": {"data", "eval", "tools", "analysis"},
     "cli": set(),
 }  # fmt: skip
 

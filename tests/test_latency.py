@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llava import hardware
-from llava.analysis import latency, random_model
+from llava.analysis import bench, latency, random_model
 from llava.analysis.shapes import SHAPES, LanguageShape, Shape, TowerShape
 from llava.analysis.stopwatch import Spread, Stopwatch, peak_memory, reset_peak_memory
 from llava.errors import UserError
@@ -32,7 +32,7 @@ def model():
 
 @pytest.fixture
 def work() -> latency.Workload:
-    return latency.Workload(latency._picture(None), latency._prompt(11, 300), batch=2, new_tokens=NEW)
+    return latency.Workload(latency.picture_bytes(None), latency.prompt_ids(11, 300), batch=2, new_tokens=NEW)
 
 
 @pytest.mark.parametrize("spec", ["none", "prumerge+(tokens=12)", "grid(tokens=4)"])
@@ -70,12 +70,12 @@ def test_padded_batches_decode_as_single_requests_do(model):
             return Cut()
 
     processor = model.get_vision_tower().image_processor
-    prompt = latency._prompt(6, 300)
+    prompt = latency.prompt_ids(6, 300)
     both = latency.run_once(
-        model, processor, Uneven(), latency.Workload(latency._picture(None), prompt, 2, NEW)
+        model, processor, Uneven(), latency.Workload(latency.picture_bytes(None), prompt, 2, NEW)
     )
     first = latency.run_once(
-        model, processor, Uneven(), latency.Workload(latency._picture(None), prompt, 1, NEW)
+        model, processor, Uneven(), latency.Workload(latency.picture_bytes(None), prompt, 1, NEW)
     )
     assert both.visual_tokens == (3, 7)
     assert both.answers[0].tolist() == first.answers[0].tolist()
@@ -112,7 +112,7 @@ def round_of(prefill: float, vision: float, visual: int) -> latency.Round:
 
 
 def test_summary(model):
-    work = latency.Workload(b"", latency._prompt(10, 300), 1, NEW)
+    work = latency.Workload(b"", latency.prompt_ids(10, 300), 1, NEW)
     dense = [round_of(100, 10, 36), round_of(200, 10, 36), round_of(400, 10, 36)]
     few = [round_of(50, 10, 8), round_of(50, 10, 8), round_of(50, 10, 8)]
     result = latency.summarise("few", few, dense, work, model)
@@ -174,8 +174,8 @@ def test_layers():
 
 def run(*arguments) -> int:
     parser = argparse.ArgumentParser()
-    latency.add_arguments(parser)
-    return latency.run(parser.parse_args([str(argument) for argument in arguments]))
+    bench.add_arguments(parser)
+    return bench.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava import cli, doctor
+from llava import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,10 +60,6 @@ def parser_of(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
     name = cli.command_of(words)
     assert name is not None, cli.no_such_command(words)
     rest = words[len(name.split()) :]
-    if name == "doctor" and rest:
-        parser = argparse.ArgumentParser(prog=f"llava doctor {rest[0]}")
-        importlib.import_module(doctor.SUBJECTS[rest[0]][0]).add_arguments(parser)
-        return parser, rest[1:]
     return cli.build_parser(name), rest
 
 

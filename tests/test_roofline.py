@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from llava import hardware
-from llava.analysis import paper_table, roofline, tables
+from llava.analysis import paper_table, roofline, roofline_report, tables
 from llava.analysis.shapes import CLIP_L_336, SHAPES, LanguageShape
 from llava.errors import UserError
 
@@ -37,8 +37,8 @@ CORRECTED = {
 
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    roofline.add_arguments(parser)
-    return roofline.run(parser.parse_args(arguments))
+    roofline_report.add_arguments(parser)
+    return roofline_report.run(parser.parse_args(arguments))
 
 
 def test_paper_json_has_the_rows_and_keys(capsys):
@@ -216,7 +216,7 @@ def test_bad_arguments(arguments, words):
 
 
 def test_no_torch_is_loaded():
-    code = "import sys, llava.analysis.roofline; sys.exit('torch' in sys.modules)"
+    code = "import sys, llava.analysis.roofline_report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,20 +1,12 @@
-"""`llava bench`: where the time of a request goes, with few visual tokens and with all of them.
+"""How long the stages of a request take, measured so that runs can be compared.
 
 A request is split into stages, each begun and ended with the device idle. The dense run (reducer `none`,
 same dtype, same attention kernel) is always among the runs, and the runs take turns within a round (A B A B),
 so that a machine that slows down slows all of them. Figures are medians and 95th percentiles over rounds,
-after warm-up rounds that are thrown away.
-
-`--shape 7b --random-weights` needs no checkpoint. `--prefill 616 184 72` times the language model alone at
-these lengths; `--paper` does so at the lengths of the PruMerge paper's table, beside its figures. `--tower`
-times the vision tower alone, beside the forward of all its blocks.
+after warm-up rounds that are thrown away. `llava bench` (bench.py) is the command.
 """
 
-import argparse
-import dataclasses
 import io
-import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,25 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from llava import hardware
-from llava.analysis import charts, paper_table, roofline, tables
-from llava.analysis.random_model import build_model, build_tower, language_shape, with_layers
-from llava.analysis.shapes import SHAPES, LanguageShape
-from llava.analysis.stopwatch import CLOCKS, WALL, Clock, Spread, Stopwatch, peak_memory, reset_peak_memory
+from llava.analysis import roofline
+from llava.analysis.random_model import language_shape
+from llava.analysis.shapes import LanguageShape
+from llava.analysis.stopwatch import WALL, Clock, Spread, Stopwatch, peak_memory, reset_peak_memory
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
-from llava.mm_utils import get_model_name_from_path, load_image, process_images
-from llava.model.builder import load_pretrained_model
+from llava.mm_utils import load_image, process_images
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.packed import pack
 from llava.model.splice import gather, lay_out
 from llava.model.vision_tower import VisionTower
-from llava.reducers import Reducer, ReducerSpecError, build_reducer
+from llava.reducers import Reducer
 
 STAGES = ("decode-image", "preprocess", "vision", "reduce", "project", "prefill", "decode-token")
 """`decode-token` is one token after the first; the others happen once per request."""
@@ -363,259 +352,13 @@ def measure_tower(
     ]
 
 
-# The command -----------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("model")
-    what.add_argument("--model-path", help="a checkpoint")
-    what.add_argument("--model-base", help="the base of a LoRA or projector-only checkpoint")
-    what.add_argument("--shape", choices=SHAPES, help="instead: a model of this shape with random weights")
-    what.add_argument("--random-weights", action="store_true", help="said with --shape, which implies it")
-    what.add_argument("--layers", type=int, help="with --shape: only so many decoder layers")
-    what.add_argument("--device", help="default: the best there is")
-    what.add_argument("--dtype", help="float16, bfloat16 or float32 (default: the device's best)")
-    what.add_argument(
-        "--packed", action="store_true", help="on a CPU: weights packed for oneDNN (twice the memory)"
-    )
-    what.add_argument("--attention", help="sdpa, eager, flash_attention_2 (default: the device's best)")
-    work = parser.add_argument_group("requests")
-    work.add_argument(
-        "--reducer",
-        nargs="+",
-        default=["prumerge+(tokens=144)", "prumerge(tokens=32)"],
-        help="specs to run beside `none` (default: prumerge+ at 144 tokens and prumerge at 32)",
-    )
-    work.add_argument("--image", type=Path, help="picture of every request (default: a drawn one, 640 x 480)")
-    work.add_argument("--text", type=int, default=40, help="text tokens of a prompt (default: %(default)s)")
-    work.add_argument("--new-tokens", type=int, default=16, help="tokens of an answer (default: %(default)s)")
-    work.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
-    work.add_argument(
-        "--prefill", type=int, nargs="+", metavar="LENGTH", help="time prefill alone, at these lengths"
-    )
-    work.add_argument(
-        "--paper", action="store_true", help="time the prefills of the paper's efficiency table"
-    )
-    work.add_argument("--tower", action="store_true", help="time the vision tower alone")
-    how = parser.add_argument_group("measurement")
-    how.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
-    how.add_argument("--warmup", type=int, default=2, help="rounds thrown away (default: %(default)s)")
-    how.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: processor time, for a CPU others use too (default: wall)",
-    )
-    how.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    how.add_argument("--out", type=Path, help="also write the JSON here")
-    how.add_argument("--plot", type=Path, help="also draw where the time goes (.png, .svg or .pdf)")
-
-
-def run(args: argparse.Namespace) -> int:
-    for name in ("rounds", "new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    if min(args.batch) < 1 or args.text < 1 or args.warmup < 0:
-        raise UserError("--batch and --text must be at least 1, --warmup at least 0.")
-    if args.model_path is None and args.shape is None:
-        raise UserError("say what to measure: --model-path PATH, or --shape 7b --random-weights.")
-    if args.model_path is not None and args.shape is not None:
-        raise UserError("--model-path and --shape exclude each other.")
-    if args.layers is not None and args.shape is None:
-        raise UserError("--layers goes with --shape: a checkpoint is measured whole.")
-    if args.plot is not None:
-        charts.check_name(args.plot, "--plot")
-    if args.paper or args.prefill:
-        return _run_prefill(args)
-    if args.tower:
-        return _run_tower(args)
-    return _run_requests(args)
-
-
-def _run_requests(args: argparse.Namespace) -> int:
-    reducers = _reducers(args)
-    picture = _picture(args.image)
-    model, processor, plan = _load(args, with_tower=True)
-    _tower_of(model, args)
-    clock = _clock(args.clock, plan)
-    results = []
-    total = len(args.batch) * len(reducers) * (args.rounds + args.warmup)
-    with tqdm(total=total, desc="bench", file=sys.stderr) as bar:
-        for batch in args.batch:
-            work = Workload(picture, _prompt(args.text, model.config.vocab_size), batch, args.new_tokens)
-            runs = [
-                lambda each=each, work=work: run_once(model, processor, each, work, clock)
-                for each in reducers
-            ]
-            rounds = interleave(runs, args.rounds, args.warmup, bar.update)
-            for reducer, measured in zip(reducers, rounds, strict=True):
-                results.append(summarise(reducer.spec, measured, rounds[0], work, model))
-    report = {
-        **_circumstances(args, plan),
-        "layers": model.config.num_hidden_layers,
-        "text_tokens": args.text,
-        "new_tokens": args.new_tokens,
-        "results": [dataclasses.asdict(result) for result in results],
-    }
-    _write(report, args)
-    if not args.json:
-        print(_headline(report))
-        for batch in args.batch:
-            print()
-            print(_table([result for result in results if result.batch == batch], args.new_tokens))
-        print("\nms for the whole batch, median (95th percentile)")
-    if args.plot:
-        plot(results, _headline(report), args.plot)
-    return 0
-
-
-def _run_prefill(args: argparse.Namespace) -> int:
-    lengths = args.prefill or list(paper_table.LENGTHS.values())
-    if min(lengths) < 1:
-        raise UserError("--prefill takes lengths of at least 1.")
-    model, _, plan = _load(args, with_tower=False)
-    clock = _clock(args.clock, plan)
-    measured = {
-        batch: measure_prefill(
-            model, lengths, batch=batch, rounds=args.rounds, warmup=args.warmup, clock=clock
-        )
-        for batch in args.batch
-    }
-    report = {
-        **_circumstances(args, plan),
-        "layers": model.config.num_hidden_layers,
-        "prefill": [
-            {"batch": batch, **dataclasses.asdict(row)} for batch, rows in measured.items() for row in rows
-        ],
-    }
-    _write(report, args)
-    if args.json:
-        return 0
-    print(_headline(report))
-    header = ["batch", "length", "prefill ms", "speed-up", "FLOP ratio", "reached", "peak MB"]
-    cells = [
-        [
-            str(batch),
-            str(row.length),
-            f"{row.time.p50:.1f} ({row.time.p95:.1f})",
-            f"{row.speedup:.2f}x",
-            f"{row.flop_ratio:.2f}x",
-            f"{row.speedup / row.flop_ratio:.0%}",
-            _megabytes(row.peak_bytes),
-        ]
-        for batch, rows in measured.items()
-        for row in rows
-    ]
-    if any(row.roofline_ms for rows in measured.values() for row in rows):
-        header.append("roofline ms")
-        for cell, row in zip(cells, (row for rows in measured.values() for row in rows), strict=True):
-            cell.append("-" if row.roofline_ms is None else f"{row.roofline_ms:.1f}")
-    print(tables.render(header, cells, left=()))
-    if args.paper and args.shape in ("7b", "13b"):
-        printed = [paper_table.PRINTED[f"{args.shape}-fp16-{name}"][1] for name in paper_table.LENGTHS]
-        lengths_said = " and ".join(map(str, paper_table.LENGTHS.values()))
-        print(
-            f"The paper prints {' and '.join(printed)} ms for {args.shape}, FP16, at lengths {lengths_said}: "
-            "a roofline of a V100, not a measurement."
-        )
-    return 0
-
-
-def _run_tower(args: argparse.Namespace) -> int:
-    if args.shape is not None:
-        plan = _plan(args)
-        tower = build_tower(SHAPES[args.shape].tower, plan)
-        _pack_if_asked(tower, args, plan)
-    else:
-        model, _, plan = _load(args, with_tower=True)
-        tower = _tower_of(model, args)
-    clock = _clock(args.clock, plan)
-    measured = {
-        batch: measure_tower(tower, batch=batch, rounds=args.rounds, warmup=args.warmup, clock=clock)
-        for batch in args.batch
-    }
-    rows = [(batch, row) for batch, found in measured.items() for row in found]
-    report = {
-        **_circumstances(args, plan),
-        "tower": [{"batch": batch, **dataclasses.asdict(row)} for batch, row in rows],
-    }
-    _write(report, args)
-    if not args.json:
-        print(_headline(report))
-        cells = [
-            (row.way, str(batch), f"{row.time.p50:.1f} ({row.time.p95:.1f})", f"{row.part:.3f}")
-            for batch, row in rows
-        ]
-        print(tables.render(("way", "batch", "ms", "of all blocks"), cells))
-    return 0
-
-
-def _tower_of(model: LlavaLlamaForCausalLM, args: argparse.Namespace) -> VisionTower:
-    tower = model.get_vision_tower()
-    if tower is None:
-        raise UserError(f"{args.model_path} has no vision tower, so there are no pictures to measure.")
-    return tower
-
-
-def _reducers(args: argparse.Namespace) -> list[Reducer]:
-    """The dense run first, then what was asked for."""
-    try:
-        reducers = [build_reducer(DENSE), *(build_reducer(spec) for spec in args.reducer)]
-    except ReducerSpecError as error:
-        raise UserError(str(error)) from error
-    return list(dict.fromkeys(reducers))
-
-
-def _load(args: argparse.Namespace, *, with_tower: bool):
-    """(model, image processor, plan)."""
-    plan = _plan(args)
-    if args.shape is not None:
-        model = build_model(with_layers(SHAPES[args.shape], args.layers), plan, with_tower=with_tower)
-        _pack_if_asked(model, args, plan)
-        tower = model.get_vision_tower()
-        return model, None if tower is None else tower.image_processor, plan
-    _, model, processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        get_model_name_from_path(args.model_path),
-        device_map={"": plan.device},
-        dtype=plan.dtype,
-        attn_implementation=plan.attention,
-    )
-    _pack_if_asked(model, args, plan)
-    return model, processor, plan
-
-
-def _pack_if_asked(model: torch.nn.Module, args: argparse.Namespace, plan: hardware.Plan) -> None:
-    if args.packed and (plan.device.type, plan.dtype) != ("cpu", torch.float32):
-        raise UserError(f"--packed is for float32 on a CPU, not {plan.dtype} on {plan.device}.")
-    if args.packed:
-        pack(model)
-
-
-def _plan(args: argparse.Namespace) -> hardware.Plan:
-    try:
-        plan = hardware.plan(args.device, dtype=args.dtype, attention=args.attention)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for warning in plan.warnings:
-        print(warning, file=sys.stderr)
-    return plan
-
-
-def _clock(name: str, plan: hardware.Plan) -> Clock:
-    if name == "cpu" and plan.device.type != "cpu":
-        raise UserError(f"--clock cpu counts what a CPU does; on {plan.device} use --clock wall.")
-    return CLOCKS[name]
-
-
-def _prompt(text: int, vocabulary: int) -> Tensor:
+def prompt_ids(text: int, vocabulary: int) -> Tensor:
     """`text` arbitrary ids with the picture's placeholder in their middle: what they say costs no time."""
     ids = torch.randint(3, vocabulary, (text,), generator=torch.Generator().manual_seed(0))
     return torch.cat([ids[: text // 2], torch.tensor([IMAGE_TOKEN_INDEX]), ids[text // 2 :]])
 
 
-def _picture(path: Path | None) -> bytes:
+def picture_bytes(path: Path | None) -> bytes:
     """An image file, or a drawn JPEG of 640 x 480 with as much detail as a photograph has."""
     if path is not None:
         load_image(path)  # its errors are for people
@@ -631,115 +374,3 @@ def _picture(path: Path | None) -> bytes:
     file = io.BytesIO()
     mixed.save(file, "JPEG", quality=90)
     return file.getvalue()
-
-
-def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:
-    """Under what the figures hold."""
-    device = plan.device
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    return {
-        "device": name,
-        "device_type": device.type,
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "attention": plan.attention,
-        "packed": args.packed,
-        "model": args.shape or Path(args.model_path).name,
-        "random_weights": args.shape is not None,
-        "clock": args.clock,
-        "rounds": args.rounds,
-        "warmup": args.warmup,
-    }
-
-
-def _headline(report: dict) -> str:
-    threads = f", {report['threads']} thread{'s' * (report['threads'] != 1)}" if report["threads"] else ""
-    threads += ", packed weights" if report["packed"] else ""
-    threads += ", processor time" if report["clock"] == "cpu" else ""
-    weights = ", random weights" if report["random_weights"] else ""
-    layers = f", {report['layers']} layers" if "layers" in report else ""
-    return (
-        f"{report['model']}{layers}{weights}, {report['dtype']}, {report['attention']} on "
-        f"{report['device']}{threads}; torch {report['torch']}"
-    )
-
-
-def _write(report: dict, args: argparse.Namespace) -> None:
-    text = json.dumps(report, indent=2)
-    if args.json:
-        print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        beside = args.out.with_name(f".{args.out.name}.part")
-        beside.write_text(text + "\n")
-        beside.replace(args.out)
-
-
-def _table(results: Sequence[Result], new_tokens: int) -> str:
-    """One batch size: a column per reducer."""
-
-    def spread(value: Spread) -> str:
-        return f"{value.p50:.1f} ({value.p95:.1f})"
-
-    rows = [
-        ("visual tokens", *(f"{result.visual_tokens:.0f}" for result in results)),
-        ("padding", *(f"{result.padding:.1%}" for result in results)),
-        *((stage, *(spread(result.stages[stage]) for result in results)) for stage in STAGES),
-        ("first token", *(spread(result.first_token) for result in results)),
-        (f"request, {new_tokens} tokens", *(spread(result.request) for result in results)),
-        ("prefill speed-up", *(f"{result.prefill_speedup:.2f}x" for result in results)),
-        ("  FLOP ratio", *(f"{result.flop_ratio:.2f}x" for result in results)),
-        ("first token speed-up", *(f"{result.first_token_speedup:.2f}x" for result in results)),
-        ("request speed-up", *(f"{result.request_speedup:.2f}x" for result in results)),
-        ("KV cache MB", *(_megabytes(result.kv_bytes) for result in results)),
-        ("peak memory MB", *(_megabytes(result.peak_bytes) for result in results)),
-    ]
-    if any(result.roofline_prefill_ms is not None for result in results):
-        rows.append(("prefill roofline", *(f"{result.roofline_prefill_ms or 0:.1f}" for result in results)))
-    return tables.render((f"batch {results[0].batch}", *(result.reducer for result in results)), rows)
-
-
-def _megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.1f}"
-
-
-COLOURS = ("#c9ced6", "#aab2bd", "#3b6ea8", "#d9480f", "#7f5aa2", "#2b8a6e", "#e0a526")
-
-
-def plot(results: Sequence[Result], title: str, out: Path) -> None:
-    """Where the time of a request goes: a bar per reducer and batch size, split into stages, per request.
-
-    Raises:
-        UserError: `out` cannot be written.
-    """
-    figure = charts.new_figure(10, 1.6 + 0.42 * len(results), layout="constrained")
-    axes = figure.add_subplot()
-    names = [f"{result.reducer}, batch {result.batch}" for result in results]
-    left = np.zeros(len(results))
-    for stage, colour in zip(STAGES, COLOURS, strict=True):
-        width = np.array([_stage_share(result, stage) for result in results])
-        axes.barh(names, width, left=left, color=colour, label=stage, height=0.62)
-        left += width
-    for place, (total, result) in enumerate(zip(left, results, strict=True)):
-        axes.text(total, place, f"  {total:.0f} ms, {result.request_speedup:.1f}x", va="center", fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlim(0, left.max() * 1.2)
-    axes.set_xlabel("ms per request, median")
-    axes.set_title(title, fontsize=9, loc="left")
-    charts.tidy(axes)
-    axes.tick_params(axis="y", labelcolor=charts.INK)
-    figure.legend(loc="outside lower center", ncols=len(STAGES), frameon=False, fontsize=8.5)
-    charts.save(figure, out)
-
-
-def _stage_share(result: Result, stage: str) -> float:
-    """ms of one request; the tokens after the first take what is left of it."""
-    if stage == "decode-token":
-        return (result.request.p50 - sum(result.stages[each].p50 for each in FIRST)) / result.batch
-    return result.stages[stage].p50 / result.batch

@@ -441,7 +441,7 @@ def _decoded_units(
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """A question whose image is there, if it has one.
 
     Attributes:
@@ -484,9 +484,9 @@ def _answer_unit(
         head = len(answerer.head)
         shares_head = len(ids) > head and ids[:head].equal(answerer.head)
         after = ids[head + placeholders :] if shares_head else ids
-        ready.append(_Ready(index, request.image, after, shares_head))
+        ready.append(Ready(index, request.image, after, shares_head))
 
-    def write(batch: Sequence[_Ready], texts: Sequence[str]) -> None:
+    def write(batch: Sequence[Ready], texts: Sequence[str]) -> None:
         rows = {
             one.index: answer_row(requests[one.index], text, model_id)
             for one, text in zip(batch, texts, strict=True)
@@ -495,20 +495,20 @@ def _answer_unit(
 
     if answerer.generation.temperature > 0:
         torch.manual_seed(answerer.generation.seed + unit)  # whichever process it falls to
-    _answer_all(ready, visual, answerer, write)
+    answer_all(ready, visual, answerer, write)
     return [answerer.visual_length(block) for block in visual.values()]
 
 
-def _answer_all(
-    ready: Sequence[_Ready],
+def answer_all(
+    ready: Sequence[Ready],
     visual: dict[Path | Embedded, "Tensor | Pixels"],
     answerer: Answerer,
-    write: Callable[[Sequence[_Ready], Sequence[str]], None],
+    write: Callable[[Sequence[Ready], Sequence[str]], None],
 ) -> None:
     """Where memory runs out, the budget becomes half of what was in use, and the rest begins anew."""
     waiting = {one.index: one for one in ready}
 
-    def done(batch: Sequence[_Ready], texts: Sequence[str]) -> None:
+    def done(batch: Sequence[Ready], texts: Sequence[str]) -> None:
         write(batch, texts)
         for one in batch:
             del waiting[one.index]
@@ -538,13 +538,13 @@ class _Use:
 
 
 def _hands(
-    ready: Sequence[_Ready], visual: dict[Path | Embedded, "Tensor | Pixels"], answerer: Answerer
-) -> Iterator[list[_Ready]]:
+    ready: Sequence[Ready], visual: dict[Path | Embedded, "Tensor | Pixels"], answerer: Answerer
+) -> Iterator[list[Ready]]:
     """The questions in groups whose beginnings are held together, in half of the budget.
 
     Images of many tokens come first, so that memory runs out early if it does.
     """
-    about: dict[Path | Embedded, list[_Ready]] = {}
+    about: dict[Path | Embedded, list[Ready]] = {}
     for one in ready:
         if one.image is not None:
             about.setdefault(one.image, []).append(one)
@@ -561,11 +561,11 @@ def _hands(
 
 
 def _answer_hand(
-    together: Sequence[_Ready],
+    together: Sequence[Ready],
     visual: dict[Path | Embedded, "Tensor | Pixels"],
     answerer: Answerer,
     use: _Use,
-    done: Callable[[Sequence[_Ready], Sequence[str]], None],
+    done: Callable[[Sequence[Ready], Sequence[str]], None],
 ) -> None:
     """Answers questions about images that are seen together, or about none."""
     images = list(dict.fromkeys(one.image for one in together if one.image is not None))
