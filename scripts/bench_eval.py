@@ -11,6 +11,7 @@ The ways, each with what the one before it has:
     batching         questions of similar length together, each with its own copy of the picture
     image reuse      a picture is read and encoded once for all its questions
     prefix reuse     so is what the language model makes of it: the loop of `llava eval`
+    packed weights   the same with `llava eval --packed` (on a CPU)
 
 One process, one thread unless OMP_NUM_THREADS says otherwise. The ways take turns within each round, so that
 a machine that slows down slows all of them alike; a factor is the median over rounds of the ratio within a
@@ -120,12 +121,14 @@ def prefix_reuse(answerer: Answerer, requests: Sequence[Request]) -> dict[Any, s
 
 Way = Callable[[Answerer, Sequence[Request]], dict[Any, str]]
 SLOW, ONE_PICTURE, ALL = "slow", "one picture", "all"
+PACKED = "packed weights"
 WAYS: dict[str, tuple[Way, str]] = {
     # name: (way, how many questions it answers a round)
     "fewer tokens": (one_at_a_time, SLOW),
     "batching": (batching, ONE_PICTURE),
     "image reuse": (image_reuse, ALL),
     "prefix reuse": (prefix_reuse, ALL),
+    PACKED: (prefix_reuse, ALL),
 }
 
 
@@ -144,18 +147,20 @@ class Measured:
 
 def measure(
     answerer: Answerer,
+    packed: Answerer | None,
     requests: Sequence[Request],
     reducers: Sequence[str],
     rounds: int,
     slow: int,
     clock: Clock,
 ) -> list[Measured]:
-    """All ways, in turn, after one round on a single picture that only warms up."""
+    """All ways, in turn, after one round on a single picture that only warms up. No `packed` model, no such
+    way."""
     pictures = list(dict.fromkeys(request.image for request in requests))
     by_picture = {image: [one for one in requests if one.image == image] for image in pictures}
     work: list[tuple[Measured, Way, str]] = [(Measured(DENSE, "one at a time"), one_at_a_time, SLOW)]
     for reducer in reducers:
-        skipped = ("fewer tokens",) if reducer == DENSE else ()
+        skipped = {name for name, skip in (("fewer tokens", reducer == DENSE), (PACKED, not packed)) if skip}
         work += [(Measured(reducer, n), *way) for n, way in WAYS.items() if n not in skipped]
     with tqdm(total=(rounds + 1) * len(work), desc="bench", file=sys.stderr) as bar:
         for number in range(-1, rounds):
@@ -166,12 +171,13 @@ def measure(
                 ALL: by_picture[pictures[0]] if warm_up else list(requests),
             }
             for measured, way, how_many in work:
-                answerer.model.set_reducer(measured.reducer)
+                asks = packed if measured.way == PACKED else answerer
+                asks.model.set_reducer(measured.reducer)
                 chosen = asked[how_many][:1] if warm_up and how_many != ALL else asked[how_many]
-                synchronise(answerer.model.device)
+                synchronise(asks.model.device)
                 start = clock()
-                answers = way(answerer, chosen)
-                synchronise(answerer.model.device)
+                answers = way(asks, chosen)
+                synchronise(asks.model.device)
                 if not warm_up:
                     measured.seconds.append((clock() - start) / len(chosen))
                     measured.answers |= answers
@@ -343,6 +349,21 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def load(args: argparse.Namespace, *, packed: bool) -> Answerer:
+    name = get_model_name_from_path(args.model_path)
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path, args.model_base or None, name, device=args.device, reducer=DENSE, packed=packed
+    )
+    return Answerer(
+        model,
+        tokenizer,
+        image_processor,
+        args.conv_mode or default_conv_mode(name, tokenizer),
+        Generation(max_new_tokens=args.max_new_tokens),
+        batch_tokens=args.batch_tokens,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.padding:
@@ -355,26 +376,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.clock == "cpu" and args.device != "cpu":
         raise UserError("--clock cpu counts what a CPU does; on a GPU use --clock wall.")
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base or None,
-        get_model_name_from_path(args.model_path),
-        device=args.device,
-    )
+    answerer = load(args, packed=False)
+    can_pack = (answerer.model.device.type, answerer.model.dtype) == ("cpu", torch.float32)
+    packed = load(args, packed=True) if can_pack else None
     benchmark = benchmarks.get("pope")
     requests = requests_of(benchmark, benchmark.load(args.root), benchmark.protocols[0])
     chosen = set(list(dict.fromkeys(request.image for request in requests))[: args.images])
     requests = [request for request in requests if request.image in chosen]
-    model.set_reducer(DENSE)
-    answerer = Answerer(
-        model,
-        tokenizer,
-        image_processor,
-        args.conv_mode or default_conv_mode(get_model_name_from_path(args.model_path), tokenizer),
-        Generation(max_new_tokens=args.max_new_tokens),
-        batch_tokens=args.batch_tokens,
-    )
-    results = measure(answerer, requests, args.reducers, args.rounds, args.slow, CLOCKS[args.clock])
+    results = measure(answerer, packed, requests, args.reducers, args.rounds, args.slow, CLOCKS[args.clock])
     rows = report(results)
     print(table(rows))
     different = disagreements(results)
@@ -388,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "clock": args.clock,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(answerer.model.dtype).removeprefix("torch."),
         "questions": len(requests),
         "images": len(chosen),
         "batch_tokens": answerer.batch_tokens,

@@ -4,7 +4,7 @@
 # A run that was stopped goes on where it was when the same command is given again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/setup.sh mini
+source scripts/setup.sh train,mini
 DATA="${DATA:-playground/data/mini}"
 RUN="${RUN:-checkpoints/mini-lora-run}"
 ALIGN="${ALIGN:-checkpoints/mini-align}"

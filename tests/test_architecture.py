@@ -22,12 +22,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model.vision_tower": {"reducers.features"},
     "model.projector": set(),
     "model.splice": set(),
+    "model.packed": set(),
     "model.tokenization": set(),
     "model.llava_llama": {"model.vision_tower", "model.projector", "model.splice", "reducers", "mm_utils"},
     "model.language_model": {"model.llava_llama"},
     "model.checkpoints": {"reducers"}
     | {f"model.{name}" for name in ("llava_llama", "vision_tower", "projector", "tokenization")},
-    "model.builder": {"reducers", "model.checkpoints"}
+    "model.builder": {"reducers", "model.checkpoints", "model.packed"}
     | {f"model.{name}" for name in ("llava_llama", "vision_tower", "projector", "tokenization")},
     "model": {"model.checkpoints", "model.llava_llama", "model.builder"},
     # LLaVA's names for our commands: `python -m llava.model.consolidate`

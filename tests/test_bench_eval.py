@@ -25,7 +25,6 @@ def bench(root):
 
 def test_ways_answer_alike_and_factors_multiply(bench, tmp_path):
     checkpoint = family(tmp_path).full
-    tokenizer, model, image_processor, _ = load_pretrained_model(checkpoint, device="cpu")
     requests = []
     for number in range(2):
         pixels = torch.rand(40, 60, 3, generator=torch.Generator().manual_seed(number)) * 255
@@ -33,15 +32,20 @@ def test_ways_answer_alike_and_factors_multiply(bench, tmp_path):
         for turn in range(18):
             text = f"{turn}: " + "is it " * (turn % 4)
             requests.append(Request(18 * number + turn, text, tmp_path / f"{number}.png", text))
-    answerer = Answerer(model, tokenizer, image_processor, "vicuna_v1", Generation(max_new_tokens=3))
-    results = bench.measure(answerer, requests, ["prumerge", "none"], 1, 3, bench.CLOCKS["cpu"])
+    answerer, packed = (
+        Answerer(model, tokenizer, image_processor, "vicuna_v1", Generation(max_new_tokens=3))
+        for tokenizer, model, image_processor, _ in (
+            load_pretrained_model(checkpoint, device="cpu", packed=packed) for packed in (False, True)
+        )
+    )
+    results = bench.measure(answerer, packed, requests, ["prumerge", "none"], 1, 3, bench.CLOCKS["cpu"])
     assert bench.disagreements(results) == 0
     assert len(results[-1].answers) == 36 and len(set(results[-1].answers.values())) > 5
     rows = bench.report(results)
     ways = [(row["reducer"], row["way"]) for row in rows]
-    assert ways[:2] == [("none", "one at a time"), ("prumerge", "fewer tokens")] and len(ways) == 8
+    assert ways[:2] == [("none", "one at a time"), ("prumerge", "fewer tokens")] and len(ways) == 10
     ladder = [row for row in rows if row["reducer"] == "prumerge"]
-    for row, upto in zip(ladder, range(1, 5), strict=True):
+    for row, upto in zip(ladder, range(1, 6), strict=True):
         product = math.prod(one["factor"] for one in ladder[:upto])
         assert math.isclose(row["against_one_at_a_time"], product)
         assert math.isclose(row["against_one_at_a_time_with_this_reducer"], product / ladder[0]["factor"])

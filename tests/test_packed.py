@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from tiny_checkpoints import family
 from torch import nn
 
+from llava.errors import UserError
+from llava.model.builder import load_pretrained_model
 from llava.model.packed import FEW_ROWS, PackedLinear, pack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -65,3 +68,23 @@ def test_gradients_are_those_of_the_weight():
     for layer in (plain, packed):
         layer(x).square().sum().backward()
     torch.testing.assert_close(packed.weight.grad, plain.weight.grad)
+
+
+def test_a_checkpoint_loads_packed(tmp_path):
+    checkpoint = family(tmp_path).full
+    (_, plain, _, _), (_, packed, _, _) = (
+        load_pretrained_model(checkpoint, device="cpu", packed=each) for each in (False, True)
+    )
+    kinds = {type(module) for module in packed.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {PackedLinear}
+    side = plain.get_vision_tower().config.image_size
+    torch.manual_seed(0)
+    ids, images = torch.tensor([[1, 5, -200, 7, 9, 4]]), torch.randn(1, 3, side, side)
+    with torch.inference_mode():
+        logits = [model(input_ids=ids, images=images).logits for model in (plain, packed)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_is_not_packed(tmp_path):
+    with pytest.raises(UserError, match="float32 on a CPU"):
+        load_pretrained_model(family(tmp_path).full, device="cpu", dtype="float16", packed=True)

@@ -205,7 +205,8 @@ def _run_tower(args: argparse.Namespace) -> int:
     if args.shape is not None:
         plan = _plan(args)
         tower = build_tower(SHAPES[args.shape].tower, plan)
-        _pack_if_asked(tower, args, plan)
+        if args.packed:
+            pack(tower)
     else:
         model, _, plan = _load(args, with_tower=True)
         tower = _tower_of(model, args)
@@ -251,7 +252,8 @@ def _load(args: argparse.Namespace, *, with_tower: bool):
     plan = _plan(args)
     if args.shape is not None:
         model = build_model(with_layers(SHAPES[args.shape], args.layers), plan, with_tower=with_tower)
-        _pack_if_asked(model, args, plan)
+        if args.packed:
+            pack(model)
         tower = model.get_vision_tower()
         return model, None if tower is None else tower.image_processor, plan
     _, model, processor, _ = load_pretrained_model(
@@ -261,16 +263,9 @@ def _load(args: argparse.Namespace, *, with_tower: bool):
         device_map={"": plan.device},
         dtype=plan.dtype,
         attn_implementation=plan.attention,
+        packed=args.packed,
     )
-    _pack_if_asked(model, args, plan)
     return model, processor, plan
-
-
-def _pack_if_asked(model: torch.nn.Module, args: argparse.Namespace, plan: hardware.Plan) -> None:
-    if args.packed and (plan.device.type, plan.dtype) != ("cpu", torch.float32):
-        raise UserError(f"--packed is for float32 on a CPU, not {plan.dtype} on {plan.device}.")
-    if args.packed:
-        pack(model)
 
 
 def _plan(args: argparse.Namespace) -> hardware.Plan:
@@ -278,6 +273,8 @@ def _plan(args: argparse.Namespace) -> hardware.Plan:
         plan = hardware.plan(args.device, dtype=args.dtype, attention=args.attention)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if args.packed and (plan.device.type, plan.dtype) != ("cpu", torch.float32):
+        raise UserError(f"--packed is for float32 on a CPU, not {plan.dtype} on {plan.device}.")
     for warning in plan.warnings:
         print(warning, file=sys.stderr)
     return plan

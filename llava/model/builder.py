@@ -36,6 +36,7 @@ from llava.model.checkpoints import (
     resolve_directory,
 )
 from llava.model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.packed import pack
 from llava.model.tokenization import load_tokenizer
 from llava.model.vision_tower import VisionTower, load_vision_tower
 from llava.reducers import ReducerSpecError, build_reducer
@@ -76,6 +77,7 @@ def load_pretrained_model(
     attn_implementation: str | None = None,
     dtype: str | torch.dtype | None = None,
     torch_dtype: str | torch.dtype | None = None,
+    packed: bool = False,
     customized_config: str | Path | Mapping[str, Any] | LlavaConfig | None = None,
     use_flash_attention_2: bool = False,
     multimodal: bool | None = None,
@@ -99,6 +101,8 @@ def load_pretrained_model(
         merge_lora: add LoRA weights to the base's; False returns a PeftModel with the adapter in place.
         attn_implementation: "sdpa", "eager", "flash_attention_2" ... instead of the device's best.
         dtype, torch_dtype: "float16", "bfloat16" or "float32" instead of the device's best.
+        packed: on a CPU in float32, keep a second copy of the weights laid out for short prompts
+            (`llava.model.packed`): faster, for twice the memory.
         customized_config: config.json (its path or content) instead of the checkpoint's.
         multimodal: accepted, because evaluation harnesses pass it.
 
@@ -123,6 +127,8 @@ def load_pretrained_model(
     if use_flash_attn or use_flash_attention_2:
         attn_implementation = attn_implementation or "flash_attention_2"
     plan, device_map = _place(device, device_map, dtype or torch_dtype, attn_implementation)
+    if packed and (plan.device.type, plan.dtype) != ("cpu", torch.float32):
+        raise UserError(f"packed weights are for float32 on a CPU, not {plan.dtype} on {plan.device}")
     options = {
         "dtype": plan.dtype,
         "attn_implementation": plan.attention,
@@ -152,6 +158,8 @@ def load_pretrained_model(
     if vision_tower is not None:
         model.config.mm_vision_tower = str(vision_tower)
     finish(model, info)
+    if packed:
+        pack(model)
     if raw.get("mm_token_reducer") is None:
         logger.warning(
             "%s does not say which tokens to use: all %d visual tokens of an image are; "

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float16, bfloat16, float32 (default: what the device is best at)")
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="on a CPU: faster, for twice the memory")
     parser.add_argument("--exif", action="store_true", help="turn pictures as their EXIF data says")
 
 
@@ -105,6 +106,7 @@ def open_session(args: argparse.Namespace) -> "ChatSession":
         reducer=args.reducer,
         vision_tower=args.vision_tower,
         dtype=args.dtype,
+        packed=args.packed,
     )
     conv_mode = args.conv_mode or default_conv_mode(name, tokenizer)
     return ChatSession(model, tokenizer, image_processor, conv_mode)
