@@ -5,7 +5,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh mini,eval
-export MINI=1 ROOT="${ROOT:-playground/data/eval-mini}"
+export MINI=1 ROOT="${ROOT:-playground/data/eval-mini-table}"
+[ -e "$ROOT/mini.json" ] || llava mini benchmarks --n "${PICTURES:-30}" --out "$ROOT" > /dev/null
 
 ask() {
     REDUCER=$1 bash scripts/v1_5/eval/all.sh "${@:2}" > /dev/null

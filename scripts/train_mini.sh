@@ -32,4 +32,4 @@ llava train \
     --output_dir "$RUN" "$@"
 llava mini ship --run-dir "$RUN" --out checkpoints/mini-lora
 llava plot "$RUN"
-llava mini evaluate --data "$DATA/test" --scenes 150 --out outputs/mini-table
+llava mini evaluate --data "$DATA/test" --scenes 100 --out outputs/mini-table

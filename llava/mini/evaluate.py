@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llava.errors import UserError
 
-REDUCERS = ("none", "prumerge+", "prumerge", "random", "topk")
+REDUCERS = ("none", "prumerge+", "prumerge+(max_tokens=144)", "prumerge", "random", "topk")
 SAME_COUNT_AS = "prumerge"
 """Reducers that need a count and come without one keep as many tokens as this one did on average."""
 MAX_NEW_TOKENS = 8
