@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe of checkpoints/mini-lora, from nothing: about 50 minutes on 2 quiet CPU cores, minutes on a GPU.
+# The recipe of checkpoints/mini-lora, from nothing: about 50 minutes on 2 CPU cores.
 #   bash scripts/train_mini.sh [flags of the training entry, e.g. --max_steps 1000 --use_cpu False]
 # A run that was stopped goes on where it was when the same command is given again.
 set -euo pipefail

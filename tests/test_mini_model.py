@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava import cli
+from llava.mini.evaluate import Pair
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,18 @@ def test_it_answers_about_scenes_it_never_saw(mini, tmp_path: Path, capsys) -> N
     random = next(spec for spec in report["tokens"] if spec.startswith("random"))
     assert round(report["tokens"]["prumerge"]) == report["tokens"][random]
     assert "constant answer" in capsys.readouterr().out
+    presence = next(pair for pair in report["pairs"] if pair["kind"] == "presence/yesno")
+    cells = kinds["presence/yesno"]["cells"]
+    difference = cells["prumerge"]["right"] - cells[random]["right"]
+    assert presence["other"] == random and presence["only_first"] - presence["only_other"] == difference
+
+
+def test_exact_test_of_pairs() -> None:
+    """Against sums one does on paper."""
+    assert Pair("", "", 9, 5, 0).p == 2 / 32
+    assert Pair("", "", 9, 0, 0).p == 1
+    assert Pair("", "", 9, 2, 2).p == 1
+    assert Pair("", "", 9, 1, 3).p == 2 * (1 + 4) / 16
 
 
 @pytest.mark.slow

@@ -52,6 +52,28 @@ class Kind:
     cells: dict[str, Cell]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """PruMerge beside another selection of as many tokens, on the same questions.
+
+    Attributes:
+        only_first: questions PruMerge's answer alone is right in; `only_other`: the other's alone.
+    """
+
+    kind: str
+    other: str
+    n: int
+    only_first: int
+    only_other: int
+
+    @property
+    def p(self) -> float:
+        """Exact two-sided McNemar test: how likely so uneven a split is where neither is better."""
+        n = self.only_first + self.only_other
+        tail = sum(math.comb(n, k) for k in range(min(self.only_first, self.only_other) + 1))
+        return min(1.0, 2 * tail / 2**n)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", default="checkpoints/mini-lora")
     parser.add_argument("--model-base", default="checkpoints/mini-base")
@@ -91,9 +113,15 @@ def run(args: argparse.Namespace) -> int:
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
         answers[spec] = {row["question_id"]: row["text"] for row in rows}
     kinds = tabulate(questions, answers)
+    pairs = compare(questions, answers)
     manifest = json.loads((args.data / "world.json").read_text(encoding="utf-8"))
-    text = as_markdown(kinds, tokens, manifest)
-    report = {"tokens": tokens, "kinds": [asdict(kind) for kind in kinds], "held_out": manifest["held_out"]}
+    text = as_markdown(kinds, tokens, pairs, manifest)
+    report = {
+        "tokens": tokens,
+        "kinds": [asdict(kind) for kind in kinds],
+        "pairs": [asdict(pair) for pair in pairs],
+        "held_out": manifest["held_out"],
+    }
     (args.out / "table.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text, end="")
@@ -127,13 +155,18 @@ def plain(answer: str) -> str:
     return answer.strip().strip(".").strip().lower()
 
 
-def tabulate(questions: Sequence[dict], answers: dict[str, dict[int, str]]) -> list[Kind]:
-    """One row per type and form of question, in alphabetical order."""
+def by_kind(questions: Sequence[dict]) -> dict[str, list[dict]]:
+    """Rows by type and form ("naming/open"), in alphabetical order."""
     groups: dict[str, list[dict]] = {}
     for row in questions:
         groups.setdefault(f"{row['type']}/{row['form']}", []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def tabulate(questions: Sequence[dict], answers: dict[str, dict[int, str]]) -> list[Kind]:
+    """One row per type and form of question, in alphabetical order."""
     kinds = []
-    for name, rows in sorted(groups.items()):
+    for name, rows in by_kind(questions).items():
         constant, hits = Counter(plain(row["answer"]) for row in rows).most_common(1)[0]
         cells = {
             spec: Cell(
@@ -145,8 +178,25 @@ def tabulate(questions: Sequence[dict], answers: dict[str, dict[int, str]]) -> l
     return kinds
 
 
-def as_markdown(kinds: Sequence[Kind], tokens: dict[str, float], manifest: dict) -> str:
-    """The table, percent right +- half of the 95 % interval, and what was held out."""
+def compare(questions: Sequence[dict], answers: dict[str, dict[int, str]]) -> list[Pair]:
+    """PruMerge beside `random` and `topk`, kind by kind; only kinds with 20 questions or more."""
+
+    def right(spec: str, rows: Sequence[dict]) -> list[bool]:
+        return [plain(answers[spec][row["question_id"]]) == plain(row["answer"]) for row in rows]
+
+    others = [spec for spec in answers if spec.startswith(("random", "topk"))]
+    pairs = []
+    for kind, rows in by_kind(questions).items():
+        for other in others if SAME_COUNT_AS in answers and len(rows) >= 20 else ():
+            both = list(zip(right(SAME_COUNT_AS, rows), right(other, rows), strict=True))
+            pairs.append(Pair(kind, other, len(rows), both.count((True, False)), both.count((False, True))))
+    return pairs
+
+
+def as_markdown(
+    kinds: Sequence[Kind], tokens: dict[str, float], pairs: Sequence[Pair], manifest: dict
+) -> str:
+    """The table, percent right +- half of the 95 % interval; the pairs; and what was held out."""
     specs = list(tokens)
     lines = [
         "| question | n | constant answer | " + " | ".join(specs) + " |",
@@ -160,6 +210,12 @@ def as_markdown(kinds: Sequence[Kind], tokens: dict[str, float], manifest: dict)
             + " | ".join(cells)
             + " |"
         )
+    if pairs:
+        lines += ["", f"| question | n | {SAME_COUNT_AS} against | only it is right | only the other | p |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for pair in pairs:
+            alone = f"{pair.only_first} | {pair.only_other}"
+            lines.append(f"| {pair.kind} | {pair.n} | {pair.other} | {alone} | {pair.p:.2g} |")
     held = manifest["held_out"]
     drawings = ", ".join(f"{name} ({style})" for name, style in held["drawings"].items())
     lines += [
