@@ -23,7 +23,7 @@ def test_it_answers_about_scenes_it_never_saw(mini, tmp_path: Path, capsys) -> N
     checkpoint, base = mini
     world, out = tmp_path / "world", tmp_path / "table"
     assert (
-        cli.main(["mini", "world", "--split", "test", "--n", "12", "--seed", "3", "--out", str(world)]) == 0
+        cli.main(["mini", "world", "--split", "test", "--n", "16", "--seed", "3", "--out", str(world)]) == 0
     )
     command = ["mini", "evaluate", "--model-path", str(checkpoint), "--model-base", str(base)]
     command += [
