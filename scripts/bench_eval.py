@@ -61,6 +61,7 @@ from llava.eval.run import requests_of
 from llava.eval.store import Store, unit_size, units_of
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.model.packed import can_pack
 from llava.model.prefix import Prefix
 
 DENSE = "none"
@@ -377,8 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.clock == "cpu" and args.device != "cpu":
         raise UserError("--clock cpu counts what a CPU does; on a GPU use --clock wall.")
     answerer = load(args, packed=False)
-    can_pack = (answerer.model.device.type, answerer.model.dtype) == ("cpu", torch.float32)
-    packed = load(args, packed=True) if can_pack else None
+    packed = load(args, packed=True) if can_pack(answerer.model.device, answerer.model.dtype) else None
     benchmark = benchmarks.get("pope")
     requests = requests_of(benchmark, benchmark.load(args.root), benchmark.protocols[0])
     chosen = set(list(dict.fromkeys(request.image for request in requests))[: args.images])

@@ -41,7 +41,7 @@ from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.packed import pack
+from llava.model.packed import can_pack, pack
 from llava.model.vision_tower import VisionTower
 from llava.reducers import Reducer, ReducerSpecError, build_reducer
 
@@ -273,7 +273,7 @@ def _plan(args: argparse.Namespace) -> hardware.Plan:
         plan = hardware.plan(args.device, dtype=args.dtype, attention=args.attention)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if args.packed and (plan.device.type, plan.dtype) != ("cpu", torch.float32):
+    if args.packed and not can_pack(plan.device, plan.dtype):
         raise UserError(f"--packed is for float32 on a CPU, not {plan.dtype} on {plan.device}.")
     for warning in plan.warnings:
         print(warning, file=sys.stderr)

@@ -36,7 +36,7 @@ from llava.model.checkpoints import (
     resolve_directory,
 )
 from llava.model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.packed import pack
+from llava.model.packed import can_pack, pack
 from llava.model.tokenization import load_tokenizer
 from llava.model.vision_tower import VisionTower, load_vision_tower
 from llava.reducers import ReducerSpecError, build_reducer
@@ -127,7 +127,7 @@ def load_pretrained_model(
     if use_flash_attn or use_flash_attention_2:
         attn_implementation = attn_implementation or "flash_attention_2"
     plan, device_map = _place(device, device_map, dtype or torch_dtype, attn_implementation)
-    if packed and (plan.device.type, plan.dtype) != ("cpu", torch.float32):
+    if packed and not can_pack(plan.device, plan.dtype):
         raise UserError(f"packed weights are for float32 on a CPU, not {plan.dtype} on {plan.device}")
     options = {
         "dtype": plan.dtype,

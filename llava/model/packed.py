@@ -43,6 +43,11 @@ class PackedLinear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
 
 
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights there have a packed form: float32 on a CPU."""
+    return (device.type, dtype) == ("cpu", torch.float32)
+
+
 def pack(model: nn.Module) -> int:
     """Replaces every plain nn.Linear of a float32 model on the CPU by a `PackedLinear`, in place.
 
