@@ -3,9 +3,11 @@
     python scripts/bench_data.py                    # 665,298 invented rows, about 1 GB of JSON in outputs/
     python scripts/bench_data.py --data llava_v1_5_mix665k.json
 
-The first opening copies the JSON to Arrow; every later one maps that copy. A process's memory is counted as
-Linux does: private (its own, "anonymous"), and mapped (pages of the file, which all processes share and the
-kernel drops when it needs room). Prints one table; --json one object.
+The first opening copies the JSON to Arrow; every later one maps that copy. "Cold": the copy was pushed out of
+the system's page cache before. Three counts of a process's memory, as Linux has them: resident (RSS: whatever
+is mapped at present, the shared pages of the file too, so several processes count them several times), shared
+out (PSS: shared pages divided by their users), and private (USS: what ending the process would free). Each is
+what the data adds to a process that has imported everything. Prints one table; --json one object.
 """
 
 import argparse
@@ -19,32 +21,45 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+MEMORY = ("Rss", "Pss", "Private")
+
 CHILD = """
 import json, os, random, sys, time
 def memory():
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return [int(status[key].split()[0]) / 1024 for key in ("RssAnon", "RssFile")]
+    kib = {"Rss": 0, "Pss": 0, "Private": 0}
+    with open("/proc/self/smaps_rollup") as file:
+        for key, _, value in (line.partition(":") for line in file if "kB" in line):
+            key = key.split("_")[0]  # Private_Clean, Private_Dirty
+            if key in kib:
+                kib[key] += int(value.split()[0])
+    return {key: value / 1024 for key, value in kib.items()}
+def added(before):
+    return {key: value - before[key] for key, value in memory().items()}
 import torch, transformers
 from llava.data import LazySupervisedDataset, length_grouped_order
 import datasets
+print("imported", flush=True)
+sys.stdin.readline()  # all have the libraries: what is shared shows as shared
 before = memory()
 start, cpu = time.perf_counter(), time.process_time()
 data = LazySupervisedDataset(sys.argv[1], tokenizer=None, cache_dir=sys.argv[2])
-opened, cpu = time.perf_counter() - start, time.process_time() - cpu
-lengths = data.modality_lengths
-start = time.perf_counter()
+found = {"rows": len(data), "open_s": time.perf_counter() - start, "open_cpu_s": time.process_time() - cpu}
+print("open", flush=True)
+sys.stdin.readline()
+found["opened_mb"] = added(before)
 rng = random.Random(int(sys.argv[3]))
-for index in (rng.randrange(len(data)) for _ in range(5000)):
-    data.table[index]
-rows = 5000 / (time.perf_counter() - start)
-after = memory()
-start = time.perf_counter()
+start, peak = time.perf_counter(), dict.fromkeys(before, 0.0)
+for number in range(5000):
+    data.row(rng.randrange(len(data)))
+    if number % 50 == 49:
+        peak = {key: max(peak[key], value) for key, value in added(before).items()}
+found |= {"rows_per_s": 5000 / (time.perf_counter() - start), "reading_mb": peak}
+print("read", flush=True)
+sys.stdin.readline()
+lengths, start = data.modality_lengths, time.perf_counter()
 length_grouped_order(lengths, 16, 8)
-order = time.perf_counter() - start
-print(json.dumps({"rows": len(data), "open_s": opened, "open_cpu_s": cpu, "rows_per_s": rows,
-                  "order_s": order, "private_before": before[0], "private_added": after[0] - before[0],
-                  "mapped_added": after[1] - before[1]}), flush=True)
-sys.stdin.readline()  # stay until the others have been measured too
+found["order_s"] = time.perf_counter() - start
+print(json.dumps(found), flush=True)
 """
 
 
@@ -77,8 +92,8 @@ def write_rows(path: Path, rows: int) -> None:
     os.replace(unfinished, path)
 
 
-def measure(path: Path, cache: Path, processes: int) -> list[dict[str, float]]:
-    """Open the file in as many processes at a time; each waits until all have been measured."""
+def measure(path: Path, cache: Path, processes: int) -> list[dict]:
+    """Open the file in as many processes together; they go from step to step in time with one another."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     children = [
         subprocess.Popen(
@@ -90,12 +105,23 @@ def measure(path: Path, cache: Path, processes: int) -> list[dict[str, float]]:
         )
         for seed in range(processes)
     ]
-    try:
-        return [json.loads(child.stdout.readline()) for child in children]
-    finally:
+    for step in ("imported", "open", "read"):
         for child in children:
-            child.stdin.close()
-            child.wait()
+            if child.stdout.readline().strip() != step:
+                raise SystemExit("a measuring process has failed, see above")
+        for child in children:
+            child.stdin.write("go on\n")
+            child.stdin.flush()
+    results = [json.loads(child.communicate()[0]) for child in children]
+    return results
+
+
+def push_out(folder: Path) -> None:
+    """Take the copy out of the page cache, as after a restart."""
+    for file in folder.rglob("*.arrow"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def main() -> int:
@@ -117,20 +143,24 @@ def main() -> int:
     shutil.rmtree(cache, ignore_errors=True)
 
     first = measure(path, cache, 1)[0]
+    push_out(cache)
+    cold = measure(path, cache, 1)[0]
     together = measure(path, cache, args.processes)
+    most = lambda key: max(one[key] for one in together)  # noqa: E731
+    memory = lambda key: {name: max(one[key][name] for one in together) for name in MEMORY}  # noqa: E731
     result = {
         "file_gb": path.stat().st_size / 1e9,
         "rows": first["rows"],
+        "processes": args.processes,
         "first_open_s": first["open_s"],
         "first_open_cpu_s": first["open_cpu_s"],
-        "first_private_added_mb": first["private_added"],
-        "second_open_s": max(one["open_s"] for one in together),
-        "second_open_cpu_s": max(one["open_cpu_s"] for one in together),
-        "imports_private_mb": max(one["private_before"] for one in together),
-        "private_added_mb": max(one["private_added"] for one in together),
-        "mapped_added_mb": max(one["mapped_added"] for one in together),
+        "cold_open_s": cold["open_s"],
+        "second_open_s": most("open_s"),
+        "second_open_cpu_s": most("open_cpu_s"),
+        "opened_mb": memory("opened_mb"),
+        "reading_mb": memory("reading_mb"),
         "rows_per_s": min(one["rows_per_s"] for one in together),
-        "order_s": max(one["order_s"] for one in together),
+        "order_s": most("order_s"),
     }
     if args.json:
         print(json.dumps(result))
@@ -138,13 +168,15 @@ def main() -> int:
     print(f"{path.name}: {result['rows']:,} rows, {result['file_gb']:.2f} GB")
     cpu = "first_open_cpu_s", "second_open_cpu_s"
     first_cpu, later_cpu = (f"({result[key]:.1f} s of a core)" for key in cpu)
-    print(f"first opening (copies to Arrow)      {result['first_open_s']:8.1f} s {first_cpu}")
-    print(f"later openings, {args.processes} at a time         {result['second_open_s']:8.1f} s {later_cpu}")
-    print(f"memory of a process: imports alone   {result['imports_private_mb']:8.0f} MB private")
-    print(f"  added by data and 5,000 rows read  {result['private_added_mb']:8.0f} MB private")
-    print(f"                                     {result['mapped_added_mb']:8.0f} MB mapped, shared by all")
-    print(f"rows read at random                  {result['rows_per_s']:8.0f} a second")
-    print(f"length-grouped order of an epoch     {result['order_s']:8.1f} s")
+    print(f"first opening (copies to Arrow)     {result['first_open_s']:8.1f} s {first_cpu}")
+    print(f"second opening, cold                {result['cold_open_s']:8.1f} s")
+    print(f"later openings, {args.processes} together          {result['second_open_s']:8.1f} s {later_cpu}")
+    print("added to each of these processes    resident  shared out  private (MB)")
+    for key, label in (("opened_mb", "by opening"), ("reading_mb", "at most, reading 5,000 rows")):
+        rss, pss, private = (result[key][name] for name in MEMORY)
+        print(f"  {label:32}  {rss:8.0f}  {pss:10.0f}  {private:7.0f}")
+    print(f"rows read at random                 {result['rows_per_s']:8.0f} a second")
+    print(f"length-grouped order of an epoch    {result['order_s']:8.1f} s")
     return 0
 
 

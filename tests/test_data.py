@@ -19,6 +19,7 @@ from llava.data import (
     BadSample,
     DataCollatorForSupervisedDataset,
     LazySupervisedDataset,
+    dataset,
     length_grouped_order,
     table,
 )
@@ -230,6 +231,27 @@ def test_a_table_is_mapped_not_loaded(write: Callable[..., Path], own_cache: Pat
     assert [Path(file["filename"]).name for file in data.cache_files] == [name]
     assert any(name in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert len(pickle.dumps(data)) < 20_000  # a worker gets the file's name, not its rows
+
+
+def test_a_process_lets_go_of_rows_it_has_read(
+    write: Callable[..., Path], own_cache: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is mapped anew now and then, and only the new mapping stays."""
+    monkeypatch.setattr(dataset, "ROWS_PER_MAPPING", 3)
+    data = LazySupervisedDataset(write(rows_of_every_kind() * 4), tokenizer)
+    whole = data.table[:]
+    (name,) = copies(own_cache)
+    tables = set()
+    for index in range(len(data)):
+        assert data.row(index) == {key: column[index] for key, column in whole.items()}
+        tables.add(id(data.table))
+        assert sum(name in line for line in Path("/proc/self/maps").read_text().splitlines()) == 1
+    assert len(tables) > 1
+
+
+def test_image_names_are_the_column(write: Callable[..., Path]) -> None:
+    data = table.open_table(write(rows_of_every_kind() * 500))
+    assert list(table.image_names(data)) == data[:]["image"]
 
 
 def _rows(file: Path) -> int:

@@ -14,12 +14,17 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.table import open_table
+from llava.data.table import mapped_anew, open_table
 from llava.data.text import encode_conversation
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
 
 logger = logging.getLogger(__name__)
+
+ROWS_PER_MAPPING = 256
+"""Each row read brings some ten pieces of 64 KiB of the mapped file into the process; without renewal the
+whole file would in time count as every worker's memory. This many rows are at most some 200 MB, and mapping
+anew costs what reading another 256 rows does, a small part of tokenising them and opening their images."""
 
 
 class BadSample(UserError):
@@ -66,6 +71,7 @@ class LazySupervisedDataset(Dataset):
             )
         self.data_path = Path(data_path)
         self.table = open_table(data_path, cache_dir)
+        self._rows_read = 0
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_folder = Path(image_folder) if image_folder else None
@@ -75,8 +81,7 @@ class LazySupervisedDataset(Dataset):
         self.mm_use_im_start_end = mm_use_im_start_end
         self.load_visual = load_visual
         self.on_bad_sample = on_bad_sample
-        words = self.table.with_format("numpy", columns=["words"])
-        self._words = torch.from_numpy(words[:]["words"].copy())
+        self._words = torch.tensor(self.table.data.column("words").to_numpy())
         # Shared memory: workers mark the rows they skip, the main process reads them.
         self._bad = torch.zeros(len(self.table), dtype=torch.bool).share_memory_()
 
@@ -122,11 +127,18 @@ class LazySupervisedDataset(Dataset):
 
     def sample(self, index: int) -> dict[str, Any]:
         """Sample `index` itself, whatever `on_bad_sample` says. Raises BadSample."""
-        row = self.table[index]
+        row = self.row(index)
         try:
             return self._encode(row)
         except UserError as error:
             raise BadSample(f"{self.data_path} row {index} (id {row['id']}): {error}") from None
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Row `index` of the table, see `llava.data.table.Row`."""
+        self._rows_read += 1
+        if self._rows_read % ROWS_PER_MAPPING == 0:
+            self.table = mapped_anew(self.table)
+        return self.table[index]
 
     def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
         if row["problem"]:

@@ -113,7 +113,7 @@ def examine(
     workers: int = 0,
 ) -> Report:
     """All findings of a data file, by row. Progress bars go to stderr."""
-    from llava.data.table import open_table
+    from llava.data.table import image_names, open_table
 
     table = open_table(file)
     tokenizer = None
@@ -135,8 +135,7 @@ def examine(
     names: list[str] = []
     if image_folder is not None:
         rows_of: dict[str, list[int]] = {}
-        columns = table.select_columns("image").iter(1_000)
-        for row, images in enumerate(images for batch in columns for images in batch["image"]):
+        for row, images in enumerate(image_names(table)):
             for name in images:
                 rows_of.setdefault(name, []).append(row)
         names = list(rows_of)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed
 
 from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.data.table import image_names
 from llava.errors import UserError, exit_status
 from llava.mm_utils import load_image
 from llava.train import save
@@ -139,7 +140,7 @@ def fill_visual_cache(
     llava = prepared.llava
     tower = llava.get_vision_tower()
     folder = Path(data.image_folder) if data.image_folder else Path()
-    names = sorted({name for images in dataset.table["image"] for name in images})
+    names = sorted({name for images in image_names(dataset.table) for name in images})
     share = [folder / name for name in names][training.process_index :: training.world_size]
     show = training.process_index == 0
     digests = hash_files(share, show=show)
