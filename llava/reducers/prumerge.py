@@ -116,15 +116,17 @@ class PruMergePlus(PruMerge):
     """
 
     def choose(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        length, count = order.shape[1], self._count(descending)
+        length = order.shape[1]
         if self.tokens is not None:
-            spatial = min(self.tokens, length) // 2
-            count, samples = count - spatial, even_comb(order, spatial)
-        elif self.ratio is not None:
+            total = min(self.tokens, length)
+            samples = even_comb(order, total // 2)
+            return _with_samples(order, _count_to_reach(order, samples, total), samples)
+        count = self._count(descending)
+        if self.ratio is not None:
             samples = stepped_comb(order, int(min(1 / self.ratio, 2 * length)))
         else:
             samples = comb(count, length)
-        if self.tokens or self.min_tokens or self.max_tokens:
+        if self.min_tokens or self.max_tokens:
             count, samples = _clamp(order, count, samples, self._low(), self._high(length))
         return _with_samples(order, count, samples)
 
@@ -156,10 +158,15 @@ def _clamp(order: Tensor, count: Tensor, samples: Tensor, low: int, high: int) -
     share = samples.cumsum(1) * room + there // 2
     kept = samples & ((share // there.clamp(min=1)) > ((share - room) // there.clamp(min=1)))
     samples = torch.where(there > room, kept, samples)
+    return torch.maximum(count, _count_to_reach(order, samples, target.unsqueeze(1))), samples
+
+
+def _count_to_reach(order: Tensor, samples: Tensor, total: Tensor | int) -> Tensor:
+    """[B] how many patches to take by attention so that they and the samples are `total` different ones."""
     # Taking one more by attention adds a patch only where it is no sample.
-    gained = samples.sum(1, keepdim=True) + (~samples.gather(1, order)).cumsum(1)
-    needed = (gained < target.unsqueeze(1)).sum(1) + (samples.sum(1) < target)
-    return torch.maximum(count, needed), samples
+    gained = (~samples.gather(1, order)).long()
+    before = samples.sum(1, keepdim=True) + gained.cumsum(1) - gained
+    return (before < total).sum(1)
 
 
 def prune_and_merge(
