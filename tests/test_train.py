@@ -154,6 +154,61 @@ def test_what_trains_is_float32_under_mixed_precision(stage: str, tiny: Tiny, tm
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_float16_with_loss_scaling_takes_float32s_steps(stage: str, tiny: Tiny, tmp_path: Path) -> None:
+    """What a V100 does, on the CPU: float16 autocast over the set-up of a float16 run, loss scaled by 2^16."""
+
+    def steps(half: bool) -> list[float]:
+        arguments = model, data, training = parse(tiny.argv(tmp_path, STAGES[stage]), silent)
+        training.fp16 = half  # asked for by flag, a CPU refuses it
+        torch.manual_seed(0)
+        prepared = build(*arguments, silent)
+        kinds = {p.requires_grad: p.dtype for p in prepared.model.parameters()}
+        assert kinds == {True: torch.float32, False: torch.float16 if half else torch.float32}
+        dataset = LazySupervisedDataset(
+            data.data_path,
+            prepared.tokenizer,
+            prepared.llava.get_vision_tower().image_processor,
+            image_folder=data.image_folder,
+        )
+        collate = DataCollatorForSupervisedDataset(prepared.tokenizer)
+        trained = [p for p in prepared.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", enabled=half, init_scale=2.0**16)
+        prepared.model.eval()  # no dropout
+        result = []
+        for row in range(4):
+            batch = collate([dataset[row], dataset[row + 4]])
+            with torch.autocast("cpu", torch.float16, enabled=half):
+                loss = prepared.model(**batch, loss_only=True, use_cache=False).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            result.append(loss.item())
+        assert not half or scaler.get_scale() == 2.0**16  # no step was left out for an overflow
+        return result
+
+    exact, half = steps(False), steps(True)
+    assert half != exact
+    assert half == pytest.approx(exact, abs=0.02)
+    assert exact[-1] != pytest.approx(exact[0], abs=0.1)
+
+
+def test_samples_that_teach_nothing_leave_the_weights_alone(tiny: Tiny, tmp_path: Path) -> None:
+    """A batch whose labels are all masked has no mean; it must not make NaN of the gradients of others."""
+    prepared, run = prepare(tiny, tmp_path)
+    empty, other = (run.data_collator([run.train_dataset[row]]) for row in (0, 1))
+    empty["labels"] = torch.full_like(empty["labels"], IGNORE_INDEX)
+    model = prepared.llava.eval()
+    model(**other, loss_only=True).loss.backward()
+    alone = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model(**empty, loss_only=True).loss.backward()
+    assert alone
+    for name, gradient in alone.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
 def test_the_set_up_is_said_in_numbers(tiny: Tiny, tmp_path: Path) -> None:
     prepared, _ = prepare(tiny, tmp_path, STAGES["lora"])
     lines = describe(prepared.model)

@@ -4,10 +4,12 @@ import itertools
 import os
 import shlex
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava import hardware
 from llava.errors import UserError
@@ -166,9 +168,31 @@ def test_warmup_means_what_it_meant(argv: list[str], flags: str, steps: int) -> 
         ("--output_dir ''", ["--output_dir"]),
         ("--data_path ''", ["--data_path"]),
         ("--save_steps 2.5", ["--save_steps"]),
+        ("--seed x", ["--seed"]),
+        ("--precision bf17", ["--precision", "fp32"]),
+        ("--image_aspect_ratio anyres", ["--image_aspect_ratio", "pad"]),
+        ("--mm_vision_select_feature cls", ["--mm_vision_select_feature", "cls_patch"]),
+        ("--mm_projector_type mlp2x", ["mm_projector_type", "mlp2x_gelu"]),
+        ("--lora_enable True --lora_r 0", ["--lora_r"]),
+        ("--lora_enable True --lora_dropout 1.5", ["--lora_dropout"]),
+        ("--visual_cache_batch_size 0", ["--visual_cache_batch_size"]),
+        ("--dataloader_num_workers -1", ["--dataloader_num_workers"]),
+        ("--optim adamw_8bits", ["--optim", "adamw_8bit"]),
+        ("--remove_unused_columns True", ["--remove_unused_columns"]),
+        ("--eval_strategy steps", ["--eval_strategy", "llava eval"]),
+        ("--data_path .", ["--data_path", "folder"]),
+        ("--resume_from_checkpoint nowhere", ["--resume_from_checkpoint"]),
+        ("--output_dir /dev/null/run", ["--output_dir"]),
+        ("--deepspeed scripts/zero2.json --fsdp full_shard", ["--deepspeed", "--fsdp"]),
+        ("--bits 4 --lora_enable True --deepspeed scripts/zero3.json", ["--bits 4", "ZeRO-3", "zero2.json"]),
     ],
 )
-def test_a_bad_combination_names_its_flags(argv: list[str], flags: str, names: list[str]) -> None:
+def test_a_bad_combination_names_its_flags(
+    argv: list[str], flags: str, names: list[str], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    if "zero3" in flags:
+        pytest.importorskip("deepspeed")
     with pytest.raises(UserError) as error:
         parse([*argv, *shlex.split(flags)], quiet)
     for name in names:
@@ -184,6 +208,24 @@ def test_eight_bits_are_refused_where_the_gpu_has_no_int8(
     monkeypatch.setattr(hardware, "supports_llm_int8", lambda device=None: False)
     with pytest.raises(UserError, match="--bits 8"):
         parse(flags, quiet)
+
+
+def test_a_bad_flag_is_one_line_and_status_2(argv: list[str], root: Path) -> None:
+    command = [sys.executable, str(root / "llava/train/train_mem.py"), *argv, "--seed", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "--seed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("v1", False), ("plain", False), ("v0", True), ("vicuna", True)]
+)
+def test_a_version_that_means_another_template_is_said(argv: list[str], version: str, said: bool) -> None:
+    lines: list[str] = []
+    parse([*argv, "--version", version], lines.append)
+    assert any("written as vicuna_v1" in line for line in lines) == said
 
 
 def test_near_names_are_suggested(argv: list[str]) -> None:
@@ -288,7 +330,7 @@ def test_every_scripts_flags_are_flags(
     rate, batch, lora, projector_rate = RECIPES[script]
     assert training.learning_rate == rate
     total = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    assert total == (8 if mini else batch)
+    assert total == (4 if mini else batch)
     assert ((training.lora_r, training.lora_alpha) if training.lora_enable else None) == lora
     assert training.mm_projector_lr == projector_rate
     assert (training.bits == 4) == (script == "finetune_qlora")
@@ -297,6 +339,41 @@ def test_every_scripts_flags_are_flags(
     assert data.image_aspect_ratio == ("square" if script == "pretrain" else "pad")
     assert training.warmup_steps == 0.03
     assert (model.mm_vision_select_layer, model.mm_projector_type) == (-2, "mlp2x_gelu")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_asks_a_v100_for_what_it_lacks(
+    script: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a V100, with flash-attn installed: float16 and sdpa, never bfloat16, tf32 or flash."""
+
+    def plan(device=None, *, dtype=None, attention=None) -> hardware.Plan:
+        packages = tuple(hardware.FLASH_KERNELS)
+        decided = hardware.plan_for("cuda", (7, 0), dtype=dtype, attention=attention, flash_packages=packages)
+        return hardware.Plan(
+            device=torch.device("cuda"),
+            dtype=getattr(torch, decided.dtype),
+            attention=decided.attention,
+            grad_scaler=decided.grad_scaler,
+            tf32=decided.tf32,
+            reasons=decided.reasons,
+        )
+
+    monkeypatch.setattr(hardware, "plan", plan)
+    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "mm_projector.bin").write_text("")
+    folder = {"DATA": f"{tmp_path}/data.json", "IMAGES": str(tmp_path), "OUT": str(tmp_path / "out")}
+    command = dry_run(
+        root, script, GPUS="4", PROJECTOR=f"{tmp_path}/mm_projector.bin", DEEPSPEED="none", **folder
+    )
+    flags = command[command.index("llava/train/train_mem.py") + 1 :]
+    assert not {"--bf16", "--tf32", "--fp16", "--attn_implementation"} & set(flags)
+    said: list[str] = []
+    _, _, training = parse(flags, said.append)
+    assert (training.fp16, training.bf16, training.use_cpu) == (True, False, False)
+    assert not training.tf32
+    assert training.attn_implementation == "sdpa"
+    assert any("7.0" in line for line in said)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -316,7 +393,25 @@ def test_a_script_starts_one_process_per_gpu_and_a_flag_wins(script: str, root: 
     config = command[command.index("--deepspeed") + 1]
     assert (root / config).is_file()
     assert "--deepspeed" not in dry_run(root, script, GPUS="3", DEEPSPEED="none")
-    assert dry_run(root, script, GPUS="1", HOSTFILE="hosts")[:3] == ["deepspeed", "--hostfile", "hosts"]
+    for gpus in ("0", "8"):  # the machine that starts the others may have none
+        command = dry_run(root, script, GPUS=gpus, HOSTFILE="hosts")
+        assert command[:3] == ["deepspeed", "--hostfile", "hosts"]
+        assert "--deepspeed" in command
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("0,2,3", 3), ("GPU-5a, GPU-6b", 2), ("1,-1,2", 1), ("-1", 0), ("", 0)]
+)
+def test_gpus_are_counted_as_cuda_does(visible: str, count: int, root: Path) -> None:
+    command = dry_run(root, "finetune_lora", CUDA_VISIBLE_DEVICES=visible)
+    if count:
+        assert command[command.index("--nproc_per_node") + 1] == str(count)
+    else:
+        assert command[:2] == ["python", "llava/train/train_mem.py"]
+
+
+def test_zero_is_no(root: Path) -> None:
+    assert "checkpoints/mini-base" not in dry_run(root, "pretrain", MINI="0", GPUS="0")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -9,19 +9,24 @@ Flags of transformers' own TrainingArguments are accepted as they are; the table
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import transformers
 from transformers import HfArgumentParser
+from transformers.training_args import OptimizerNames
 
 from llava import hardware
+from llava.conversation import conv_templates
+from llava.data.text import training_template
 from llava.errors import UserError, first_line
+from llava.model.projector import build_projector
 from llava.reducers import build_reducer
 
 
@@ -61,8 +66,10 @@ class ModelArguments:
     mm_use_im_patch_token: bool = field(
         default=True, metadata=_help("add <im_patch> to the vocabulary (the released models do not)")
     )
-    mm_patch_merge_type: str = field(default="flat", metadata=_help("how the crops of one image are joined"))
-    mm_vision_select_feature: str = field(
+    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = field(
+        default="flat", metadata=_help("how the crops of one image are joined")
+    )
+    mm_vision_select_feature: Literal["patch", "cls_patch"] = field(
         default="patch", metadata=_help("patch: without CLS; cls_patch: with it")
     )
     mm_token_reducer: str | None = field(
@@ -158,6 +165,17 @@ class TrainingArguments(transformers.TrainingArguments):
         ),
     )
 
+
+AT_LEAST: dict[str, int] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "model_max_length": 1,
+    "visual_cache_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "lora_r": 1,
+    "lora_alpha": 1,
+}
+"""The least these flags can mean; libraries would say so only after the model is loaded, or not at all."""
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
@@ -259,8 +277,15 @@ def _warmup(values: list[str]) -> list[str]:
 # --- Parsing
 
 
+class _Parser(HfArgumentParser):
+    """argparse's errors as one sentence; its usage would be hundreds of lines here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; `llava train --help` lists the flags.")
+
+
 def build_parser() -> HfArgumentParser:
-    return HfArgumentParser(
+    return _Parser(
         (ModelArguments, DataArguments, TrainingArguments),
         prog="llava train",
         description="Train a LLaVA: projector, full fine-tuning, LoRA or QLoRA.",
@@ -298,6 +323,8 @@ def parse(argv: Sequence[str], say: Callable[[str], None] = print) -> Arguments:
         raise UserError(first_line(error)) from error
     model, data, training = arguments
     check(model, data, training)
+    if training_template(model.version) is not conv_templates.get(model.version):
+        say(f"--version {model.version}: the data are written as vicuna_v1, as in LLaVA")
     return model, data, training
 
 
@@ -314,8 +341,6 @@ def _one_warmup(argv: list[str]) -> list[str]:
 
 
 def _refuse_unknown(token: str, parser: HfArgumentParser) -> None:
-    import difflib
-
     known = [option for action in parser._actions for option in action.option_strings]
     near = difflib.get_close_matches(token.split("=")[0].replace("-", "_").replace("__", "--", 1), known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
@@ -341,9 +366,25 @@ def _check_before(values: Namespace) -> None:
         raise UserError(
             f"--deepspeed {values.deepspeed}: there is no such file (scripts/zero2.json, scripts/zero3.json)."
         )
-    for flag in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
-        if getattr(values, flag) < 1:
-            raise UserError(f"--{flag} {getattr(values, flag)}: at least 1 is needed.")
+    for flag, least in AT_LEAST.items():
+        if getattr(values, flag) < least:
+            raise UserError(f"--{flag} {getattr(values, flag)}: at least {least} is needed.")
+    if not 0 <= values.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {values.lora_dropout}: from 0 up to, but not including, 1.")
+    optimizers = [name.value for name in OptimizerNames]
+    if values.optim not in optimizers:
+        near = difflib.get_close_matches(values.optim, optimizers, n=3)
+        hint = f" (near: {', '.join(near)})" if near else ""
+        raise UserError(f"--optim {values.optim}: transformers has no such optimizer{hint}.")
+    if values.remove_unused_columns:
+        raise UserError("--remove_unused_columns True would drop the images: leave it out.")
+    if values.eval_strategy != "no":
+        raise UserError(
+            f"--eval_strategy {values.eval_strategy}: a training run has no evaluation data; "
+            "`llava eval` takes its checkpoints."
+        )
+    if values.deepspeed and values.fsdp:
+        raise UserError("--deepspeed and --fsdp exclude one another: both cut the model up.")
 
 
 def _decide_hardware(values: Namespace, given: set[str], say: Callable[[str], None]) -> None:
@@ -445,7 +486,8 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
     Raises:
         UserError: naming the flags that contradict one another, or the file that is not there.
     """
-    _check_files(model, data)
+    _check_files(model, data, training)
+    build_projector(model.mm_projector_type, 1, 1)  # refuses a name it does not know
     _check_stage(model, training)
     _check_bits(model, training)
     if model.version == "plain" and not data.image_folder:
@@ -459,11 +501,15 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
             raise UserError(f"--mm_token_reducer: {error}") from error
 
 
-def _check_files(model: ModelArguments, data: DataArguments) -> None:
+def _check_files(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     if not data.data_path:
         raise UserError("--data_path is missing: a JSON, JSONL or parquet file of conversations.")
     if not Path(data.data_path).exists():
         raise UserError(f"--data_path {data.data_path}: there is no such file.")
+    if Path(data.data_path).is_dir():
+        raise UserError(
+            f"--data_path {data.data_path} is a folder: one JSON, JSONL or parquet file is needed."
+        )
     if data.image_folder and not Path(data.image_folder).is_dir():
         raise UserError(f"--image_folder {data.image_folder}: there is no such folder.")
     if model.pretrain_mm_mlp_adapter and not Path(model.pretrain_mm_mlp_adapter).is_file():
@@ -471,6 +517,16 @@ def _check_files(model: ModelArguments, data: DataArguments) -> None:
             f"--pretrain_mm_mlp_adapter {model.pretrain_mm_mlp_adapter}: there is no such file; "
             "the pre-training stage writes it (scripts/v1_5/pretrain.sh)."
         )
+    asked = training.resume_from_checkpoint
+    if asked not in (None, "True", "true") and not Path(asked).is_dir():
+        raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder.")
+    _check_writable(Path(training.output_dir))
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder} cannot be written to: choose another folder.")
 
 
 def _check_stage(model: ModelArguments, training: TrainingArguments) -> None:
@@ -500,6 +556,11 @@ def _check_bits(model: ModelArguments, training: TrainingArguments) -> None:
         return
     if not (training.lora_enable or model.tune_mm_mlp_adapter):
         raise UserError(f"--bits {training.bits} freezes the language model: add --lora_enable True.")
+    if (training.deepspeed and training.hf_deepspeed_config.is_zero3()) or training.fsdp:
+        raise UserError(
+            f"--bits {training.bits}: quantized weights cannot be cut up over the GPUs as ZeRO-3 and FSDP do; "
+            "use --deepspeed scripts/zero2.json, or none."
+        )
     if training.bits == 8 and not hardware.supports_llm_int8("cpu" if training.use_cpu else None):
         raise UserError(
             "--bits 8 (LLM.int8) needs a GPU of compute capability 7.5 (a V100 has 7.0): use --bits 4."

@@ -3,6 +3,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 MINI=${MINI:-}
+[[ $MINI != 0 ]] || MINI=
 SETTINGS=()
 
 # setting NAME DEFAULT MINI_DEFAULT HELP: a variable the environment may set; MINI=1 has defaults of its own.
@@ -13,16 +14,24 @@ setting() {
     SETTINGS+=("$1" "$4")
 }
 
+# As CUDA counts: those listed, up to the first that is none (-1, or the empty list that hides them all).
 count_gpus() {
-    if [[ -n ${CUDA_VISIBLE_DEVICES-} ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
-    else
+    if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
         { nvidia-smi -L 2>/dev/null || true; } | wc -l
+        return
     fi
+    local names name count=0
+    IFS=, read -ra names <<<"$CUDA_VISIBLE_DEVICES"
+    for name in "${names[@]}"; do
+        [[ -n $name && $name != -* ]] || break
+        ((++count))
+    done
+    echo "$count"
 }
 
+VISIBLE_GPUS=$(count_gpus)
 setting PYTHON python python "the Python to run"
-setting GPUS "$(count_gpus)" "$(count_gpus)" "processes on this machine; default: the visible GPUs, 0 runs on the CPU"
+setting GPUS "$VISIBLE_GPUS" "$VISIBLE_GPUS" "processes on this machine; default: the visible GPUs, 0 runs on the CPU"
 setting NNODES 1 1 "machines; with more than one, start the script on each with NODE_RANK and MASTER_ADDR"
 setting NODE_RANK 0 0 "number of this machine"
 setting MASTER_ADDR 127.0.0.1 127.0.0.1 "first machine"
@@ -51,6 +60,7 @@ launch() {
     for flag in "$@"; do
         case $flag in -h | --help) usage && exit 0 ;; esac
     done
+    [[ $DRY_RUN != 0 ]] || DRY_RUN=
     [[ -z $MINI || -n $DRY_RUN ]] || prepare_mini
 
     local command=("$PYTHON") common=(
@@ -88,7 +98,7 @@ launch() {
         command+=(-m torch.distributed.run --nproc_per_node "$GPUS" --nnodes "$NNODES"
             --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
     fi
-    if ((GPUS > 0)) && [[ $DEEPSPEED != none ]]; then
+    if ((GPUS > 0)) || [[ -n $HOSTFILE ]] && [[ $DEEPSPEED != none ]]; then
         common+=(--deepspeed "$DEEPSPEED")
     fi
     command+=(llava/train/train_mem.py "${common[@]}" "$@")

@@ -8,8 +8,8 @@ setting DATA playground/data/llava_v1_5_mix665k.json "$MINI_DATA/conversations.j
 setting IMAGES playground/data "$MINI_DATA" "folder of the images"
 setting PROJECTOR checkpoints/llava-v1.5-pretrain/mm_projector.bin "" "mm_projector.bin of pretrain.sh; empty: start anew"
 setting OUT checkpoints/llava-v1.5 outputs/mini-finetune "where the result goes"
-setting GLOBAL_BATCH 128 8 "samples per optimizer step, kept by accumulation whatever the number of GPUs"
-setting PER_DEVICE 16 4 "samples a GPU takes at once: lower it where memory is short"
+setting GLOBAL_BATCH 128 4 "samples per optimizer step, kept by accumulation whatever the number of GPUs"
+setting PER_DEVICE 16 2 "samples a GPU takes at once: lower it where memory is short"
 setting DEEPSPEED scripts/zero3.json none "DeepSpeed's configuration (scripts/zero3_offload.json saves GPU memory); none: plain DDP"
 
 launch \

@@ -7,8 +7,8 @@ setting MODEL lmsys/vicuna-7b-v1.5 checkpoints/mini-base "language model (lmsys/
 setting DATA playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json "$MINI_DATA/conversations.json" "conversations"
 setting IMAGES playground/data/LLaVA-Pretrain/images "$MINI_DATA" "folder of the images"
 setting OUT checkpoints/llava-v1.5-pretrain outputs/mini-pretrain "where the result goes"
-setting GLOBAL_BATCH 256 8 "samples per optimizer step, kept by accumulation whatever the number of GPUs"
-setting PER_DEVICE 32 4 "samples a GPU takes at once: lower it where memory is short"
+setting GLOBAL_BATCH 256 4 "samples per optimizer step, kept by accumulation whatever the number of GPUs"
+setting PER_DEVICE 32 2 "samples a GPU takes at once: lower it where memory is short"
 setting DEEPSPEED scripts/zero2.json none "DeepSpeed's configuration; none: plain DDP"
 
 setting ON_BAD_SAMPLE error skip "error or skip (the scenes of MINI that are no captions)"
