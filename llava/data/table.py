@@ -211,7 +211,7 @@ def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Datase
 
 
 def mapped_anew(table: "Dataset") -> "Dataset":
-    """The same table with none of its pages in this process's memory; they stay in the system's page cache."""
+    """The same table, with none of its pages in this process's memory (the page cache keeps them)."""
     from datasets import Dataset
 
     return Dataset.from_file(table.cache_files[0]["filename"])
@@ -228,8 +228,8 @@ def _write_copy(path: Path, copy: Path) -> None:
 
     string_list = pa.list_(pa.string())
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])
-    # Every run reads all of `words` when it begins: first in the schema it lies beside the batch's header, which
-    # has to be read in any case, and no other page of the file is touched.
+    # Every run reads all of `words` when it begins: first in the schema it lies beside the batch's header,
+    # which has to be read in any case, and no other page of the file is touched.
     schema = pa.schema(
         [
             ("words", pa.int32()),
