@@ -156,10 +156,10 @@ def test_what_trains_is_float32_under_mixed_precision(stage: str, tiny: Tiny, tm
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_float16_with_loss_scaling_takes_float32s_steps(stage: str, tiny: Tiny, tmp_path: Path) -> None:
-    """What a V100 does, on the CPU: float16 autocast over the set-up of a float16 run, loss scaled by 2^16."""
+    """What a V100 does, on the CPU: float16 autocast over a float16 run's set-up, the loss scaled."""
 
     def steps(half: bool) -> list[float]:
-        arguments = model, data, training = parse(tiny.argv(tmp_path, STAGES[stage]), silent)
+        arguments = _, data, training = parse(tiny.argv(tmp_path, STAGES[stage]), silent)
         training.fp16 = half  # asked for by flag, a CPU refuses it
         torch.manual_seed(0)
         prepared = build(*arguments, silent)

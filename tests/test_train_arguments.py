@@ -362,10 +362,15 @@ def test_no_script_asks_a_v100_for_what_it_lacks(
     monkeypatch.setattr(hardware, "plan", plan)
     (tmp_path / "data.json").write_text("[]")
     (tmp_path / "mm_projector.bin").write_text("")
-    folder = {"DATA": f"{tmp_path}/data.json", "IMAGES": str(tmp_path), "OUT": str(tmp_path / "out")}
-    command = dry_run(
-        root, script, GPUS="4", PROJECTOR=f"{tmp_path}/mm_projector.bin", DEEPSPEED="none", **folder
-    )
+    settings = {
+        "DATA": str(tmp_path / "data.json"),
+        "IMAGES": str(tmp_path),
+        "PROJECTOR": str(tmp_path / "mm_projector.bin"),
+        "OUT": str(tmp_path / "out"),
+        "GPUS": "4",
+        "DEEPSPEED": "none",
+    }
+    command = dry_run(root, script, **settings)
     flags = command[command.index("llava/train/train_mem.py") + 1 :]
     assert not {"--bf16", "--tf32", "--fp16", "--attn_implementation"} & set(flags)
     said: list[str] = []

@@ -558,7 +558,7 @@ def _check_bits(model: ModelArguments, training: TrainingArguments) -> None:
         raise UserError(f"--bits {training.bits} freezes the language model: add --lora_enable True.")
     if (training.deepspeed and training.hf_deepspeed_config.is_zero3()) or training.fsdp:
         raise UserError(
-            f"--bits {training.bits}: quantized weights cannot be cut up over the GPUs as ZeRO-3 and FSDP do; "
+            f"--bits {training.bits}: ZeRO-3 and FSDP cannot cut up quantized weights over the GPUs; "
             "use --deepspeed scripts/zero2.json, or none."
         )
     if training.bits == 8 and not hardware.supports_llm_int8("cpu" if training.use_cpu else None):
