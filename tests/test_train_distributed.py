@@ -1,4 +1,4 @@
-"""Two processes on the CPU take the steps one process takes with the same global batch: DDP and ZeRO."""
+"""Two processes on the CPU take the steps one process takes with the same global batch: DDP, ZeRO, FSDP."""
 
 import os
 import socket
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_training import STAGES, Tiny, losses, make
 
 from llava.model.checkpoints import read_tensors
@@ -26,7 +27,37 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make(tmp_path_factory.mktemp("tiny"))
 
 
-def launch(root: Path, tiny: Tiny, out: Path, flags: str) -> list[dict]:
+# accelerate shards over GPUs only, though torch's FSDP2 runs on CPUs as well: here it takes them for GPUs.
+FSDP_ON_CPU = """
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from llava.train.train import main
+
+plain = AcceleratorState.__init__
+
+def as_on_gpus(self, *args, fsdp_plugin=None, **options):
+    plain(self, *args, fsdp_plugin=fsdp_plugin, **options)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+AcceleratorState.__init__ = as_on_gpus
+main()
+"""
+
+
+def fsdp_environment(root: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file scripts/fsdp.yaml` sets."""
+    config = yaml.safe_load((root / "scripts/fsdp.yaml").read_text())["fsdp_config"]
+    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+    values = {
+        key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in config.items()
+    }
+    return {"ACCELERATE_USE_FSDP": "true", **{names.get(key, key.upper()): v for key, v in values.items()}}
+
+
+def launch(root: Path, tiny: Tiny, out: Path, flags: str, *, fsdp: bool = False) -> list[dict]:
     """The same run in two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,8 +72,13 @@ def launch(root: Path, tiny: Tiny, out: Path, flags: str) -> list[dict]:
         str(port),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LLAVA_CACHE": str(out.parent / "cache")}
+    program = ["-m", "llava.train.train"]
+    if fsdp:
+        program = [str(out.parent / "fsdp_on_cpu.py")]
+        Path(program[0]).write_text(FSDP_ON_CPU)
+        environment |= {**fsdp_environment(root), "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [*command, "-m", "llava.train.train", *tiny.argv(out, flags)],
+        [*command, *program, *tiny.argv(out, flags)],
         cwd=root,
         env=environment,
         capture_output=True,
@@ -77,6 +113,8 @@ CASES = {
     "zero3-full": ("full", "--deepspeed scripts/zero3.json"),
     "zero3-lora": ("lora", "--deepspeed scripts/zero3.json --gradient_checkpointing True"),
     "zero3-projector": ("projector", "--deepspeed scripts/zero3.json"),
+    "fsdp-full": ("full", ""),
+    "fsdp-lora": ("lora", "--gradient_checkpointing True"),
 }
 FILES = {"full": "model.safetensors", "lora": "non_lora_trainables.bin", "projector": "mm_projector.bin"}
 
@@ -88,7 +126,7 @@ def test_two_processes_take_the_steps_of_one(case: str, root: Path, tiny: Tiny, 
         pytest.importorskip("deepspeed")
     flags = f"{STAGES[stage].replace('--group_by_modality_length True', '')} {STEPS} {flags}"
     theirs = single(tiny, tmp_path / "one", flags.split("--deepspeed")[0])
-    ours = launch(root, tiny, tmp_path / "two", flags)
+    ours = launch(root, tiny, tmp_path / "two", flags, fsdp="fsdp" in case)
     assert_same(ours, theirs, 2e-4)
     one, two = (read_tensors(tmp_path / name / FILES[stage]) for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -115,17 +153,18 @@ def test_zero3_in_bfloat16(stage: str, root: Path, tiny: Tiny, tmp_path: Path) -
     assert_same(three, two, 0.02)
 
 
-@pytest.mark.parametrize("case", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("case", ["ddp", "zero2", "zero3", "fsdp"])
 def test_a_run_of_two_processes_goes_on(case: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
     flags = f"{STAGES['lora']} --max_steps 4 --save_steps 2 --visual_cache {tmp_path / 'tokens'}"
-    if case != "ddp":
+    if "zero" in case:
         pytest.importorskip("deepspeed")
         flags += f" --deepspeed scripts/{case}.json"
-    whole = launch(root, tiny, tmp_path / "whole", flags)
+    whole = launch(root, tiny, tmp_path / "whole", flags, fsdp=case == "fsdp")
     part = tmp_path / "part"
     (part / "checkpoint-2").parent.mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(part / "checkpoint-2")
-    again = launch(root, tiny, part, flags)
+    assert any("fsdp" in path.name for path in (part / "checkpoint-2").iterdir()) == (case == "fsdp")
+    again = launch(root, tiny, part, flags, fsdp=case == "fsdp")
     assert [row["step"] for row in again] == [3, 4]
     assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in whole[2:]], abs=1e-6)
     ours, theirs = (read_tensors(folder / "non_lora_trainables.bin") for folder in (part, tmp_path / "whole"))
