@@ -342,6 +342,33 @@ def test_bad_samples_name_file_row_and_reason(
     assert f"{file} row 1 (id " in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_is_one_sentence_from_a_worker_too(
+    workers: int, write: Callable[..., Path], tokenizer: object
+) -> None:
+    file = write([sample("a", "b"), sample("a <image>", "b", id="odd")])
+    loader = DataLoader(
+        LazySupervisedDataset(file, tokenizer), batch_size=None, num_workers=workers, collate_fn=None
+    )
+    with pytest.raises(BadSample) as caught:
+        list(loader)
+    assert str(caught.value).startswith(f"{file} row 1 (id odd): ")
+    assert "\n" not in str(caught.value)
+
+
+def test_skips_are_told_a_few_times_and_counted_always(
+    write: Callable[..., Path], tokenizer: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [sample(f"<image> {number}", "x") for number in range(9)]
+    data = LazySupervisedDataset(write([*bad, sample("a", "b")]), tokenizer, on_bad_sample="skip")
+    for index in range(10):
+        data[index]
+    assert data.bad_rows == list(range(9))
+    told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(told) == dataset.SKIPS_SAID
+    assert "only counted" in told[-1]
+
+
 def test_several_tags_in_one_turn_are_one_image(
     write: Callable[..., Path], image_folder: Path, tokenizer: object, processor: CLIPImageProcessorPil
 ) -> None:

@@ -588,6 +588,35 @@ def test_a_run_writes_down_what_it_was(tiny: Tiny, tmp_path: Path) -> None:
     assert any("LoRA: trains" in line for line in content["notes"])
 
 
+def test_unusable_samples_are_reported_at_the_end(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(tiny.images, images)
+    (images / "3.png").write_bytes(b"no picture")
+    broken = Tiny(tiny.models, tiny.data, images)
+    flags = f"{STAGES['projector']} --num_train_epochs 1 --save_strategy no --dataloader_num_workers 1"
+    with pytest.raises(UserError, match=r"^\S+ row 3 \(id i3\): \S+3\.png is not an image"):
+        broken.train(tmp_path / "run", flags)
+    assert len(broken.train(tmp_path / "run", f"{flags} --on_bad_sample skip")) == 5
+    report = "unusable samples met and replaced by others: 1 (rows 3)"
+    assert report in capsys.readouterr().err
+    assert report in json.loads((tmp_path / "run/run.json").read_text())["notes"]
+
+
+def test_a_sequence_no_longer_than_an_image_is_warned_of(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"{STAGES['projector']} --max_steps 1 --save_strategy no"
+    for name, more, warned in (
+        ("long", "", False),
+        ("short", "--model_max_length 16", True),
+        ("reduced", "--model_max_length 16 --reducer prumerge", False),
+    ):
+        tiny.train(tmp_path / name, f"{flags} {more}")
+        assert ("--model_max_length 16 cuts off" in capsys.readouterr().err) == warned
+
+
 def test_a_log_cut_short_is_read_and_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -27,8 +27,16 @@ whole file would in time count as every worker's memory. This many rows are at m
 anew costs what reading another 256 rows does, a small part of tokenising them and opening their images."""
 
 
+SKIPS_SAID = 5
+"""So many skipped samples are told with their reason when they are met."""
+
+
 class BadSample(UserError):
     """A sample that cannot be trained on; the message names the file, the row and the reason."""
+
+    def __init__(self, message: str):
+        # What a loader's worker raises comes out of torch as a whole traceback, our sentence last.
+        super().__init__(message.rpartition("BadSample: ")[2].strip())
 
 
 class LazySupervisedDataset(Dataset):
@@ -42,7 +50,7 @@ class LazySupervisedDataset(Dataset):
     load_visual: takes a name in `image` and returns that image's cached visual tokens [K, mm_hidden];
         images are then not opened.
     on_bad_sample: "error" raises `BadSample`; "skip" gives the next good sample of the same kind (with or
-        without image) in its place and counts it in `bad_rows`.
+        without image) in its place and marks it in `bad`, a bool per row.
 
     A sample is `input_ids`, `labels` (int64 [n]), and with images one of `images` (list of float32 [3, S, S])
     and `visual_tokens` (list of [K, mm_hidden]), in the order of the placeholders in `input_ids`.
@@ -83,7 +91,7 @@ class LazySupervisedDataset(Dataset):
         self.on_bad_sample = on_bad_sample
         self._words = torch.tensor(self.table.data.column("words").to_numpy())
         # Shared memory: workers mark the rows they skip, the main process reads them.
-        self._bad = torch.zeros(len(self.table), dtype=torch.bool).share_memory_()
+        self.bad = torch.zeros(len(self.table), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -101,22 +109,28 @@ class LazySupervisedDataset(Dataset):
     @property
     def bad_rows(self) -> list[int]:
         """Rows skipped so far, by this process and its workers."""
-        return self._bad.nonzero().flatten().tolist()
+        return self.bad.nonzero().flatten().tolist()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.on_bad_sample == "error":
             return self.sample(index)
         for candidate in self._from(index):
-            if self._bad[candidate]:
+            if self.bad[candidate]:
                 continue
             try:
                 return self.sample(candidate)
             except BadSample as error:
-                self._bad[candidate] = True
-                logger.warning("skipped: %s", error)
+                self.bad[candidate] = True
+                self._say_skipped(error)
         raise UserError(
             f"{self.data_path}: no sample of the kind of row {index} is usable; `llava doctor data` says why."
         )
+
+    def _say_skipped(self, error: BadSample) -> None:
+        count = int(self.bad.sum())
+        if count <= SKIPS_SAID:
+            more = "; the next ones are only counted" if count == SKIPS_SAID else ""
+            logger.warning("skipped: %s%s", str(error).rstrip("."), more)
 
     def _from(self, index: int) -> Iterator[int]:
         """The index, then those after it of the same kind, round to the start."""

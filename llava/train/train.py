@@ -73,6 +73,7 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
         mm_use_im_start_end=model_args.mm_use_im_start_end,
         on_bad_sample=data_args.on_bad_sample,
     )
+    _say_if_images_fill_the_sequence(prepared, training_args, say)
     if data_args.visual_cache:
         dataset.load_visual = fill_visual_cache(prepared, dataset, data_args, training_args, say)
 
@@ -88,14 +89,19 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_state()
     trainer.save_model()
-    if bad := dataset.bad_rows:
-        say(f"{len(bad)} unusable samples were replaced, rows {', '.join(map(str, bad[:20]))} ...")
+    bad = trainer.accelerator.reduce(dataset.bad.to(training_args.device, torch.int32)).nonzero()
+    if len(bad):
+        rows = ", ".join(map(str, bad.flatten()[:20].tolist()))
+        more = " ..." if len(bad) > 20 else ""
+        say(f"unusable samples met and replaced by others: {len(bad):,} (rows {rows}{more})")
     say(f"saved in {run}")
+    if training_args.should_save:
+        write_run_file(run / RUN_FILE, arguments, notes)
 
 
 def _set_up_processes(training: TrainingArguments) -> None:
     logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING, force=False)
-    for noisy in ("httpx", "filelock", "PIL", "datasets"):
+    for noisy in ("httpx", "filelock", "PIL", "datasets", "huggingface_hub", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # A plain `python` start on several GPUs: DataParallel cannot split lists of images.
     if training.n_gpu > 1:
@@ -106,6 +112,16 @@ def _set_up_processes(training: TrainingArguments) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _say_if_images_fill_the_sequence(prepared: Prepared, training: TrainingArguments, say) -> None:
+    llava = prepared.llava
+    patches, longest = llava.get_vision_tower().num_patches, training.model_max_length
+    if llava.reducer.spec == "none" and patches >= longest:
+        say(
+            f"warning: --model_max_length {longest} cuts off all text behind an image, which alone takes "
+            f"{patches} tokens: give 2048 (LLaVA-1.5), or a --mm_token_reducer"
+        )
 
 
 def _resume_from(training: TrainingArguments, run: Path, say) -> Path | None:
