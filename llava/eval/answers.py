@@ -30,9 +30,15 @@ class Asked:
     """What the join must know of one question."""
 
     key: str  # equal for questions that nothing but their order tells apart
-    label: str  # how a person recognises it
+    id: str | int
+    text: str
     where: str  # file:line, or the file
     required: bool = True
+
+    @property
+    def label(self) -> str:
+        """How a person recognises it."""
+        return f"{self.id} ({' '.join(self.text.split())[:60]!r})"
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:

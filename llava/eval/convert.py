@@ -7,7 +7,6 @@ nothing (exit status 1). `llava submit` does the same with one set of flags for 
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from llava.errors import UserError
@@ -23,8 +22,8 @@ def vqav2_for_submission(argv: list[str] | None = None) -> int:
     args = _parse(argv, ("--dir", "./playground/data/eval/vqav2"), ("--ckpt", None), ("--split", None))
     folder = Path(args.dir)
     listed = folder / vqav2.TEST
-    asked = vqav2.questions_of(folder / f"{args.split}.jsonl", folder)
-    every = vqav2.questions_of(listed, folder)
+    asked = vqav2.questions_of(folder / f"{args.split}.jsonl", None)
+    every = vqav2.questions_of(listed, None)
     ids = {sample.id for sample in asked}
     return _convert(
         folder / "answers" / args.split / args.ckpt / "merge.jsonl",
@@ -120,7 +119,7 @@ def _convert(
     duplicates are found."""
     rows, problems = read_answers([source])
     known = _asked_by(rows) if samples is None else samples
-    asked = [sample.asked for sample in known] + [replace(sample.asked, required=False) for sample in others]
+    asked = [sample.asked() for sample in known] + [sample.asked(required=False) for sample in others]
     joined, wrong = join(asked, rows, lambda row: row.id)
     problems += wrong
     if problems:

@@ -9,6 +9,10 @@ output.
 """
 
 import re
+from functools import lru_cache
+
+REMEMBERED = 1 << 16
+"""Texts whose normal form is kept: answers and references are short, and most come again and again."""
 
 # Each of these is deleted where the answer shows it next to a blank, and becomes a blank otherwise.
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -73,10 +77,12 @@ def flatten(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(REMEMBERED)
 def vqa_official(text: str) -> str:
     return digits_and_articles(punctuation(flatten(text)))
 
 
+@lru_cache(REMEMBERED)
 def m4c(text: str) -> str:
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return vqa_official(text.strip())

@@ -12,7 +12,7 @@ percentile.
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,8 @@ class Sample:
     options: tuple[str, ...] = ()
     key: str = ""  # what tells it from all others, where the id alone does not
 
-    @property
-    def asked(self) -> Asked:
-        shown = " ".join(self.text.split())[:60]
-        return Asked(self.key or str(self.id), f"{self.id} ({shown!r})", self.where)
+    def asked(self, required: bool = True) -> Asked:
+        return Asked(self.key or str(self.id), self.id, self.text, self.where, required)
 
 
 Unit = Sequence[tuple[Sample, str | None]]
@@ -92,10 +90,10 @@ def by_id_and_question(
     The stored prompt names the question: what is left of it without its frame, or one of its lines. `fold`
     is what the samples' keys went through. A row without a prompt is found by an id that is unique.
     """
-    known = {sample.asked.key for sample in samples}
+    known = {sample.asked().key for sample in samples}
     by_number: dict[str, set[str]] = {}
     for sample in samples:
-        by_number.setdefault(str(sample.id), set()).add(sample.asked.key)
+        by_number.setdefault(str(sample.id), set()).add(sample.asked().key)
 
     def find(row: Row) -> str | None:
         if not row.prompt:
@@ -179,8 +177,8 @@ class Benchmark:
         self, samples: Sequence[Sample], rows: Iterable[Row], others: Sequence[Sample] = ()
     ) -> tuple[list[Row | None], list[str]]:
         """`answers.join` of these questions; `others` may be answered but need not be."""
-        asked = [sample.asked for sample in samples]
-        asked += [replace(sample.asked, required=False) for sample in others]
+        asked = [sample.asked() for sample in samples]
+        asked += [sample.asked(required=False) for sample in others]
         return join(asked, rows, self.find([*samples, *others]))
 
     def score(self, samples: Sequence[Sample], answers: Sequence[str | None]) -> dict[str, Any]:

@@ -9,8 +9,7 @@ compared as strings. Published: LLaVA-1.5-7B 78.5.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from llava.eval.benchmarks.base import (
     read_rows,
     write_text,
 )
-from llava.eval.normalize import digits_and_articles, flatten, m4c, punctuation, soft_score
+from llava.eval.normalize import flatten, m4c, soft_score, vqa_official
 
 FOLDER = "vqav2"
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
@@ -39,43 +38,52 @@ TEST = "llava_vqav2_mscoco_test2015.jsonl"
 
 def load(root: Path, questions: Path | None = None) -> list[Sample]:
     folder = root / FOLDER
-    samples = questions_of(questions or folder / TEST_DEV, folder / "test2015")
+    file, images = questions or folder / TEST_DEV, folder / "test2015"
     found = sorted(folder.glob("v2_*_annotations.json"))
     if not found:
-        return samples
+        return questions_of(file, images)
     if len(found) > 1:
         raise UserError(
             f"{folder}: {len(found)} annotation files ({', '.join(f.name for f in found)}); leave one."
         )
     annotations = {str(entry["question_id"]): entry for entry in read_json(found[0])["annotations"]}
-    return [replace(sample, reference=_reference(sample, annotations, found[0])) for sample in samples]
+
+    def reference(number: int, where: str) -> tuple[str, str, list[str]]:
+        entry = annotations.get(str(number))
+        if entry is None:
+            raise UserError(
+                f"{where}: question {number} is not in {found[0]}; the two are of different splits."
+            )
+        answers = [answer["answer"] for answer in entry["answers"]]
+        if len(answers) != 10:
+            raise UserError(f"{found[0]}: question {number} has {len(answers)} reference answers, not 10.")
+        return entry["answer_type"], entry["question_type"], answers
+
+    return questions_of(file, images, reference)
 
 
-def questions_of(file: Path, images: Path) -> list[Sample]:
-    """The questions of a file, without references."""
+def questions_of(
+    file: Path, images: Path | None, reference: Callable[[int, str], object] = lambda number, where: None
+) -> list[Sample]:
+    """The questions of a file. `images`: None where nobody looks at them; `reference`: of (id, file:line)."""
     return [
-        Sample(row["question_id"], row["text"], images / row["image"], row["image"], where)
+        Sample(
+            row["question_id"],
+            row["text"],
+            images and images / row["image"],
+            row["image"],
+            where,
+            reference=reference(row["question_id"], where),
+        )
         for where, row in read_rows(file, "question_id", "image", "text")
     ]
-
-
-def _reference(sample: Sample, annotations: dict[str, dict], file: Path) -> tuple[str, str, list[str]]:
-    entry = annotations.get(str(sample.id))
-    if entry is None:
-        raise UserError(
-            f"{sample.where}: question {sample.id} is not in {file}; the two are of different splits."
-        )
-    answers = [answer["answer"] for answer in entry["answers"]]
-    if len(answers) != 10:
-        raise UserError(f"{file}: question {sample.id} has {len(answers)} reference answers instead of 10.")
-    return entry["answer_type"], entry["question_type"], answers
 
 
 def accuracy(answer: str, references: Sequence[str]) -> float:
     """Official VQA accuracy of one answer against ten references, 0 to 1."""
     answer, references = flatten(answer), [flatten(reference) for reference in references]
     if len(set(references)) > 1:
-        answer, *references = (digits_and_articles(punctuation(text)) for text in (answer, *references))
+        answer, *references = map(vqa_official, (answer, *references))
     return soft_score(references.count(answer))
 
 
@@ -102,7 +110,7 @@ def metrics(totals: Totals) -> dict:
 def outside(root: Path, samples: Sequence[Sample]) -> list[Sample]:
     """The questions of test2015 that are not among `samples`."""
     asked = {str(sample.id) for sample in samples}
-    every = questions_of(root / FOLDER / TEST, root / FOLDER / "test2015")
+    every = questions_of(root / FOLDER / TEST, images=None)
     return [sample for sample in every if str(sample.id) not in asked]
 
 
