@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_eval_science_qa_writes_nothing_of_partial_answers(tmp_path, capsys):
         == 1
     )
     assert list(tmp_path.iterdir()) == [] and "has no answer" in capsys.readouterr().err
+
+
+def test_eval_science_qa_takes_the_split_that_is_named(tmp_path, capsys):
+    folder = tmp_path / "scienceqa"
+    shutil.copytree(root_of(HERE) / "scienceqa", folder)
+    rows = (folder / "answers/clean.jsonl").read_text().splitlines()[:3]
+    splits = json.loads((folder / "pid_splits.json").read_text())
+    splits["minitest"] = [json.loads(row)["question_id"] for row in rows]
+    (folder / "pid_splits.json").write_text(json.dumps(splits))
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    flags = ["--base-dir", str(folder), "--result-file", str(tmp_path / "a.jsonl")]
+    flags += ["--output-file", str(tmp_path / "b"), "--output-result", str(tmp_path / "c")]
+    assert eval_science_qa.main([*flags, "--split", "minitest"]) == 0
+    assert "Total: 3, " in capsys.readouterr().out
+    assert eval_science_qa.main([*flags, "--split", "maxitest"]) == 2
+    assert "no split 'maxitest'" in capsys.readouterr().err
 
 
 def vqav2_folder(path, case, tmp_path):

@@ -1,6 +1,7 @@
 """The files for the servers, byte for byte what upstream's converters make, and what is never written."""
 
 import json
+import shutil
 
 import pytest
 from test_eval_score import EXPECTED, HERE, SETS, cases, files_of, root_of
@@ -124,6 +125,22 @@ def test_the_others(path, tmp_path):
     assert submit("vizwiz", root, [root / table["vizwiz-trap-missing"]["answers"]], out) == 1
     assert submit("seed", root, [root / table["seed_bench-trap-missing"]["answers"]], out) == 1
     assert not out.exists()
+
+
+def test_seed_has_the_annotations_order(tmp_path):
+    """Whatever the order of the questions and of the answers; without annotations that of the questions."""
+    shutil.copytree(root_of(HERE) / "seed_bench", tmp_path / "seed_bench")
+    annotations, out = tmp_path / "seed_bench/SEED-Bench.json", tmp_path / "out"
+    table = json.loads(annotations.read_text())
+    table["questions"].reverse()
+    annotations.write_text(json.dumps(table))
+    answers = tmp_path / "seed_bench/answers/synth-7b/1_0.jsonl"
+    assert submit("seed", tmp_path, [answers], out) == 0
+    want = EXPECTED[HERE]["secondary"]["cases"]["seed_bench"]["upstream"]["upload"]
+    assert [json.loads(line) for line in out.open()] == want[::-1]
+    annotations.unlink()
+    assert submit("seed", tmp_path, [answers], out) == 0
+    assert [json.loads(line) for line in out.open()] == want
 
 
 def test_benchmarks_without_a_server(tmp_path, capsys):

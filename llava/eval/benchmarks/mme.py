@@ -6,12 +6,14 @@ is read as the official tool reads it, from its first four characters. Pairs are
 line. Published Perception: LLaVA-1.5-7B 1510.7.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from llava.errors import UserError
-from llava.eval.answers import numbered_lines
+from llava.eval.answers import Row, numbered_lines
 from llava.eval.benchmarks.base import (
     BUNDLE,
     SHORT,
@@ -51,11 +53,9 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
     )
     samples = []
     for where, row in rows:
-        subtask, _, name = str(row["question_id"]).partition("/")
         question = bare_question(row["text"])
-        stem = name.rpartition("/")[2].rpartition(".")[0]
-        label = labels.pop(question_key(f"{subtask}/{stem}", question), None)
-        if label is None and labels:
+        key = question_key(image_of(row["question_id"]), question)
+        if labels and key not in labels:
             raise UserError(
                 f"{where}: {row['question_id']} asks {question!r}, which {release} does not hold."
             )
@@ -66,17 +66,31 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
                 release / row["image"],
                 unit=row["image"],
                 where=where,
-                category=subtask,
-                stratum=subtask,
-                reference=label,
-                key=question_key(row["question_id"], question),
+                category=subtask_of(row["question_id"]),
+                stratum=subtask_of(row["question_id"]),
+                reference=labels.get(key),
+                key=key,
             )
         )
-    if labels and questions is None:
-        raise UserError(
-            f"{file}: {len(labels)} questions of {release} are not asked, the first: {next(iter(labels))}"
-        )
+    left = labels.keys() - {sample.key for sample in samples}
+    if left and questions is None:
+        raise UserError(f"{file}: {len(left)} questions of {release} are not asked, the first: {min(left)}.")
     return samples
+
+
+def subtask_of(identifier: object) -> str:
+    return str(identifier).partition("/")[0]
+
+
+def image_of(identifier: object) -> str:
+    """<subtask>/<name> of an image, wherever in the subtask's folder it lies and whatever it ends in."""
+    name = str(identifier).rpartition("/")[2]
+    return f"{subtask_of(identifier)}/{name.rpartition('.')[0] or name}"
+
+
+def find(samples: Sequence[Sample]) -> Callable[[Row], str | None]:
+    by_image = by_id_and_question([replace(sample, id=image_of(sample.id)) for sample in samples])
+    return lambda row: by_image(replace(row, id=image_of(row.id)))
 
 
 def read_labels(release: Path) -> dict[str, str]:
@@ -106,17 +120,21 @@ def read_pair(file: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def made_rows(root: Path) -> list[tuple[str, dict]]:
-    """The question file, made from the txt files and the images beside them."""
+def made_rows(root: Path, images_needed: bool = False) -> list[tuple[str, dict]]:
+    """The question file, made from the txt files and the images beside them.
+
+    Answers can be scored without the images, which only say whether a name ends in jpg or png.
+    """
     release, rows = require(root / RELEASE), []
     for subtask in sorted((*PERCEPTION, *COGNITION)):
         folder = release / subtask
         images = folder / "images" if (folder / "images").is_dir() else folder
         names = {file.stem: file.name for file in sorted(images.glob("*")) if file.suffix != ".txt"}
         for file in sorted(_texts(folder)):
-            if file.stem not in names:
+            if images_needed and file.stem not in names:
                 raise UserError(f"{images}: no image for {file}.")
-            image = f"{images.relative_to(release).as_posix()}/{names[file.stem]}"
+            name = names.get(file.stem, f"{file.stem}.jpg")
+            image = f"{images.relative_to(release).as_posix()}/{name}"
             for question, _ in read_pair(file):
                 row = {"question_id": image, "image": image, "text": question + SHORT, "category": subtask}
                 rows.append((str(file), row))
@@ -124,7 +142,7 @@ def made_rows(root: Path) -> list[tuple[str, dict]]:
 
 
 def rebuild(root: Path) -> str:
-    return jsonl(row for _, row in made_rows(root))
+    return jsonl(row for _, row in made_rows(root, images_needed=True))
 
 
 def read_answer(text: str) -> str:
@@ -187,6 +205,6 @@ BENCHMARK = Benchmark(
     measure=measure,
     metrics=metrics,
     unscored=f"{RELEASE} with its txt files is missing; they hold the labels.",
-    find=by_id_and_question,
+    find=find,
     unit="",
 )

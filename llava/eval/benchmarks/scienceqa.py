@@ -36,11 +36,12 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
     problems, ids = read_problems(folder) if (folder / "problems.json").exists() else ({}, [])
     file = questions or folder / QUESTIONS
     rows = read_json(file) if file.exists() or not problems else made_rows(problems, ids)
-    if problems and (stray := {row["id"] for row in rows} - set(ids)):
+    asked = {str(row["id"]) for row in rows}
+    if problems and (stray := asked - set(ids)):
         raise UserError(
             f"{file}: question {min(stray)} is not in the test split of {folder / 'pid_splits.json'}."
         )
-    if problems and questions is None and (left := set(ids) - {row["id"] for row in rows}):
+    if problems and questions is None and (left := set(ids) - asked):
         raise UserError(
             f"{file}: {len(left)} questions of the test split are not asked, the first: {min(left)}."
         )
@@ -50,25 +51,28 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
 def read_problems(folder: Path, split: str = "test") -> tuple[dict[str, dict], list[str]]:
     """problems.json and the ids of a split."""
     problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
-    for identifier in splits["test"]:
+    if split not in splits:
+        raise UserError(f"{folder / 'pid_splits.json'}: there is no split {split!r}: {', '.join(splits)}.")
+    ids = [str(identifier) for identifier in splits[split]]
+    for identifier in ids:
         if identifier not in problems:
             raise UserError(
-                f"{folder / 'problems.json'}: question {identifier} of the test split is missing."
+                f"{folder / 'problems.json'}: question {identifier} of the {split} split is missing."
             )
-    return problems, splits["test"]
+    return problems, ids
 
 
 def samples_of(rows: list[dict], problems: dict[str, dict], folder: Path, file: Path) -> list[Sample]:
     """Rows of the question file as samples; `problems` may be empty, then there are no references."""
     samples = []
     for row in rows:
-        problem = problems.get(row["id"])
+        problem = problems.get(str(row["id"]))
         samples.append(
             Sample(
                 row["id"],
                 row["conversations"][0]["value"].replace(IMAGE_TAG, "").strip(),
                 folder / "images" / "test" / row["image"] if "image" in row else None,
-                unit=row["id"],
+                unit=str(row["id"]),
                 where=str(file),
                 reference=problem
                 and (problem["answer"], len(problem["choices"]), problem["image"] is not None),

@@ -83,7 +83,15 @@ def metrics(totals: Totals) -> dict:
 
 
 def write(out: Path, root: Path | None, answers: Mapping[str, str]) -> None:
-    write_text(out, jsonl({"question_id": key, "prediction": text} for key, text in answers.items()))
+    """In the annotations' order, with the ids as they have them, where they are there."""
+    annotations = root and root / ANNOTATIONS
+    if annotations and annotations.exists():
+        ids = [entry["question_id"] for entry in read_json(annotations)["questions"]]
+    else:
+        ids = list(answers)
+    write_text(
+        out, jsonl({"question_id": x, "prediction": answers[str(x)]} for x in ids if str(x) in answers)
+    )
 
 
 SEED = "https://github.com/AILab-CVC/SEED-Bench/blob/main/DATASET.md"
