@@ -302,6 +302,39 @@ def test_every_image_is_encoded_once(parts, pictures, tmp_path, monkeypatch):
     store.close()
 
 
+class WatchedStore(Store):
+    """Counts the units that are in hand at a time."""
+
+    held: set[int]
+    most = 0
+
+    def claims(self):
+        for unit in super().claims():
+            self.held.add(unit)
+            self.most = max(self.most, len(self.held))
+            yield unit
+
+    def release(self, unit):
+        super().release(unit)
+        self.held.discard(unit)
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 2), (2, 1), (2, 4), (8, 4)])
+def test_what_is_claimed_ahead_is_little(parts, pictures, tmp_path, processes, workers):
+    """The unit in work and the next one, so that others find work to the end, however few units there are."""
+    requests = [
+        Request(n, f"{n}?", pictures / f"{n % 8}.png", recorded=f"{n}?") for n in range(72)
+    ]  # nine questions a picture
+    store = WatchedStore(tmp_path / "a.jsonl", questions_of(requests, processes), {})
+    store.held = set()
+    assert len(store.units) == {1: 2, 2: 8, 8: 8}[processes]
+    answerer = Answerer(*parts, "vicuna_v1", Generation(max_new_tokens=2))
+    predict(requests, answerer, store, "m", decode_workers=workers, show_progress=False)
+    assert store.open_questions == 0 and not store.held
+    assert store.most == 2
+    store.close()
+
+
 def test_every_beginning_is_computed_once(parts, pictures, tmp_path, monkeypatch):
     """The system prompt once a run, a picture once in all, a question its own words."""
     begun, seen, asked = [], [], []

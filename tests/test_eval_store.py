@@ -63,6 +63,7 @@ def test_units_hold_whole_groups():
         largest = max(map(groups.count, groups))
         assert all(size <= n < size + largest for n in sizes[:-1]) and sizes[-1] > 0
     assert [unit_size(n) for n in (1, 2_374, 8_910, 107_394)] == [32, 37, 139, 256]
+    assert [unit_size(n, 8) for n in (1, 60, 2_374, 8_910, 107_394)] == [1, 1, 37, 139, 256]
 
 
 class Killed(BaseException):

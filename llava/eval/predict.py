@@ -344,10 +344,10 @@ def _as_is(value: T) -> T:
 # --- the loop ---
 
 
-def questions_of(requests: Sequence[Request]) -> list[Question]:
-    """The requests as the store knows them, cut into units of whole images."""
+def questions_of(requests: Sequence[Request], processes: int = 1) -> list[Question]:
+    """The requests as the store knows them, cut into units of whole images to be shared by `processes`."""
     groups: list[object] = [request.image or index for index, request in enumerate(requests)]
-    units = units_of(groups, unit_size(len(requests)))
+    units = units_of(groups, unit_size(len(requests), processes))
     return [
         Question(request.id, request.recorded, unit) for request, unit in zip(requests, units, strict=True)
     ]
@@ -410,10 +410,15 @@ def _show(bar: tqdm, store: Store) -> None:
 def _decoded_units(
     requests: Sequence[Request], answerer: Answerer, store: Store, workers: int
 ) -> Iterator[tuple[int, dict[Path | Embedded, Pixels | str]]]:
-    """(unit, its images) of every unit this process could claim; images are decoded some way ahead."""
+    """(unit, its images) of every unit this process could claim.
+
+    Images are decoded about one unit ahead: what is decoded is claimed, and out of the others' reach.
+    """
     images = list(dict.fromkeys(request.image for request in requests if request.image is not None))
     numbers = {image: number for number, image in enumerate(images)}
     wanted: dict[int, list[int]] = {}
+    a_unit = max(1, len(images) // len(store.units))
+    workers = min(workers, a_unit)
 
     def items() -> Iterator[tuple[str, int]]:
         for unit in store.claims():
@@ -427,7 +432,7 @@ def _decoded_units(
         batch_size=None,
         sampler=items(),
         num_workers=workers,
-        prefetch_factor=8 if workers else None,
+        prefetch_factor=min(8, a_unit // workers) if workers else None,
         collate_fn=_as_is,
     )
     arrived: list[Pixels | str] = []

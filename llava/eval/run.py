@@ -59,6 +59,7 @@ class Job:
     about: tuple[tuple[str, Any], ...] = ()  # what else makes the run what it is: benchmark, protocol, chunk
     batch_tokens: int | None = None
     decode_workers: int = 1
+    processes: int = 1  # that are known to share the work
     show_progress: bool = True
 
 
@@ -258,6 +259,7 @@ def answer(job: Job, *, workers: int | None = None, overwrite: bool = False) -> 
         remove(job.answers)
     if world > 1:
         rank = int(os.environ.get("LOCAL_RANK", "0"))
+        job = replace(job, processes=world)
         return work(job, device_of(job.model.device, rank), show_progress=rank == 0)
     count = visible_gpus(job.model.device) if workers is None else workers
     if count > 1:
@@ -286,7 +288,7 @@ def lead(job: Job, workers: int) -> dict[str, Any]:
 
     context = multiprocessing.get_context("spawn")
     share = max(1, (os.cpu_count() or 1) // workers)
-    job = replace(job, decode_workers=min(job.decode_workers, share))
+    job = replace(job, decode_workers=min(job.decode_workers, share), processes=workers)
     started = [
         context.Process(target=_be_worker, args=(job, device_of(job.model.device, rank)))
         for rank in range(workers)
@@ -304,7 +306,7 @@ def lead(job: Job, workers: int) -> dict[str, Any]:
         raise UserError(f"all {workers} workers ended with an error; their messages are above.")
     if failed:
         print(f"{len(failed)} of {workers} workers died; the others took over.", file=sys.stderr)
-    store = Store(job.answers, questions_of(job.requests), identity=None)
+    store = Store(job.answers, questions_of(job.requests, workers), identity=None)
     try:
         return summary(store)
     finally:
@@ -338,7 +340,7 @@ def work(job: Job, device: str, *, show_progress: bool) -> dict[str, Any]:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # image workers are forked
     answerer, facts = load(job, device)
-    store = Store(job.answers, questions_of(job.requests), dict(job.about) | facts["run"])
+    store = Store(job.answers, questions_of(job.requests, job.processes), dict(job.about) | facts["run"])
     try:
         if store.open_questions:
             started = time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -9,7 +9,8 @@ Beside `pope.jsonl`, the answers themselves, lie
 A unit of work is claimed by locking its byte. The system drops the locks of a process that dies, however it
 dies, so its unit is free again and another process takes it over. Answers are appended in whole lines under
 a lock of their own; the first to come after a torn line cuts it off. Before it writes, a process reads what
-others wrote: no question is answered twice, none is lost.
+others wrote: no question is answered twice, none is lost. That also holds between processes that cut the
+questions into other units; they may only do some work in vain.
 """
 
 import fcntl
@@ -237,8 +238,7 @@ def remove(answers: Path) -> None:
 
 def units_of(groups: Sequence[str], size: int) -> list[int]:
     """The unit of each question: whole groups (the questions of one image) in order of first appearance, a
-    new
-    unit as soon as one holds `size` questions."""
+    new unit as soon as one holds `size` questions."""
     members: dict[str, int] = {}
     for group in groups:
         members[group] = members.get(group, 0) + 1
@@ -251,6 +251,10 @@ def units_of(groups: Sequence[str], size: int) -> list[int]:
     return [unit_of[group] for group in groups]
 
 
-def unit_size(questions: int) -> int:
-    """Questions a unit: large enough to batch and to reuse images, small enough to share out at the end."""
-    return min(256, max(32, questions // 64))
+def unit_size(questions: int, processes: int = 1) -> int:
+    """Questions a unit: large enough to batch and to reuse images, small enough to share out at the end.
+
+    With few questions, at least four units a process, or some would find nothing to do.
+    """
+    size = min(256, max(32, questions // 64))
+    return size if processes == 1 else max(1, min(size, questions // (4 * processes)))
