@@ -20,7 +20,15 @@ from tiny_checkpoints import HIDDEN, edit_json, family, single_safetensors
 
 from llava import cli
 from llava.errors import UserError
-from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run, run_llava
+from llava.eval import (
+    benchmarks,
+    model_vqa,
+    model_vqa_loader,
+    model_vqa_mmbench,
+    model_vqa_science,
+    run,
+    run_llava,
+)
 from llava.eval.benchmarks.base import Embedded
 from llava.eval.predict import (
     Answerer,
@@ -625,6 +633,24 @@ def test_command_answers_scores_and_resumes(tiny, data, capsys):
     assert answers.read_bytes() == before
     assert cli.main([*elsewhere, "--overwrite"]) == 0
     assert json.loads(answers.with_suffix(".provenance.json").read_text())["run"]["reducer"] == "none"
+
+
+def test_command_without_data_says_what_belongs_where(data, tmp_path, capsys):
+    """Before a model is looked for: every file of the benchmark, its rows, its source."""
+
+    def ask_in(root):
+        answers = ["--answers", str(tmp_path / "a.jsonl")]
+        assert cli.main(["eval", "pope", "--model-path", "nowhere", "--root", str(root), *answers]) == 2
+        return capsys.readouterr().err
+
+    message = ask_in(tmp_path / "nothing")
+    for file in benchmarks.get("pope").files:
+        assert f"!! {file.path}  missing" in message and file.source in message
+        assert f"{file.rows:,} rows; needed to ask" in message
+    shutil.rmtree(data / "pope/val2014")
+    message = ask_in(data)
+    assert "!! pope/val2014  missing" in message and "none of the 2 images is there" in message
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_command_chunks_make_the_whole(tiny, data, capsys):

@@ -42,10 +42,14 @@ def run(args: argparse.Namespace) -> int:
     for benchmark in map(benchmarks.get, args.benchmarks or benchmarks.MODULES):
         if args.rebuild:
             rebuild(benchmark, args.root)
-        findings = [examine(file, args.root) for file in benchmark.files]
+        findings = examine_all(benchmark, args.root)
         healthy &= not any(finding.trouble for finding in findings)
         print("\n".join(as_lines(benchmark, findings)))
     return 0 if healthy else 1
+
+
+def examine_all(benchmark: Benchmark, root: Path) -> list[Finding]:
+    return [examine(file, root) for file in benchmark.files]
 
 
 def examine(file: DataFile, root: Path) -> Finding:

@@ -40,7 +40,7 @@ from llava.constants import (
 )
 from llava.conversation import conv_templates
 from llava.errors import UserError
-from llava.eval.benchmarks.base import Embedded
+from llava.eval.benchmarks.base import Embedded, MissingFile
 from llava.eval.store import Question, Store, unit_size, units_of
 from llava.mm_utils import load_image, load_image_from_base64, process_images, tokenizer_image_token
 from llava.model import prefix
@@ -399,7 +399,7 @@ def refuse_if_no_image_is_there(requests: Sequence[Request]) -> None:
     """One missing image is a problem of its questions; a missing folder is a mistake of the command."""
     files = {request.image for request in requests if isinstance(request.image, Path)}
     if files and not any(file.exists() for file in files):
-        raise UserError(f"none of the {len(files):,} images is there; the first would be {min(files)}.")
+        raise MissingFile(f"none of the {len(files):,} images is there; the first would be {min(files)}.")
 
 
 def _show(bar: tqdm, store: Store) -> None:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from llava.errors import UserError
 from llava.eval import benchmarks
 from llava.eval.answers import read_answers
-from llava.eval.benchmarks.base import Benchmark, Protocol, Sample
+from llava.eval.benchmarks.base import Benchmark, MissingFile, Protocol, Sample
+from llava.eval.doctor import as_lines, examine_all
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
     from llava.eval.predict import Generation, Request
@@ -106,12 +107,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from llava.eval.predict import Generation
+    from llava.eval.predict import Generation, refuse_if_no_image_is_there
 
     benchmark = benchmarks.get(args.benchmark)
     protocol = protocol_of(benchmark, args.protocol)
-    requests = requests_of(benchmark, benchmark.load(args.root, args.questions)[: args.limit], protocol)
     answers = args.answers or default_answers(benchmark, protocol, args)
+    try:
+        samples = benchmark.load(args.root, args.questions)[: args.limit]
+        requests = requests_of(benchmark, samples, protocol)
+        if not answers.exists():  # before the model is loaded
+            refuse_if_no_image_is_there(requests)
+    except MissingFile:
+        print("\n".join(as_lines(benchmark, examine_all(benchmark, args.root))), file=sys.stderr)
+        raise
     about = {"benchmark": benchmark.name, "version": benchmark.version, "protocol": protocol.name}
     if args.num_chunks > 1:
         requests = chunk(requests, args.num_chunks, args.chunk_idx)

@@ -269,9 +269,13 @@ def percent_by(totals: Totals, prefix: str) -> dict[str, np.ndarray]:
 # --- reading what benchmarks ship, writing what servers take ---
 
 
+class MissingFile(UserError):
+    """A file of a benchmark is not there."""
+
+
 def require(path: Path) -> Path:
     if not path.exists():
-        raise UserError(
+        raise MissingFile(
             f"{path} is missing; `llava doctor eval` says what belongs there and where it comes from."
         )
     return path

@@ -33,7 +33,8 @@ BENCHMARK = replace(
     name="mmbench_cn",
     title="MMBench-CN dev",
     version="dev 20231003",
-    files=(DataFile(f"mmbench_cn/{FILE}", None, f"{mmbench.OPENMMLAB}/{FILE}", "ask, score, submit"),),
+    questions=4_329,  # 1,164 in their rotations
+    files=(DataFile(f"mmbench_cn/{FILE}", 4_329, f"{mmbench.OPENMMLAB}/{FILE}", "ask, score, submit"),),
     load=load,
     prompt=partial(mmbench.prompt, suffix=SUFFIX),
     write=write,

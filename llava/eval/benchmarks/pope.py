@@ -12,6 +12,7 @@ import numpy as np
 
 from llava.errors import UserError
 from llava.eval.benchmarks.base import (
+    BUNDLE,
     SHORT,
     Benchmark,
     Counts,
@@ -170,7 +171,7 @@ BENCHMARK = Benchmark(
     questions=8_910,
     headline="f1",
     files=(
-        DataFile(f"{FOLDER}/{QUESTIONS}", 8_910, "made from the labels", "ask, score", rebuild=rebuild),
+        DataFile(f"{FOLDER}/{QUESTIONS}", 8_910, f"the labels, or {BUNDLE}", "ask, score", rebuild=rebuild),
         DataFile(f"{FOLDER}/coco/coco_pope_adversarial.json", 3_000, POPE, "ask, score"),
         DataFile(f"{FOLDER}/coco/coco_pope_popular.json", 3_000, POPE, "ask, score"),
         DataFile(f"{FOLDER}/coco/coco_pope_random.json", 2_910, POPE, "ask, score"),
