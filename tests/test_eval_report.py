@@ -1,6 +1,7 @@
 """The report: what is collected, where it stands in the tables, and what a page shows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -66,6 +67,40 @@ def test_command_writes_page_and_numbers(runs, capsys):
     content = json.loads(numbers.read_text())
     assert {one["score"] for one in content["runs"]} == {85.9, 84.0, 68.3, 67.1}
     assert len(content["published"]) == len(PUBLISHED)
+
+
+def test_plots_name_and_colour_their_runs_alike(runs):
+    """One legend entry a run, and one for all that is published; a run's colour is the same in every plot."""
+    from matplotlib.figure import Figure
+
+    found, figures = report.collect([runs]), []
+    names = ["mini, none, float32", "mini, prumerge+, float32"]
+
+    class Kept(Figure):
+        def savefig(self, out, **options):
+            figures.append(self)
+            super().savefig(out, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure", Kept)
+        for column in ("pope", "scienceqa"):
+            of_it = [one for one in found if one.column == column]
+            questions = benchmarks.get(column).questions
+            report.plot([replace(one, questions=questions) for one in of_it], names)
+    pope, scienceqa = figures
+    texts = [[text.get_text() for text in one.legends[0].get_texts()] for one in figures]
+    assert texts == [[*names, report.OTHERS], [names[1], report.OTHERS]]
+    colours = [
+        [bars.lines[0].get_color() for axes in one.axes for bars in axes.containers]
+        for one in (pope, scienceqa)
+    ]
+    assert colours == [["C0", "C1"] * 2, ["C1"] * 2]
+    left, right = pope.axes
+    assert max(left.get_xlim()[0], right.get_xlim()[0]) < 0
+    published = [one for one in PUBLISHED if one.visual_tokens is not None and "pope" in one.scores]
+    crosses = [line for line in left.lines if line.get_marker() == "x"]
+    assert [line.get_ydata()[0] for line in crosses] == [one.scores["pope"] for one in published]
+    assert not any(line.get_marker() == "x" for line in right.lines)
 
 
 def test_the_newest_of_equal_runs(tmp_path):

@@ -176,8 +176,12 @@ def as_markdown(runs: Sequence[Run]) -> str:
 
 # --- the page ---
 
+MARKERS = "osD^v"
+"""One for every ten colours."""
+OTHERS = "published (table above)"
+
 STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:90rem;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;display:block;overflow-x:auto;margin:1rem 0}"
     "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}"
     "svg{max-width:100%;height:auto}"
@@ -191,42 +195,66 @@ def as_html(runs: Sequence[Run]) -> str:
         lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
         body += [f"<h2>{html.escape(title)}</h2>", f"<table><tr>{head}</tr>"]
         body += [f"<tr>{line}</tr>" for line in lines] + ["</table>"]
+    names = list(dict.fromkeys(map(name_of, runs)))
     for column in sorted({one.column for one in runs if one.score is not None}, key=_column_order):
-        body += [f"<h2>{html.escape(column)}</h2>", plot([one for one in runs if one.column == column])]
+        body += [f"<h2>{html.escape(column)}</h2>", plot([x for x in runs if x.column == column], names)]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>llava report</title>'
         f"<style>{STYLE}</style></head><body><h1>Evaluation</h1>{''.join(body)}</body></html>\n"
     )
 
 
-def plot(runs: Sequence[Run]) -> str:
-    """An SVG: score against mean visual tokens (published ones as crosses) and against time a question."""
+def name_of(one: Run) -> str:
+    """What a legend says."""
+    return f"{one.model}, {one.reducer}, {one.dtype}"
+
+
+def plot(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """An SVG: score against mean visual tokens (published ones as crosses) and against time a question.
+
+    `names` of all runs of the page, so that each has the same colour in every plot.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, name, label in (
+    for axes, quantity, label in (
         (left, "visual_tokens", "visual tokens an image"),
         (right, "seconds_per_question", "seconds a question"),
     ):
         for one in runs:
-            x = getattr(one, name)
+            x = getattr(one, quantity)
             if x is None or one.score is None:
                 continue
             low, high = one.interval or (one.score, one.score)
-            axes.errorbar(x, one.score, [[one.score - low], [high - one.score]], fmt="o", capsize=3)
-            axes.annotate(one.reducer, (x, one.score), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            number = names.index(name_of(one))
+            axes.errorbar(
+                x,
+                one.score,
+                [[one.score - low], [high - one.score]],
+                fmt=MARKERS[number // 10 % len(MARKERS)],
+                color=f"C{number % 10}",
+                capsize=3,
+                label=names[number],
+            )
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     benchmark = benchmarks.get(runs[0].benchmark)
     if runs[0].questions == benchmark.questions:  # published scores belong beside those of the same set only
         for one in PUBLISHED:
             if one.visual_tokens is not None and benchmark.name in one.scores:
-                left.plot(one.visual_tokens, one.scores[benchmark.name], "x", color="gray")
-    left.set_ylabel("score")
+                place = one.visual_tokens, one.scores[benchmark.name]
+                left.plot(*place, "x", color="gray", label=OTHERS)
+    for axes in (left, right):  # from 0, where the runs that see nothing stand
+        axes.set_xlim(left=-0.03 * axes.get_xlim()[1])
+    left.set_ylabel(f"{benchmark.headline}{benchmark.unit}")
+    handles, labels = left.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    shown = [label for label in (*names, OTHERS) if label in once]
+    figure.legend([once[label] for label in shown], shown, loc="outside right upper", fontsize=8)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()[out.getvalue().index("<svg") :]
