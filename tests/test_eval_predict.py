@@ -653,6 +653,26 @@ def test_command_without_data_says_what_belongs_where(data, tmp_path, capsys):
     assert not (tmp_path / "a.jsonl").exists()
 
 
+@pytest.mark.parametrize("possible", [True, False])
+def test_command_packed(tiny, data, capsys, monkeypatch, possible):
+    """The same answers; where nothing can be packed one line says so, and the provenance too."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: possible)
+    texts = {}
+    for name, more in (("plain", []), ("packed", ["--packed"])):
+        answers = data / f"{name}.jsonl"
+        assert (
+            cli.main(
+                [*command(tiny, data, "pope", "--decode-workers", "0", *more), "--answers", str(answers)]
+            )
+            == 0
+        )
+        texts[name] = {row["question_id"]: row["text"] for row in map(json.loads, answers.open())}
+    assert texts["plain"] == texts["packed"]
+    assert ("--packed has no effect here" in capsys.readouterr().err) is not possible
+    sitting = json.loads((data / "packed.provenance.json").read_text())["sittings"][0]
+    assert sitting["packed"] is possible
+
+
 def test_command_chunks_make_the_whole(tiny, data, capsys):
     folder = data / "vqav2/answers/llava-tiny"
     for index in range(8):  # 13 questions: chunk 7 is empty

@@ -383,6 +383,7 @@ def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     from llava.eval.predict import Answerer
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
+    from llava.model.packed import PackedLinear
 
     source = job.model
     name = get_model_name_from_path(source.path)
@@ -402,6 +403,9 @@ def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     )
     if image_processor is None:
         raise UserError(f"{source.path} is a language model without vision; a benchmark needs one that sees.")
+    is_packed = source.packed and any(isinstance(module, PackedLinear) for module in model.modules())
+    if source.packed and not is_packed:
+        print("--packed has no effect here: no layer of this model has a packed form.", file=sys.stderr)
     answerer = Answerer(
         model,
         tokenizer,
@@ -434,7 +438,7 @@ def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "packed": source.packed,
+        "packed": is_packed,
     }
     return answerer, {"run": run, "machine": machine}
 
