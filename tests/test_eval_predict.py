@@ -8,6 +8,7 @@ import argparse
 import base64
 import io
 import json
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -624,7 +625,9 @@ def test_command_answers_scores_and_resumes(tiny, data, capsys):
     facts = json.loads(answers.with_suffix(".provenance.json").read_text())
     assert facts["run"]["reducer"] == "prumerge" and facts["run"]["benchmark"] == "pope"
     assert facts["score"]["headline"]["over"] == 35 and facts["summary"]["images"] == 2
-    assert facts["sittings"][0]["torch"] == torch.__version__
+    sitting = facts["sittings"][0]
+    assert sitting["torch"] == torch.__version__ and sitting["attention"] == "sdpa"
+    assert sitting["device"].endswith(f", {os.cpu_count()} cores") and sitting["llava"]
     # Another reducer, template or protocol never adds to this file.
     elsewhere = [*command(tiny, data, "pope"), "--answers", str(answers), "--conv-mode", "llava_v1"]
     assert cli.main(elsewhere) == 2

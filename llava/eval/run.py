@@ -10,6 +10,7 @@ output and in the provenance file; 2: bad input, or an answers file that belongs
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -431,22 +432,31 @@ def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     }
     on_gpu = model.device.type == "cuda"
     machine = {
-        "device": torch.cuda.get_device_name(model.device) if on_gpu else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else cpu_name(),
         "device_type": model.device.type,
         "attention": model.config._attn_implementation,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "llava": importlib.metadata.version("llava"),
         "threads": torch.get_num_threads(),
         "packed": is_packed,
     }
     return answerer, {"run": run, "machine": machine}
 
 
+def cpu_name() -> str:
+    """As the system tells it, with the number of cores."""
+    info = Path("/proc/cpuinfo")  # Linux, where platform.processor() is mostly empty
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
 def fingerprint(model_path: str, model_base: str | None) -> str:
     """16 hex digits of what a checkpoint (with its base) holds: configs, and size, head and tail of each
-    weight
-    file. Copying a checkpoint keeps it, training changes it."""
+    weight file. Copying a checkpoint keeps it, training changes it."""
     from llava.model.checkpoints import inspect_checkpoint
 
     info = inspect_checkpoint(model_path, model_base)
