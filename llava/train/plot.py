@@ -105,6 +105,7 @@ def draw(logs: dict[Path, list[dict[str, Any]]], out: Path, smooth: float) -> No
                 values = running_mean(values, smooth)
             axis.plot(steps, values, color=color, linewidth=1.2, label=path.name)
         axis.set(xlabel="step", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes = figure.axes
     for spare in axes[len(panels) :]:
