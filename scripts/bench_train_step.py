@@ -9,6 +9,7 @@ alike; times are medians. On a CPU one thread's processor time is measured, whic
 on an idle machine. FLOPs are counted by torch over the same steps (attention as products of all with all).
 
 achieved = (1 - time / time with every token) / (1 - FLOPs / FLOPs with every token)
+cache = what `--visual_cache` saves of a step in which tower and reducer run
 """
 
 import argparse
@@ -17,6 +18,8 @@ import shlex
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from llava.analysis.tables import render
 from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.mini.world import generate
 from llava.train.arguments import parse
@@ -50,13 +54,19 @@ def main() -> None:
         device = trainer.args.device
         if device.type == "cpu":
             torch.set_num_threads(1)
-        batches = {spec: make_batch(trainer, spec, args.batch) for spec in args.reducers}
+        batches, pixels = {}, {}
+        for spec in args.reducers:
+            batches[spec], pixels[spec] = make_batch(trainer, spec, args.batch)
     times: dict[str, list[float]] = {spec: [] for spec in batches}
+    tower_times: dict[str, list[float]] = {spec: [] for spec in batches}
     flops = {spec: count_flops(trainer, batch) for spec, batch in batches.items()}  # warms up, too
+    llava = trainer.prepared.llava
     for _ in range(args.rounds):
         for spec, batch in batches.items():
-            times[spec].append(timed_step(trainer, batch, device))
-    report(trainer, batches, times, flops, args.json)
+            times[spec].append(timed(partial(step, trainer, batch), device))
+            llava.set_reducer(spec)
+            tower_times[spec].append(timed(partial(llava.encode_images, pixels[spec]), device))
+    report(trainer, batches, times, tower_times, flops, args.json)
 
 
 def make_trainer(args: argparse.Namespace, folder: Path) -> LlavaTrainer:
@@ -91,14 +101,14 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> LlavaTrainer:
     return trainer
 
 
-def make_batch(trainer: LlavaTrainer, spec: str, size: int) -> dict[str, Any]:
-    """The first samples, with the visual tokens `spec` leaves of their images."""
+def make_batch(trainer: LlavaTrainer, spec: str, size: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """The first samples, with the visual tokens `spec` leaves of their images; and these images' pixels."""
     llava = trainer.prepared.llava
     llava.set_reducer(spec)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(size)])
     pixels = torch.stack(batch.pop("images")).to(llava.device)
     batch["visual_tokens"] = [tokens.float() for tokens in llava.encode_images(pixels)]
-    return batch
+    return batch, pixels
 
 
 def step(trainer: LlavaTrainer, batch: dict[str, Any]) -> None:
@@ -115,12 +125,12 @@ def count_flops(trainer: LlavaTrainer, batch: dict[str, Any]) -> int:
     return counter.get_total_flops()
 
 
-def timed_step(trainer: LlavaTrainer, batch: dict[str, Any], device: torch.device) -> float:
+def timed(work: Callable[[], object], device: torch.device) -> float:
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = clock()
-    step(trainer, batch)
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock() - start
@@ -130,6 +140,7 @@ def report(
     trainer: LlavaTrainer,
     batches: dict[str, dict[str, Any]],
     times: dict[str, list[float]],
+    tower_times: dict[str, list[float]],
     flops: dict[str, int],
     out: Path | None,
 ) -> None:
@@ -142,6 +153,8 @@ def report(
             "visual_tokens_per_image": sum(visual) / len(visual),
             "text_tokens": int(batch["attention_mask"].sum()) - len(visual),
             "seconds": seconds,
+            "tower_seconds": (tower := statistics.median(tower_times[spec])),
+            "saved_by_cache": tower / (seconds + tower),
             "teraflop": flops[spec] / 1e12,
             "gigaflop_per_second": flops[spec] / seconds / 1e9,
         }
@@ -154,18 +167,26 @@ def report(
     print(
         f"LoRA step, {size} samples, {rows[first]['text_tokens']} text tokens in all, {trainer.args.device}"
     )
-    print(
-        f"{'reducer':12} {'tok/image':>9} {'s/step':>8} {'TFLOP':>7} {'GFLOP/s':>8} {'saved':>7} "
-        f"{'by FLOPs':>8} achieved"
-    )
-    for spec, row in rows.items():
-        line = (
-            f"{spec:12} {row['visual_tokens_per_image']:9.1f} {row['seconds']:8.3f} {row['teraflop']:7.3f} "
-        )
-        line += f"{row['gigaflop_per_second']:8.1f}"
-        if "saved" in row:
-            line += f" {row['saved']:7.1%} {row['saved_by_flops']:8.1%} {row['achieved']:8.2f}"
-        print(line)
+    header = ["reducer", "tok/image", "s/step", "tower s", "cache", "TFLOP", "GFLOP/s"]
+    header += ["saved", "by FLOPs", "achieved"]
+    lines = [
+        [
+            spec,
+            f"{row['visual_tokens_per_image']:.1f}",
+            f"{row['seconds']:.2f}",
+            f"{row['tower_seconds']:.2f}",
+            f"{row['saved_by_cache']:.1%}",
+            f"{row['teraflop']:.3f}",
+            f"{row['gigaflop_per_second']:.1f}",
+            *(
+                [f"{row['saved']:.1%}", f"{row['saved_by_flops']:.1%}", f"{row['achieved']:.2f}"]
+                if spec != first
+                else ["", "", ""]
+            ),
+        ]
+        for spec, row in rows.items()
+    ]
+    print(render(header, lines))
     if out is not None:
         out.write_text(json.dumps({"device": str(trainer.args.device), "rows": rows}, indent=2) + "\n")
 

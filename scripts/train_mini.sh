@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe of checkpoints/mini-lora, from nothing: about 50 minutes on 2 CPU cores.
+# The recipe of checkpoints/mini-lora, from nothing: about 50 minutes on 2 CPU cores of their own.
 #   bash scripts/train_mini.sh [flags of the training entry, e.g. --max_steps 1000 --use_cpu False]
 # A run that was stopped goes on where it was when the same command is given again.
 set -euo pipefail
@@ -27,7 +27,7 @@ llava train \
     --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0 \
     --learning_rate 5e-4 --mm_projector_lr 2e-4 --lr_scheduler_type cosine --warmup_ratio 0.03 --weight_decay 0 \
     --per_device_train_batch_size 6 --max_steps 280 --model_max_length 1024 \
-    --bf16 True --use_cpu True --seed 0 --report_to none \
+    --precision auto --use_cpu True --seed 0 --report_to none \
     --logging_steps 5 --save_strategy steps --save_steps 40 --save_total_limit 1 \
     --output_dir "$RUN" "$@"
 llava mini ship --run-dir "$RUN" --out checkpoints/mini-lora

@@ -1,18 +1,7 @@
 # Shared by the training scripts beside it (sourced, not run): settings, the recipes' common flags, the launcher.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-MINI=${MINI:-}
-[[ $MINI != 0 ]] || MINI=
-SETTINGS=()
-
-# setting NAME DEFAULT MINI_DEFAULT HELP: a variable the environment may set; MINI=1 has defaults of its own.
-setting() {
-    local default=$2
-    [[ -z $MINI ]] || default=$3
-    printf -v "$1" '%s' "${!1-$default}"
-    SETTINGS+=("$1" "$4")
-}
 
 # As CUDA counts: those listed, up to the first that is none (-1, or the empty list that hides them all).
 count_gpus() {
@@ -43,24 +32,13 @@ setting SAVE_STEPS 500 2 "optimizer steps between checkpoints to resume from"
 setting REPORT_TO none none "tensorboard, wandb or none; log.jsonl is always written"
 setting DRY_RUN "" "" "1: print the command and stop"
 
-usage() {
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    printf '\nSettings (environment), with the values they have now:\n'
-    local i
-    for ((i = 0; i < ${#SETTINGS[@]}; i += 2)); do
-        printf '  %-13s %s\n  %-13s   = %s\n' "${SETTINGS[i]}" "${SETTINGS[i + 1]}" "" "${!SETTINGS[i]}"
-    done
-    printf '  %-13s %s\n' MINI "1: the small model on composed scenes, a few steps, on any machine"
-    printf '\nArguments are flags of `llava train` and win over the recipe: %s --learning_rate 1e-4\n' "$0"
-}
-
 # launch RECIPE_FLAGS "$@": run the training with what the scripts have in common.
 launch() {
-    local flag
-    for flag in "$@"; do
-        case $flag in -h | --help) usage && exit 0 ;; esac
-    done
-    [[ $DRY_RUN != 0 ]] || DRY_RUN=
+    if asks_for_help "$@"; then
+        usage "1: the small model on composed scenes, a few steps, on any machine" \
+            "Arguments are flags of \`llava train\` and win over the recipe: $0 --learning_rate 1e-4"
+        exit 0
+    fi
     [[ -z $MINI || -n $DRY_RUN ]] || prepare_mini
 
     local command=("$PYTHON") common=(

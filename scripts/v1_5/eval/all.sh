@@ -3,7 +3,7 @@
 # paper. A benchmark that fails does not stop the others; the exit status tells.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-case ${1-} in -h | --help) usage && exit 0 ;; esac
+! asks_for_help "$@" || help_and_exit
 all=(vqav2 textvqa mme pope sqa mmbench)
 [[ -n $MINI ]] || all+=(mmbench_cn gqa vizwiz seed mmvet llavabench)
 failed=()

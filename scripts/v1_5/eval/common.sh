@@ -1,17 +1,7 @@
 # Shared by the evaluation scripts beside it (sourced, not run): settings, and the two commands they are made of.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../settings.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-
-MINI=${MINI:-}
-SETTINGS=()
-
-# setting NAME DEFAULT MINI_DEFAULT HELP: a variable the environment may set; MINI=1 has defaults of its own.
-setting() {
-    local default=$2
-    [[ -z $MINI ]] || default=$3
-    printf -v "$1" '%s' "${!1-$default}"
-    SETTINGS+=("$1" "$4")
-}
 
 setting PYTHON python python "the Python to run"
 setting MODEL liuhaotian/llava-v1.5-7b checkpoints/mini-lora "checkpoint: folder or hub name"
@@ -24,15 +14,10 @@ setting RUN "$(basename "$MODEL")${REDUCER:+-$REDUCER}${PROTOCOL:+-$PROTOCOL}" \
     "$(basename "$MODEL")${REDUCER:+-$REDUCER}${PROTOCOL:+-$PROTOCOL}" "name of the answers file"
 setting DRY_RUN "" "" "1: print the commands and stop"
 
-usage() {
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    printf '\nSettings (environment), with the values they have now:\n'
-    local i
-    for ((i = 0; i < ${#SETTINGS[@]}; i += 2)); do
-        printf '  %-9s %s\n  %-9s   = %s\n' "${SETTINGS[i]}" "${SETTINGS[i + 1]}" "" "${!SETTINGS[i]}"
-    done
-    printf '  %-9s %s\n' MINI "1: the small model on small sets of composed scenes, on any machine"
-    printf '\nOne process per visible GPU shares the work. Arguments are flags of `llava eval`: %s --limit 100\n' "$0"
+help_and_exit() {
+    usage "1: the small model on small sets of composed scenes, on any machine" \
+        "One process per visible GPU shares the work. Arguments are flags of \`llava eval\`: $0 --limit 100"
+    exit 0
 }
 
 run() {
@@ -43,11 +28,9 @@ run() {
 
 # evaluate BENCHMARK FOLDER "$@": ask the questions, write the answers to ROOT/FOLDER/answers/RUN.jsonl, score them.
 evaluate() {
-    local benchmark=$1 folder=$2 flag
+    local benchmark=$1 folder=$2
     shift 2
-    for flag in "$@"; do
-        case $flag in -h | --help) usage && exit 0 ;; esac
-    done
+    ! asks_for_help "$@" || help_and_exit
     [[ -z $MINI || -n $DRY_RUN ]] || prepare_mini
     ANSWERS=$ROOT/$folder/answers/$RUN.jsonl
     UPLOAD=$ROOT/$folder/answers_upload/$RUN
