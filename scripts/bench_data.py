@@ -29,7 +29,7 @@ def memory():
     kib = {"Rss": 0, "Pss": 0, "Private": 0}
     with open("/proc/self/smaps_rollup") as file:
         for key, _, value in (line.partition(":") for line in file if "kB" in line):
-            key = key.split("_")[0]  # Private_Clean, Private_Dirty
+            key = "Private" if key in ("Private_Clean", "Private_Dirty") else key
             if key in kib:
                 kib[key] += int(value.split()[0])
     return {key: value / 1024 for key, value in kib.items()}
