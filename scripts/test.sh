@@ -8,4 +8,4 @@ llava mini prepare > /dev/null
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -173,6 +173,9 @@ def test_reducer_spec_of_a_checkpoint(checkpoint: Path, llava) -> None:
 
 def test_eval_leaves_no_answers_behind(tiny: Family, root: Path, tmp_path: Path, llava) -> None:
     data = shutil.copytree(root / "tests/data/eval/playground/data/eval", tmp_path / "eval")
+    (data / "pope/val2014").mkdir()
+    for row in map(json.loads, (data / "pope/llava_pope_test.jsonl").read_text().splitlines()):
+        Image.new("RGB", (8, 8)).save(data / "pope/val2014" / row["image"])
     answers = tmp_path / "answers.jsonl"
     flags = ["--model-path", tiny.full, "--root", data, "--answers", answers, "--device", "cpu"]
     refused(llava("eval", "pope", *flags, "--reducer", "prumege"), "eval", "did you mean")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llava import hardware
 from llava.errors import UserError
@@ -21,6 +22,14 @@ from llava.train.arguments import (
     split_global_batch,
     translate,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_deepspeed_left():
+    """transformers notes a ZeRO-3 file for the whole process as long as the arguments live, and those of a
+    refused command line live on in its traceback: models of later tests would be loaded in pieces."""
+    yield
+    unset_hf_deepspeed_config()
 
 
 @pytest.fixture
