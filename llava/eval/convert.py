@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava.errors import UserError
 from llava.eval import benchmarks
-from llava.eval.answers import Row, join, read_answers
+from llava.eval.answers import Asked, Row, join, read_answers
 from llava.eval.benchmarks import mmbench, seed, vizwiz, vqav2
 from llava.eval.benchmarks.base import Sample
 from llava.eval.score import as_table, report_problems
@@ -22,15 +22,13 @@ def vqav2_for_submission(argv: list[str] | None = None) -> int:
     args = _parse(argv, ("--dir", "./playground/data/eval/vqav2"), ("--ckpt", None), ("--split", None))
     folder = Path(args.dir)
     listed = folder / vqav2.TEST
-    asked = vqav2.questions_of(folder / f"{args.split}.jsonl", None)
-    every = vqav2.questions_of(listed, None)
-    ids = {sample.id for sample in asked}
+    asked = vqav2.questions_of(folder / f"{args.split}.jsonl", folder)
     return _convert(
         folder / "answers" / args.split / args.ckpt / "merge.jsonl",
         folder / "answers_upload" / args.split / f"{args.ckpt}.json",
         lambda out, answers: vqav2.write_upload(out, listed, answers),
         asked,
-        [sample for sample in every if sample.id not in ids],
+        vqav2.others_of(listed, asked),
     )
 
 
@@ -113,14 +111,13 @@ def _convert(
     out: Path,
     write: Callable[[Path, Mapping[str, str]], None],
     samples: Sequence[Sample] | None = None,
-    others: Sequence[Sample] = (),
+    others: Sequence[Asked] = (),
 ) -> int:
     """Answers of `source` to `out`. Without `samples` nobody knows what was asked: then only torn lines and
     duplicates are found."""
     rows, problems = read_answers([source])
     known = _asked_by(rows) if samples is None else samples
-    asked = [sample.asked() for sample in known] + [sample.asked(required=False) for sample in others]
-    joined, wrong = join(asked, rows, lambda row: row.id)
+    joined, wrong = join([*(sample.asked for sample in known), *others], rows, lambda row: row.id)
     problems += wrong
     if problems:
         print(f"{out}: not written.", file=sys.stderr)

@@ -55,8 +55,9 @@ class Sample:
     options: tuple[str, ...] = ()
     key: str = ""  # what tells it from all others, where the id alone does not
 
-    def asked(self, required: bool = True) -> Asked:
-        return Asked(self.key or str(self.id), self.id, self.text, self.where, required)
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.key or str(self.id), self.id, self.text, self.where)
 
 
 Unit = Sequence[tuple[Sample, str | None]]
@@ -90,10 +91,10 @@ def by_id_and_question(
     The stored prompt names the question: what is left of it without its frame, or one of its lines. `fold`
     is what the samples' keys went through. A row without a prompt is found by an id that is unique.
     """
-    known = {sample.asked().key for sample in samples}
+    known = {sample.asked.key for sample in samples}
     by_number: dict[str, set[str]] = {}
     for sample in samples:
-        by_number.setdefault(str(sample.id), set()).add(sample.asked().key)
+        by_number.setdefault(str(sample.id), set()).add(sample.asked.key)
 
     def find(row: Row) -> str | None:
         if not row.prompt:
@@ -163,7 +164,7 @@ class Benchmark:
     write: Callable[[Path, Path, Mapping[str, str]], None] | None = (
         None  # (out, root, {id: answer}): server's file
     )
-    optional: Callable[[Path, Sequence[Sample]], list[Sample]] = (
+    optional: Callable[[Path, Sequence[Sample]], list[Asked]] = (
         lambda root, samples: []
     )  # may be answered as well
     protocols: tuple[Protocol, ...] = (STANDARD,)
@@ -174,12 +175,10 @@ class Benchmark:
     unit: str = " %"
 
     def join(
-        self, samples: Sequence[Sample], rows: Iterable[Row], others: Sequence[Sample] = ()
+        self, samples: Sequence[Sample], rows: Iterable[Row], others: Sequence[Asked] = ()
     ) -> tuple[list[Row | None], list[str]]:
         """`answers.join` of these questions; `others` may be answered but need not be."""
-        asked = [sample.asked() for sample in samples]
-        asked += [sample.asked(required=False) for sample in others]
-        return join(asked, rows, self.find([*samples, *others]))
+        return join([*(sample.asked for sample in samples), *others], rows, self.find(samples))
 
     def score(self, samples: Sequence[Sample], answers: Sequence[str | None]) -> dict[str, Any]:
         """{"metrics": {...}, "interval": [low, high] of the headline or None}.

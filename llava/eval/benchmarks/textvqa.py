@@ -92,7 +92,7 @@ def _labelled(samples: list[Sample], annotated: list[Sample], file: Path, whole:
     for sample in samples:
         if not references.get(sample.key):
             raise UserError(
-                f"{sample.where}: question {sample.asked().label} is not in {file}: two releases are mixed."
+                f"{sample.where}: question {sample.asked.label} is not in {file}: two releases are mixed."
             )
         labelled.append(replace(sample, reference=references[sample.key].pop(0)))
     left = [name for name, answers in references.items() if answers]

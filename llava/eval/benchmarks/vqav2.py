@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from llava.errors import UserError
+from llava.eval.answers import Asked
 from llava.eval.benchmarks.base import (
     BUNDLE,
     Benchmark,
@@ -63,14 +64,14 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
 
 
 def questions_of(
-    file: Path, images: Path | None, reference: Callable[[int, str], object] = lambda number, where: None
+    file: Path, images: Path, reference: Callable[[int, str], object] = lambda number, where: None
 ) -> list[Sample]:
-    """The questions of a file. `images`: None where nobody looks at them; `reference`: of (id, file:line)."""
+    """The questions of a file; `reference`: of (id, file:line)."""
     return [
         Sample(
             row["question_id"],
             row["text"],
-            images and images / row["image"],
+            images / row["image"],
             row["image"],
             where,
             reference=reference(row["question_id"], where),
@@ -107,11 +108,18 @@ def metrics(totals: Totals) -> dict:
     }
 
 
-def outside(root: Path, samples: Sequence[Sample]) -> list[Sample]:
-    """The questions of test2015 that are not among `samples`."""
-    asked = {str(sample.id) for sample in samples}
-    every = questions_of(root / FOLDER / TEST, images=None)
-    return [sample for sample in every if str(sample.id) not in asked]
+def outside(root: Path, samples: Sequence[Sample]) -> list[Asked]:
+    return others_of(root / FOLDER / TEST, samples)
+
+
+def others_of(listed: Path, samples: Sequence[Sample]) -> list[Asked]:
+    """The questions of test2015 (340,000) that are not among `samples`; they may be answered."""
+    known = {str(sample.id) for sample in samples}
+    return [
+        Asked(str(row["question_id"]), row["question_id"], row["text"], str(listed), required=False)
+        for _, row in read_rows(listed, "question_id", "text")
+        if str(row["question_id"]) not in known
+    ]
 
 
 def write(out: Path, root: Path, answers: Mapping[str, str]) -> None:
