@@ -10,6 +10,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -564,6 +566,30 @@ def test_a_run_goes_on_where_it_stopped(parts, pictures, tmp_path, monkeypatch):
     assert answers == whole
     assert (tmp_path / "cut/a.jsonl").read_text().splitlines()[: len(lines)] == lines
     assert len((tmp_path / "cut/a.jsonl").read_text().splitlines()) == 40
+
+
+ORPHANS = """
+import sys, time
+import numpy as np
+from llava.eval.predict import in_workers
+
+class Large:  # more than a pipe holds
+    def __getitem__(self, item):
+        return np.zeros(1 << 20)
+
+results = iter(in_workers(Large(), range(100), workers=3, ahead=12))
+next(results)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_decoders_die_with_a_killed_process():
+    """They would hold its memory for ever: stuck at a pipe that nobody reads."""
+    process = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.kill()
+    process.communicate(timeout=60)  # to the end of the pipe, which every decoder holds open
 
 
 def test_sampling_is_seeded_a_unit(parts, pictures, tmp_path):

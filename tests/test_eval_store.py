@@ -194,7 +194,7 @@ def test_what_others_wrote_is_not_written_again(tmp_path):
     "change, words",
     [
         ({"reducer": "none"}, "reducer: 'prumerge+' there, 'none' now"),
-        ({"generation": {"temperature": 0.2}}, "generation"),
+        ({"generation": {"temperature": 0.2}}, "(generation.temperature: 0.0 there, 0.2 now)"),
         ({"protocol": "crop"}, "protocol: None there, 'crop' now"),
         (
             {"model": "n", "reducer": "topk"},

@@ -14,12 +14,14 @@ All of this changes nothing: attention is causal, padding is masked, positions c
 start, and in float32 the answers are those of asking one question at a time (tested).
 """
 
+import multiprocessing
 import os
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -337,8 +339,35 @@ def decode(image: Path | Embedded, image_processor: Any, recipe: PixelRecipe) ->
     return Pixels(values.numpy(), picture.size)
 
 
+def in_workers(dataset: Dataset, items: Iterable[Any], workers: int, ahead: int) -> DataLoader:
+    """dataset[item] of each item, in their order, made in processes, some `ahead` of who takes them."""
+    workers = min(workers, ahead)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items,
+        num_workers=workers,
+        prefetch_factor=min(8, ahead // workers) if workers else None,
+        collate_fn=_as_is,
+        worker_init_fn=die_with_parent,
+    )
+
+
 def _as_is(value: T) -> T:
     return value
+
+
+def die_with_parent(worker: int = 0) -> None:
+    """For a process that another one started: end when that one is killed.
+
+    A decoder would else wait for ever for someone to read what it has decoded.
+    """
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- the loop ---
@@ -418,7 +447,6 @@ def _decoded_units(
     numbers = {image: number for number, image in enumerate(images)}
     wanted: dict[int, list[int]] = {}
     a_unit = max(1, len(images) // len(store.units))
-    workers = min(workers, a_unit)
 
     def items() -> Iterator[tuple[str, int]]:
         for unit in store.claims():
@@ -427,16 +455,9 @@ def _decoded_units(
             yield from (("image", number) for number in wanted[unit])
             yield "unit", unit
 
-    loader = DataLoader(
-        _Decode(images, answerer.image_processor, answerer.recipe),
-        batch_size=None,
-        sampler=items(),
-        num_workers=workers,
-        prefetch_factor=min(8, a_unit // workers) if workers else None,
-        collate_fn=_as_is,
-    )
+    decode_all = _Decode(images, answerer.image_processor, answerer.recipe)
     arrived: list[Pixels | str] = []
-    for result in loader:
+    for result in in_workers(decode_all, items(), workers, ahead=a_unit):
         if isinstance(result, int):
             known = (images[number] for number in wanted.pop(result))
             yield result, dict(zip(known, arrived, strict=True))

@@ -46,8 +46,17 @@ def read_run(provenance: Path) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What two runs do not have in common, "" where they are the same."""
+    before, now = _flat(before), _flat(now)
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in names)
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"generation": {"seed": 0}} as {"generation.seed": 0}."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def update_json(file: Path, **more: Any) -> None:

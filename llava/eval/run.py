@@ -334,6 +334,9 @@ def _watch(job: Job, processes: Sequence[multiprocessing.Process]) -> None:
 
 
 def _be_worker(job: Job, device: str) -> None:
+    from llava.eval.predict import die_with_parent
+
+    die_with_parent()
     try:
         work(job, device, show_progress=False)
     except UserError as error:
