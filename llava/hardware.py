@@ -12,9 +12,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -209,6 +211,23 @@ def supports_llm_int8(device: str | torch.device | None = None) -> bool:
 def llm_int8_for(kind: str, capability: Capability | None) -> bool:
     """LLM.int8 needs int8 tensor cores on CUDA (7.5, so not a V100); bitsandbytes has a CPU path for it."""
     return kind == "cpu" or (capability is not None and capability >= TURING)
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a device, as reports name it."""
+    if device.type != "cuda":
+        return cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def cpu_name() -> str:
+    """The processor's model as the system tells it; its architecture where it tells none."""
+    info = Path("/proc/cpuinfo")  # Linux, where platform.processor() is mostly empty
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _best_dtype(kind: str, capability: Capability | None) -> tuple[str, str]:

@@ -26,7 +26,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -41,6 +40,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+from llava import hardware
 from llava.analysis.stopwatch import CLOCKS, Clock, synchronise
 from llava.analysis.tables import render
 from llava.conversation import default_conv_mode
@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     circumstances = {
         "command": " ".join(["python", "scripts/bench_eval.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{hardware.cpu_name()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "clock": args.clock,
         "torch": torch.__version__,

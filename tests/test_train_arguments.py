@@ -316,22 +316,24 @@ def dry_run(root: Path, script: str, *flags: str, **settings: str) -> list[str]:
     return shlex.split(done.stdout)
 
 
+def files_to_train_on(folder: Path) -> dict[str, str]:
+    """A script's settings, of files that are there."""
+    (folder / "data.json").write_text("[]")
+    (folder / "mm_projector.bin").write_text("")
+    return {
+        "DATA": str(folder / "data.json"),
+        "IMAGES": str(folder),
+        "PROJECTOR": str(folder / "mm_projector.bin"),
+        "OUT": str(folder / "out"),
+    }
+
+
 @pytest.mark.parametrize("mini", ["", "1"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_scripts_flags_are_flags(
     script: str, mini: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "data.json").write_text("[]")
-    (tmp_path / "mm_projector.bin").write_text("")
-    settings = {
-        "DATA": str(tmp_path / "data.json"),
-        "IMAGES": str(tmp_path),
-        "PROJECTOR": str(tmp_path / "mm_projector.bin"),
-        "OUT": str(tmp_path / "out"),
-        "MINI": mini,
-        "GPUS": "0",
-        "REDUCER": "prumerge+",
-    }
+    settings = {**files_to_train_on(tmp_path), "MINI": mini, "GPUS": "0", "REDUCER": "prumerge+"}
     command = dry_run(root, script, "--use_cpu", "True", **settings)
     assert command[:2] == ["python", "llava/train/train_mem.py"]
     model, data, training = parse(command[2:], quiet)
@@ -369,17 +371,7 @@ def test_no_script_asks_a_v100_for_what_it_lacks(
         )
 
     monkeypatch.setattr(hardware, "plan", plan)
-    (tmp_path / "data.json").write_text("[]")
-    (tmp_path / "mm_projector.bin").write_text("")
-    settings = {
-        "DATA": str(tmp_path / "data.json"),
-        "IMAGES": str(tmp_path),
-        "PROJECTOR": str(tmp_path / "mm_projector.bin"),
-        "OUT": str(tmp_path / "out"),
-        "GPUS": "4",
-        "DEEPSPEED": "none",
-    }
-    command = dry_run(root, script, **settings)
+    command = dry_run(root, script, **files_to_train_on(tmp_path), GPUS="4", DEEPSPEED="none")
     flags = command[command.index("llava/train/train_mem.py") + 1 :]
     assert not {"--bf16", "--tf32", "--fp16", "--attn_implementation"} & set(flags)
     said: list[str] = []

@@ -8,7 +8,6 @@ times the vision tower alone, beside the forward of all its blocks. How it is me
 import argparse
 import dataclasses
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -289,13 +288,8 @@ def _clock(name: str, plan: hardware.Plan) -> Clock:
 def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:
     """Under what the figures hold."""
     device = plan.device
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
     return {
-        "device": name,
+        "device": hardware.device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__,

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava import hardware
 from llava.errors import UserError
 from llava.eval import benchmarks
 from llava.eval.answers import read_answers
@@ -435,7 +436,7 @@ def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     }
     on_gpu = model.device.type == "cuda"
     machine = {
-        "device": torch.cuda.get_device_name(model.device) if on_gpu else cpu_name(),
+        "device": hardware.device_name(model.device) + ("" if on_gpu else f", {os.cpu_count()} cores"),
         "device_type": model.device.type,
         "attention": model.config._attn_implementation,
         "torch": torch.__version__,
@@ -446,15 +447,6 @@ def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
         "packed": is_packed,
     }
     return answerer, {"run": run, "machine": machine}
-
-
-def cpu_name() -> str:
-    """As the system tells it, with the number of cores."""
-    info = Path("/proc/cpuinfo")  # Linux, where platform.processor() is mostly empty
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def fingerprint(model_path: str, model_base: str | None) -> str:
