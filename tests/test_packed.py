@@ -9,17 +9,18 @@ from torch import nn
 
 from llava.errors import UserError
 from llava.model.builder import load_pretrained_model
-from llava.model.packed import FEW_ROWS, PackedLinear, pack
+from llava.model.packed import NARROW, PackedLinear, pack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
+@pytest.mark.parametrize("width", [40, NARROW + 8])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [(), (1,), (FEW_ROWS,), (2, 37), (1, 0)])
-def test_same_product(rows, bias):
+@pytest.mark.parametrize("rows", [(), (1,), (4,), (2, 37), (1, 0)])
+def test_same_product(rows, bias, width):
     torch.manual_seed(0)
-    linear = nn.Linear(40, 24, bias=bias)
-    x = torch.randn(*rows, 40)
+    linear = nn.Linear(width, 24, bias=bias)
+    x = torch.randn(*rows, width)
     with torch.no_grad():
         torch.testing.assert_close(PackedLinear.of(linear)(x), linear(x))
 

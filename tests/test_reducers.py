@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from llava.reducers import (
     VisionFeatures,
     available_reducers,
     build_reducer,
+    compiled,
 )
 from llava.reducers import ops as reducer_ops
 from llava.reducers.baselines import grid_shape
@@ -38,6 +40,16 @@ SPECS = [
     "prumerge+(tokens=20)",
     "prumerge+(min_tokens=8, max_tokens=24)",
 ]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request, monkeypatch):
+    """On a CPU the compiled loops work; without numba, as on a GPU or with gradients, torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(reducer_ops, "_compiled", lambda: None)
+
+
+both_ways = pytest.mark.usefixtures("way")
 READS_CLS = [spec for spec in SPECS if spec.startswith(("prumerge", "topk"))]
 
 
@@ -139,6 +151,7 @@ def run_spec(run: dict) -> str:
     return name if run["adaptive"] else f"{name}(ratio={run['reduction_ratio_arg']})"
 
 
+@both_ways
 @pytest.mark.parametrize(
     "path", [path for path in golden_files() if not path.stem.startswith("half")], ids=lambda path: path.stem
 )
@@ -169,6 +182,7 @@ def test_released_outputs(path: Path):
                 torch.testing.assert_close(reduced.tokens[image, : count + 1], tokens, atol=1e-5, rtol=0)
 
 
+@both_ways
 @pytest.mark.parametrize(
     "path", [path for path in golden_files() if path.stem.startswith("half")], ids=lambda path: path.stem
 )
@@ -203,6 +217,7 @@ def test_golden_batch_differs_from_the_pooled_count(golden: Path):
     assert len(set(counts)) > 1 and set(counts).isdisjoint(pooled)
 
 
+@both_ways
 @pytest.mark.parametrize("grid", [(24, 24), (16, 16), (7, 9), (4, 8), (1, 33), (2, 3), (1, 1)])
 @pytest.mark.parametrize(
     ("plus", "ratio"), [(False, None), (True, None), (False, 0.125), (True, 0.125), (True, 0.3)]
@@ -249,6 +264,7 @@ def test_every_method_is_tested():
     assert {build_reducer(spec).name for spec in SPECS} == set(available_reducers())
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grid", [(24, 24), (5, 7), (4, 8), (3, 2), (1, 1)], ids=str)
 @pytest.mark.parametrize("spec", SPECS)
@@ -256,6 +272,7 @@ def test_contract(spec, grid, dtype):
     check_contract(spec, make_features(3, grid, dtype=dtype, sharp=2.0))
 
 
+@both_ways
 @pytest.mark.parametrize("spec", SPECS)
 def test_contract_flat_attention(spec):
     """A zero query, and keys all alike: no outlier, every score a tie."""
@@ -275,6 +292,7 @@ def test_contract_flat_attention(spec):
             assert not reduced.source.any()  # everything went to the one token
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["random", "near ties"])
 @pytest.mark.parametrize("spec", SPECS)
@@ -299,6 +317,7 @@ def test_batch_equals_one_by_one(spec, kind, dtype):
                 )
 
 
+@both_ways
 def test_a_batch_changes_nobody():
     """An all-zero placeholder image among real ones affects none of them."""
     features = make_features(4, sharp=2.0)
@@ -313,6 +332,7 @@ def test_a_batch_changes_nobody():
             torch.testing.assert_close(reduced.tokens[image, :count], alone.tokens[0])
 
 
+@both_ways
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["patches", "query", "key"])
 @pytest.mark.parametrize("spec", [spec for spec in READS_CLS if not spec.startswith("topk")])
@@ -341,12 +361,14 @@ def test_tower_without_cls(spec):
         check_contract(spec, features)
 
 
+@both_ways
 def test_empty_batch():
     features = make_features(3)[:0]
     for spec in SPECS:
         assert build_reducer(spec)(features).unbind() == []
 
 
+@both_ways
 def test_large_half_precision_scores_do_not_overflow():
     """q . k above float16's 65504 is no infinity: scores are taken in float32."""
     features = make_features(2, dtype=torch.float16)
@@ -356,6 +378,7 @@ def test_large_half_precision_scores_do_not_overflow():
         check_contract(spec, loud)
 
 
+@both_ways
 def test_autocast_changes_nothing():
     features = make_features(2, sharp=2.0)
     for spec in SPECS:
@@ -394,11 +417,65 @@ def test_gradients_flow(spec, dtype):
     assert features.patches.grad.isfinite().all() and features.patches.grad.any()
 
 
+def test_who_works():
+    """The compiled loops, unless there is a gradient to compute or a tensor lies elsewhere."""
+    plain, asking = torch.zeros(2), torch.zeros(2, requires_grad=True)
+    assert reducer_ops.compiled_for(plain, None, plain) is compiled
+    assert reducer_ops.compiled_for(plain, asking) is None
+    with torch.no_grad():
+        assert reducer_ops.compiled_for(plain, asking) is compiled
+    assert reducer_ops.compiled_for(plain, plain.to("meta")) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", [(24, 24), (5, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.startswith("prumerge")])
+def test_both_ways_give_the_same(spec, grid, dtype, monkeypatch):
+    features = make_features(5, grid, width=64, seed=3, dtype=dtype, sharp=2.0)
+    ours = build_reducer(spec)(features)
+    monkeypatch.setattr(reducer_ops, "_compiled", lambda: None)
+    theirs = build_reducer(spec)(features)
+    for name in ("lengths", "kept", "source"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    torch.testing.assert_close(
+        ours.tokens, theirs.tokens, atol=1e-5, rtol=1e-2 if dtype != torch.float32 else 1e-5
+    )
+
+
+def test_strided_features():
+    """Features need not lie in one piece."""
+    features = make_features(2, sharp=2.0)
+    wide = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in (features.patches, features.key)]
+    apart = dataclasses.replace(features, patches=wide[0], key=wide[1])
+    assert not wide[0].is_contiguous()
+    for spec in ("prumerge", "prumerge+"):
+        whole, other = build_reducer(spec)(features), build_reducer(spec)(apart)
+        assert torch.equal(whole.tokens, other.tokens) and torch.equal(whole.kept, other.kept)
+
+
+@pytest.mark.parametrize("number", [0, 1, 5, 32, 40])
+@pytest.mark.parametrize("kind", ["random", "ties", "all equal", "signs and infinities"])
+def test_largest(kind, number):
+    values = np.random.default_rng(number).standard_normal(40).astype(np.float32)
+    if kind == "ties":
+        values = np.round(values)
+    if kind == "all equal":
+        values[:] = -0.25
+    if kind == "signs and infinities":
+        values[::7], values[1::7], values[2::7], values[3::7] = np.inf, -np.inf, 0.0, -0.0
+    places = np.empty(41, np.int64)
+    compiled._largest(values.copy(), number, places)
+    chosen = places[:number]
+    assert len(set(chosen.tolist())) == number
+    np.testing.assert_array_equal(np.sort(values[chosen]), np.sort(values)[40 - number :])
+
+
+@both_ways
 @pytest.mark.parametrize("spec", ["prumerge", "prumerge+", "topk(tokens=20)"])
 def test_chunks_change_nothing(spec, monkeypatch):
     features = make_features(3, sharp=2.0)
     whole = build_reducer(spec)(features)
-    monkeypatch.setattr(reducer_ops, "_images_at_a_time", lambda each, device: 2)
+    monkeypatch.setattr(reducer_ops, "images_at_a_time", lambda each, device: 2)
     in_chunks = build_reducer(spec)(features)
     for field in dataclasses.fields(ReducedTokens):
         torch.testing.assert_close(
@@ -427,6 +504,7 @@ class Spy(TorchDispatchMode):
         return out
 
 
+@both_ways
 @pytest.mark.parametrize("spec", SPECS)
 def test_one_host_sync_a_batch(spec, monkeypatch):
     features = make_features(4, sharp=2.0)
@@ -438,6 +516,7 @@ def test_one_host_sync_a_batch(spec, monkeypatch):
     assert not spy.waits and len(lists) <= 1
 
 
+@both_ways
 @pytest.mark.parametrize("spec", ["prumerge(tokens=576)", "prumerge+(tokens=576)", "topk"])
 def test_extra_memory_is_bounded(spec):
     """With every patch kept, similarities of 16 images are 5.3 M numbers: they are made image by image."""
@@ -457,6 +536,7 @@ def flat_to_peaked() -> VisionFeatures:
     return features
 
 
+@both_ways
 def test_clamps_and_counts():
     features = flat_to_peaked()
     free = (build_reducer("prumerge")(features).lengths - 1).tolist()
@@ -473,6 +553,7 @@ def test_clamps_and_counts():
             assert (lengths - 1).tolist() == [min(tokens, 576)] * 6
 
 
+@both_ways
 def test_clamped_plus():
     features = flat_to_peaked()
     free = build_reducer("prumerge+")(features)

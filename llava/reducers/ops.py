@@ -5,6 +5,9 @@ from operations that treat every row alone (multiply, sum, softmax, sort), never
 kernels of those differ with the batch size, and a last bit would then decide which patch is kept.
 """
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,8 +15,31 @@ from torch.nn import functional as F
 from llava.reducers.features import ReducedTokens, VisionFeatures
 from llava.reducers.registry import ReducerInputError
 
+NEIGHBOURS = 32
+"""How many patches PruMerge merges into each that it keeps, as released."""
 
-def _images_at_a_time(each: int, device: torch.device) -> int:
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    """`compiled`, or None where numba does not load (it is particular about numpy's version)."""
+    try:
+        from llava.reducers import compiled  # here: half a second that GPUs need not wait
+    except ImportError:
+        return None
+    return compiled
+
+
+def compiled_for(*tensors: Tensor | None) -> ModuleType | None:
+    """The loops of `compiled` where they do the work: on a CPU, where nothing is to be differentiated."""
+    for tensor in tensors:
+        if tensor is not None and (
+            tensor.device.type != "cpu" or (tensor.requires_grad and torch.is_grad_enabled())
+        ):
+            return None
+    return _compiled()
+
+
+def images_at_a_time(each: int, device: torch.device) -> int:
     """How many images to work on at once where each needs so many float32 of room.
 
     One at least, else what fits 1 MiB, so into a CPU's cache; 256 MiB elsewhere, where many small operations
@@ -34,7 +60,16 @@ def cls_attention(features: VisionFeatures) -> Tensor:
     Raises:
         ReducerInputError: the tower has no CLS token.
     """
-    return _attention_scores(features, heads=1).squeeze(1)[:, 1:]
+    return cls_attention_and_norms(features)[0]
+
+
+def cls_attention_and_norms(features: VisionFeatures) -> tuple[Tensor, Tensor]:
+    """`cls_attention`, and the norms of all keys, CLS first: [B, N] and [B, N + 1] float32."""
+    kernels = compiled_for(features.key, features.query)
+    if kernels is None or features.query is None:
+        attention = _attention_scores(features, heads=1).squeeze(1)
+        return attention[:, 1:], torch.linalg.vector_norm(features.key.float(), dim=2)
+    return kernels.attention_and_norms(features.query.float(), features.key.float())
 
 
 def cls_attention_per_head(features: VisionFeatures) -> Tensor:
@@ -57,7 +92,7 @@ def _attention_scores(features: VisionFeatures, heads: int) -> Tensor:
             "use pool, grid or random with it"
         )
     _, rows, width = features.key.shape
-    chunk = _images_at_a_time(rows * width, features.key.device)
+    chunk = images_at_a_time(rows * width, features.key.device)
     scaled = features.query.float() * (width // heads) ** -0.5
     logits = [
         (key.float() * query.unsqueeze(1)).view(-1, heads, width // heads).sum(2)
@@ -93,7 +128,10 @@ def outlier_fence(descending: Tensor) -> Tensor:
 
 
 def outlier_count(descending: Tensor) -> Tensor:
-    """How many values lie strictly above their `outlier_fence`: [..., N] sorted -> [...] int64."""
+    """How many values lie strictly above their `outlier_fence`: [B, N] float32 sorted -> [B] int64."""
+    kernels = compiled_for(descending)
+    if kernels is not None:
+        return kernels.outlier_count(descending)
     return (descending > outlier_fence(descending).unsqueeze(-1)).sum(-1)
 
 
@@ -173,7 +211,7 @@ def merge_nearest(
     weight: Tensor,
     kept: Tensor,
     is_real: Tensor | None,
-    neighbours: int = 32,
+    neighbours: int = NEIGHBOURS,
 ) -> tuple[Tensor, Tensor]:
     """Adds to each kept patch its nearest patches, weighted: out_i = f_i + sum over neighbours of w_j f_j.
 
@@ -182,7 +220,7 @@ def merge_nearest(
 
     The one large product is that of the K kept keys with all N. Only indices are taken from it; the merge
     then reads the 33 patches of each row (`embedding_bag`), which costs less than a second product. Extra
-    memory: K (2 N + C) float32 an image, for `_images_at_a_time`, and B K 33 indices and weights.
+    memory: K (2 N + C) float32 an image, for `images_at_a_time`, and B K 33 indices and weights.
 
     Args:
         patches: [B, N, C] float32.
@@ -203,7 +241,7 @@ def merge_nearest(
         return patches.new_zeros(batch, 1, width), kept.new_zeros(batch, length)
     first = torch.arange(0, batch * length, length, device=device).view(-1, 1)  # of each image, flat
     inverse_norm = norm[:, 1:].clamp(min=1e-12).reciprocal()
-    chunk = _images_at_a_time(count * length, device)
+    chunk = images_at_a_time(count * length, device)
     images = zip(key.split(chunk), inverse_norm.split(chunk), kept.split(chunk), strict=True)
     parts = [_nearest(*image, min(neighbours + 1, length)) for image in images]
     near, nearest = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
@@ -245,27 +283,4 @@ def _nearest(key: Tensor, inverse_norm: Tensor, kept: Tensor, number: int) -> tu
     by_patch = torch.bmm(key[:, 1:], own.transpose(1, 2))[:, :, : kept.shape[1]]
     by_row = by_patch.transpose(1, 2).contiguous().mul_(inverse_norm.unsqueeze(1))
     by_row.scatter_(2, kept.unsqueeze(2), torch.inf)  # a row itself comes first, whatever rounding says
-    return _largest(_orderly(by_row), number), by_patch.max(2).indices
-
-
-def _orderly(values: Tensor) -> Tensor:
-    """float32 -> int32 in the same order, in place: a CPU selects integers, never NaN, a third faster."""
-    bits = values.view(torch.int32)
-    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
-
-
-def _largest(values: Tensor, number: int, parts: int = 4) -> Tensor:
-    """Indices [B, K, number] of the largest of values [B, K, N], in no order; exact.
-
-    Split a row into groups of `parts`, N / parts apart: the largest are all in the groups with the largest
-    maxima, as many as are sought. Two selections among fewer values cost less than one among all.
-    """
-    length = values.shape[2]
-    if length % parts or length <= parts * number:
-        return values.topk(number, sorted=False).indices
-    grouped = values.unflatten(2, (parts, -1))
-    best = grouped.amax(2).topk(number, sorted=False).indices
-    among = grouped.gather(3, best.unsqueeze(2).expand(-1, -1, parts, -1)).flatten(2)
-    place = among.topk(number, sorted=False).indices
-    part = place.div(number, rounding_mode="floor")
-    return best.gather(2, place - part * number) + part * (length // parts)
+    return by_row.topk(number, sorted=False).indices, by_patch.max(2).indices

@@ -8,6 +8,7 @@ example), the code is followed: the published checkpoints were trained on it.
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,9 +16,12 @@ from torch.nn import functional as F
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
 from llava.reducers.ops import (
-    cls_attention,
+    NEIGHBOURS,
+    cls_attention_and_norms,
     comb,
+    compiled_for,
     even_comb,
+    images_at_a_time,
     inverse,
     merge_nearest,
     outlier_count,
@@ -66,9 +70,13 @@ class PruMerge(Reducer):
         Raises:
             ReducerInputError: no CLS token, or values that are NaN or infinite.
         """
-        attention = cls_attention(features)
+        attention, norm = cls_attention_and_norms(features)
         descending, order = attention.sort(dim=1, descending=True, stable=True)
-        return prune_and_merge(features, attention, *self.choose(descending, order))
+        order, count = self.choose(descending, order)
+        kernels = compiled_for(features.patches, attention, norm)
+        if kernels is None:
+            return prune_and_merge(features, attention, norm, order, count)
+        return _prune_and_merge_compiled(kernels, features, attention, norm, order, count)
 
     def choose(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """Which patches to keep.
@@ -133,13 +141,10 @@ class PruMergePlus(PruMerge):
 
 def _with_samples(order: Tensor, count: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     """Brings the samples, in raster order, forward to behind the first `count` patches of `order`."""
-    rank, count = inverse(order), count.unsqueeze(1)
-    by_attention = rank < count
-    samples = samples & ~by_attention
-    dropped = ~(by_attention | samples)
-    last = count + samples.sum(1, keepdim=True)
-    row = torch.where(samples, count - 1 + samples.cumsum(1), rank)
-    return inverse(torch.where(dropped, last - 1 + dropped.cumsum(1), row)), last.squeeze(1)
+    length, rank = order.shape[1], inverse(order)
+    behind = torch.where(samples, length, 2 * length) + torch.arange(length, device=order.device)
+    place = torch.where(rank < count.unsqueeze(1), rank, behind)
+    return place.argsort(1), (place < 2 * length).sum(1)
 
 
 def _clamp(order: Tensor, count: Tensor, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -170,14 +175,14 @@ def _count_to_reach(order: Tensor, samples: Tensor, total: Tensor | int) -> Tens
 
 
 def prune_and_merge(
-    features: VisionFeatures, attention: Tensor, order: Tensor, count: Tensor
+    features: VisionFeatures, attention: Tensor, norm: Tensor, order: Tensor, count: Tensor
 ) -> ReducedTokens:
     """Keeps the first `count` patches of each image's `order`, merges the others into them and into one more.
 
     Asks the device for one thing only: how many tokens each image has (NaN: it is not finite).
     """
     patches, key = features.patches.float(), features.key.float()
-    rank, norm = inverse(order), torch.linalg.vector_norm(key, dim=2)
+    rank = inverse(order)
     is_kept = rank < count.unsqueeze(1)
     # Every patch takes part, kept ones with weight 0, so that a NaN or an infinity anywhere shows.
     rest = torch.bmm(attention.masked_fill(is_kept, 0).unsqueeze(1), patches)
@@ -203,3 +208,28 @@ def prune_and_merge(
         kept=F.pad(kept, (0, 1), value=-1),
         source=torch.where(is_kept, rank, nearest),
     )
+
+
+def _prune_and_merge_compiled(
+    kernels: ModuleType,
+    features: VisionFeatures,
+    attention: Tensor,
+    norm: Tensor,
+    order: Tensor,
+    count: Tensor,
+) -> ReducedTokens:
+    """`prune_and_merge` by the compiled loops."""
+    counts: list[int] = count.tolist()
+    most, length = max(counts, default=0), order.shape[1]
+    tokens, lengths, kept, source, finite = kernels.merge(
+        features.patches.float(),
+        features.key.float(),
+        norm,
+        attention,
+        order,
+        counts,
+        NEIGHBOURS,
+        images_at_a_time(most * length, order.device),
+    )
+    require_finite(finite)
+    return ReducedTokens(tokens.to(features.patches.dtype), lengths, kept, source)
