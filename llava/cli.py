@@ -11,7 +11,6 @@ import argparse
 import difflib
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 
 from llava.errors import UserError, exit_status
@@ -83,8 +82,6 @@ def no_such_command(argv: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Users can do nothing about it: transformers 5.24 renames this argument, 5.17 knows no other name.
-    warnings.filterwarnings("ignore", message=".*`past_key_values`", category=FutureWarning)
     debug = "--debug" in argv  # before parsing: a command's options are read by that command
     return exit_status(lambda: dispatch(argv), name=f"llava {command_of(argv) or ''}".strip(), debug=debug)
 

@@ -14,6 +14,7 @@ from transformers import (
     BitsAndBytesConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -453,6 +454,35 @@ def test_prefill_computes_logits_for_the_last_position_only():
     model.lm_head.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[1]))
     model.generate(MIXED[0][None], images=pictures(1), **GREEDY)
     assert seen == [1] * 6
+
+
+@pytest.mark.filterwarnings("error:.*past_key_values")
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_by_its_new_and_its_old_name(name):
+    """Whatever transformers is installed: a prompt in two pieces has the logits of the whole."""
+    model, row, cache = make_model(), MIXED[0][None], DynamicCache()
+    behind = int((row == IMAGE).nonzero()[-1, 1]) + 1
+    with torch.no_grad():
+        whole = model(row, images=pictures(1)).logits
+        model(row[:, :behind], images=pictures(1), use_cache=True, **{name: cache})
+        length = cache.get_seq_length()
+        rest = model(row[:, behind:], use_cache=True, **{name: cache}).logits
+    assert cache.get_seq_length() == whole.shape[1] > length
+    torch.testing.assert_close(rest, whole[:, length:])
+
+
+@pytest.mark.filterwarnings("error:.*past_key_values")
+def test_later_steps_do_not_look_for_pictures(monkeypatch):
+    """Looking reads the ids back from the device, once a token."""
+    model, steps = make_model(), []
+    has_vision = model._has_vision
+    monkeypatch.setattr(
+        model,
+        "_has_vision",
+        lambda ids, cache, *rest: steps.append(cache.get_seq_length()) or has_vision(ids, cache, *rest),
+    )
+    model.generate(MIXED[0][None], images=pictures(1), **GREEDY)
+    assert len(steps) == 5 and min(steps) > 0  # the first step has embeddings
 
 
 @pytest.mark.parametrize("ids", [[7], [IMAGE]])

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from llava import hardware
 from llava.analysis import roofline
@@ -146,16 +147,17 @@ def run_once(
         embeds = gather(layout, text, [block.to(text) for block in embedded])
         mask = layout.attention_mask.to(device) if layout.padded else None
         positions = layout.position_ids.to(device) if layout.padded else None
+        cache = DynamicCache()
         output = model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         token = output.logits[:, -1:].argmax(-1)
     answers = [token]
-    cache = output.past_key_values
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     steps = work.new_tokens - 1
     lengths = torch.tensor(layout.lengths, device=device)[:, None]
@@ -167,7 +169,7 @@ def run_once(
                 input_ids=token,
                 attention_mask=mask,
                 position_ids=lengths + step,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
             token = output.logits[:, -1:].argmax(-1)

@@ -9,6 +9,7 @@ Trainer), called `llava_llama`. Two things differ from a text model:
   checkpoint has its keys, and `set_vision_tower(load_vision_tower(path))` puts it in.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -36,6 +38,10 @@ from llava.model.vision_tower import VisionTower
 from llava.reducers import ReducerInputError, ReducerSpecError, build_reducer
 
 logger = logging.get_logger(__name__)
+
+_renamed = "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE_NAME = "cache" if _renamed else "past_key_values"
+"""What the installed transformers calls the keys and values of earlier positions: 5.24 gave it a new name."""
 
 Images = Tensor | Sequence[Tensor]
 """[n, 3, H, W] or a list of [3, H, W]; for anyres [n, crops, 3, H, W] or a list of [crops, 3, H, W]."""
@@ -363,7 +369,7 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -372,6 +378,7 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         visual_tokens: Sequence[Tensor] | None = None,
         logits_to_keep: int | Tensor = 0,
         loss_only: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """LLaMA's forward over the spliced batch.
@@ -385,13 +392,15 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
             images: pixels of the images, in the order of the placeholders, see `Images`.
             image_sizes: (width, height) of each picture, for the spatial merge types.
             visual_tokens: instead of images, what `encode_images` returned for them.
+            cache, past_key_values: keys and values of earlier positions, by its new and its old name.
             loss_only: compute the loss (same value) and no logits: the head runs on the positions that are
                 scored, which for a small model with a large vocabulary saves a good part of a step.
 
         Raises:
             UserError: placeholders and images differ in number, and what `encode_images` raises.
         """
-        if inputs_embeds is None and self._has_vision(input_ids, past_key_values, images, visual_tokens):
+        cache = past_key_values if cache is None else cache
+        if inputs_embeds is None and self._has_vision(input_ids, cache, images, visual_tokens):
             inputs_embeds, layout = self._prepare(
                 input_ids,
                 attention_mask,
@@ -422,11 +431,11 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -446,11 +455,11 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         )
         return CausalLMOutputWithPast(loss=loss)
 
-    def _has_vision(self, input_ids, past_key_values, images, visual_tokens) -> bool:
+    def _has_vision(self, input_ids, cache, images, visual_tokens) -> bool:
         """Whether this call needs splicing; later steps of a generation are plain text."""
         if images is not None or visual_tokens is not None or self._must_touch_vision():
             return True
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if cache is not None and cache.get_seq_length() > 0:
             return False
         return bool((input_ids == IMAGE_TOKEN_INDEX).any())
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationMixin
 
-from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.llava_llama import CACHE_NAME, LlavaLlamaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def extend(
         inputs_embeds=embeds.to(model.dtype),
         attention_mask=mask.long(),
         position_ids=(mask.long().cumsum(1) - 1).clamp_min(0)[:, prefix.length :],
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE_NAME: cache},
     )
     return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask)
 
@@ -124,9 +124,9 @@ def answer(
         # generate wants the columns of the cache too, and cuts them off unread.
         inputs_embeds=pad(embeds, (0, 0, prefix.length, 0)),
         attention_mask=mask.long(),
-        # It repeats embeddings and mask for its beams by itself, but not a cache.
-        past_key_values=prefix.cache([row for row in rows for _ in range(num_beams)]),
         num_beams=num_beams,
+        # It repeats embeddings and mask for its beams by itself, but not a cache.
+        **{CACHE_NAME: prefix.cache([row for row in rows for _ in range(num_beams)])},
         **kwargs,
     )
 
