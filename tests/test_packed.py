@@ -86,6 +86,16 @@ def test_a_checkpoint_loads_packed(tmp_path):
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_language_model_without_vision_is_packed_too(tmp_path, caplog, monkeypatch):
+    checkpoint = family(tmp_path).base
+    _, model, _, _ = load_pretrained_model(checkpoint, device="cpu", packed=True)
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {PackedLinear}
+    assert "no effect" not in caplog.text
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    load_pretrained_model(checkpoint, device="cpu", packed=True)
+    assert "packed weights have no effect here" in caplog.text
+
+
 def test_half_precision_is_not_packed(tmp_path):
     with pytest.raises(UserError, match="float32 on a CPU"):
         load_pretrained_model(family(tmp_path).full, device="cpu", dtype="float16", packed=True)

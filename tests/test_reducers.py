@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -451,6 +452,15 @@ def test_strided_features():
     for spec in ("prumerge", "prumerge+"):
         whole, other = build_reducer(spec)(features), build_reducer(spec)(apart)
         assert torch.equal(whole.tokens, other.tokens) and torch.equal(whole.kept, other.kept)
+
+
+def test_loops_compile_where_nothing_can_be_kept():
+    """As in a read-only installation without a home: a function of no file has no place for its cache."""
+    names = {}
+    exec("def double(x):\n    return 2 * x", names)
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(names["double"])
+    assert compiled._compile(names["double"])(3) == 6
 
 
 @pytest.mark.parametrize("number", [0, 1, 5, 32, 40])

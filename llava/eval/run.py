@@ -409,8 +409,6 @@ def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     if image_processor is None:
         raise UserError(f"{source.path} is a language model without vision; a benchmark needs one that sees.")
     is_packed = source.packed and any(isinstance(module, PackedLinear) for module in model.modules())
-    if source.packed and not is_packed:
-        print("--packed has no effect here: no layer of this model has a packed form.", file=sys.stderr)
     answerer = Answerer(
         model,
         tokenizer,

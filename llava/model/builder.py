@@ -139,6 +139,8 @@ def load_pretrained_model(
         model = load_plain(info.base or info, **options)
         answering = apply_lora(model, info, merge=merge_lora) if info.kind == "lora" else model
         finish(model, info)
+        if packed:
+            _pack(model)
         return tokenizer_of(info), answering.eval(), None, _context_length(info.config)
 
     raw = _config_dict(customized_config) if customized_config is not None else llava_config_dict(info)
@@ -159,7 +161,7 @@ def load_pretrained_model(
         model.config.mm_vision_tower = str(vision_tower)
     finish(model, info)
     if packed:
-        pack(model)
+        _pack(model)
     if raw.get("mm_token_reducer") is None:
         logger.warning(
             "%s does not say which tokens to use: all %d visual tokens of an image are; "
@@ -168,6 +170,12 @@ def load_pretrained_model(
             tower.num_patches,
         )
     return tokenizer, answering.eval(), tower.image_processor, _context_length(raw)
+
+
+def _pack(model: torch.nn.Module) -> None:
+    """Packs what can be packed, and says so where that is nothing."""
+    if not pack(model):
+        logger.warning("packed weights have no effect here: no layer of this model has a packed form")
 
 
 # Device ------------------------------------------------------------------------------------------
