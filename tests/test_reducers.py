@@ -41,6 +41,7 @@ SPECS = [
     "prumerge+(tokens=20)",
     "prumerge+(min_tokens=8, max_tokens=24)",
 ]
+READS_CLS = [spec for spec in SPECS if spec.startswith(("prumerge", "topk"))]
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -51,7 +52,6 @@ def way(request, monkeypatch):
 
 
 both_ways = pytest.mark.usefixtures("way")
-READS_CLS = [spec for spec in SPECS if spec.startswith(("prumerge", "topk"))]
 
 
 def make_features(

@@ -133,12 +133,17 @@ def merge(
 
 
 @_compile
+def _inverse(norm):
+    return np.float32(1) / max(norm, np.float32(1e-12))
+
+
+@_compile
 def _scaled_rows(key, norm, order, count, out):
     """The keys of the kept patches, divided by their norms."""
     for image in range(len(count)):
         for row in range(count[image]):
             place = order[image, row] + 1
-            inverse = np.float32(1) / max(norm[image, place], np.float32(1e-12))
+            inverse = _inverse(norm[image, place])
             for channel in range(out.shape[2]):
                 out[image, row, channel] = key[image, place, channel] * inverse
 
@@ -156,7 +161,7 @@ def _merge(
         rows = count[image]
         lengths[image] = rows + 1
         for place in range(length):
-            inverse = np.float32(1) / max(norm[image, place + 1], np.float32(1e-12))
+            inverse = _inverse(norm[image, place + 1])
             for row in range(rows):
                 by_row[row, place] = similarity[image, place, row] * inverse
         best[:], nearest[:] = -np.inf, 0

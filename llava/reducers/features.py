@@ -35,6 +35,11 @@ class VisionFeatures:
         query = None if self.query is None else self.query[rows]
         return VisionFeatures(self.patches[rows], query, self.key[rows], self.num_heads, self.grid)
 
+    def float(self) -> "VisionFeatures":
+        """The same in float32: a copy, or itself where it is so already."""
+        query = None if self.query is None else self.query.float()
+        return VisionFeatures(self.patches.float(), query, self.key.float(), self.num_heads, self.grid)
+
 
 @dataclass(frozen=True)
 class ReducedTokens:

@@ -65,11 +65,12 @@ def cls_attention(features: VisionFeatures) -> Tensor:
 
 def cls_attention_and_norms(features: VisionFeatures) -> tuple[Tensor, Tensor]:
     """`cls_attention`, and the norms of all keys, CLS first: [B, N] and [B, N + 1] float32."""
+    features = features.float()
     kernels = compiled_for(features.key, features.query)
     if kernels is None or features.query is None:
         attention = _attention_scores(features, heads=1).squeeze(1)
-        return attention[:, 1:], torch.linalg.vector_norm(features.key.float(), dim=2)
-    return kernels.attention_and_norms(features.query.float(), features.key.float())
+        return attention[:, 1:], torch.linalg.vector_norm(features.key, dim=2)
+    return kernels.attention_and_norms(features.query, features.key)
 
 
 def cls_attention_per_head(features: VisionFeatures) -> Tensor:

@@ -7,8 +7,7 @@ example), the code is followed: the published checkpoints were trained on it.
 """
 
 import math
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,13 +69,11 @@ class PruMerge(Reducer):
         Raises:
             ReducerInputError: no CLS token, or values that are NaN or infinite.
         """
-        attention, norm = cls_attention_and_norms(features)
+        exact = features.float()  # once, for the scores, the norms and the merge
+        attention, norm = cls_attention_and_norms(exact)
         descending, order = attention.sort(dim=1, descending=True, stable=True)
-        order, count = self.choose(descending, order)
-        kernels = compiled_for(features.patches, attention, norm)
-        if kernels is None:
-            return prune_and_merge(features, attention, norm, order, count)
-        return _prune_and_merge_compiled(kernels, features, attention, norm, order, count)
+        reduced = prune_and_merge(exact, attention, norm, *self.choose(descending, order))
+        return replace(reduced, tokens=reduced.tokens.to(features.patches.dtype))
 
     def choose(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """Which patches to keep.
@@ -179,9 +176,18 @@ def prune_and_merge(
 ) -> ReducedTokens:
     """Keeps the first `count` patches of each image's `order`, merges the others into them and into one more.
 
-    Asks the device for one thing only: how many tokens each image has (NaN: it is not finite).
+    Features in float32, and so the tokens. Asks the device for one thing only: how many tokens each image has
+    (NaN: it is not finite).
     """
-    patches, key = features.patches.float(), features.key.float()
+    patches, key = features.patches, features.key
+    kernels = compiled_for(patches, attention, norm)
+    if kernels is not None:
+        counts: list[int] = count.tolist()
+        at_a_time = images_at_a_time(max(counts, default=0) * order.shape[1], order.device)
+        *reduced, finite = kernels.merge(patches, key, norm, attention, order, counts, NEIGHBOURS, at_a_time)
+        require_finite(finite)
+        return ReducedTokens(*reduced)
+
     rank = inverse(order)
     is_kept = rank < count.unsqueeze(1)
     # Every patch takes part, kept ones with weight 0, so that a NaN or an infinity anywhere shows.
@@ -203,33 +209,8 @@ def prune_and_merge(
         nearest = torch.where(nearest < count.unsqueeze(1), nearest, 0)
         kept = torch.where(is_real, kept, -1)
     return ReducedTokens(
-        tokens=tokens.to(features.patches.dtype),
+        tokens=tokens,
         lengths=lengths,
         kept=F.pad(kept, (0, 1), value=-1),
         source=torch.where(is_kept, rank, nearest),
     )
-
-
-def _prune_and_merge_compiled(
-    kernels: ModuleType,
-    features: VisionFeatures,
-    attention: Tensor,
-    norm: Tensor,
-    order: Tensor,
-    count: Tensor,
-) -> ReducedTokens:
-    """`prune_and_merge` by the compiled loops."""
-    counts: list[int] = count.tolist()
-    most, length = max(counts, default=0), order.shape[1]
-    tokens, lengths, kept, source, finite = kernels.merge(
-        features.patches.float(),
-        features.key.float(),
-        norm,
-        attention,
-        order,
-        counts,
-        NEIGHBOURS,
-        images_at_a_time(most * length, order.device),
-    )
-    require_finite(finite)
-    return ReducedTokens(tokens.to(features.patches.dtype), lengths, kept, source)
