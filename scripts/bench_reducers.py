@@ -3,9 +3,8 @@
     python scripts/bench_reducers.py [--rounds 60] [--batch 1 8] [--device cpu] [--json out.json]
 
 One process, one CPU thread, float32, N = 576 patches, C = 1024 channels. The things compared take turns in
-each round; `ratio` is that of the medians, `best` that of the fastest tenth of the rounds. On a CPU the clock
-is the thread's own, which stops while others run; they still take cache and memory bandwidth, so measure on
-an idle machine. The last column is the released code's way, a Python loop over images and kept tokens,
+each round; `ratio` is that of the medians. On a CPU the clock is the thread's own, which stops while others
+run; they still take cache and memory bandwidth, so measure on an idle machine. The last column is the released code's way, a Python loop over images and kept tokens,
 written here for comparison.
 """
 
@@ -73,7 +72,7 @@ def released_style(features: VisionFeatures, kept: Tensor) -> Tensor:
 def interleaved(
     functions: dict[str, Callable[[], object]], rounds: int, device: str
 ) -> dict[str, list[float]]:
-    """Milliseconds of each function in each round, sorted; the first two rounds only warm up."""
+    """Milliseconds of each function in each round; the first two rounds only warm up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     clock = time.thread_time if device == "cpu" else time.perf_counter
     for round_ in range(rounds + 2):
@@ -84,7 +83,7 @@ def interleaved(
                 torch.cuda.synchronize()
             if round_ >= 2:
                 times[name].append((clock() - start) * 1e3)
-    return {name: sorted(values) for name, values in times.items()}
+    return times
 
 
 def measure(spec: str, outliers: int, count: int, batch: int, rounds: int, device: str) -> dict[str, object]:
@@ -107,7 +106,6 @@ def measure(spec: str, outliers: int, count: int, batch: int, rounds: int, devic
     )
     slow = interleaved({"loop": lambda: released_style(features, kept)}, max(3, rounds // 10), device)["loop"]
     product, ours = statistics.median(times["product"]), statistics.median(times["reducer"])
-    tenth = rounds // 10
     return {
         "reducer": reducer.spec,
         "kept": count,
@@ -115,7 +113,6 @@ def measure(spec: str, outliers: int, count: int, batch: int, rounds: int, devic
         "product_ms": round(product, 3),
         "reducer_ms": round(ours, 3),
         "ratio": round(ours / product, 2),
-        "best": round(times["reducer"][tenth] / times["product"][tenth], 2),
         "released_loop_ms": round(statistics.median(slow), 2),
     }
 

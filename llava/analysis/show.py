@@ -21,7 +21,8 @@ from llava.mm_utils import expand2square, load_image, mean_colour
 from llava.model.checkpoints import inspect_checkpoint, resolve_directory
 from llava.model.vision_tower import VisionTower, load_vision_tower
 from llava.reducers import ReducedTokens, ReducerInputError, ReducerSpecError, VisionFeatures, build_reducer
-from llava.reducers.ops import cls_attention, outlier_fence
+from llava.reducers.ops import cls_attention
+from llava.reducers.prumerge import outlier_fence
 
 MINI_TOWER = Path("checkpoints/mini-base/vision_tower")
 

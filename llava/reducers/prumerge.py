@@ -1,33 +1,26 @@
 """PruMerge and PruMerge+ (Shang et al., arXiv 2403.15388), as their released code behaves, image by image.
 
-Keep the patches whose CLS attention is an outlier, and for PruMerge+ a comb of spatial samples; add to each
-its 32 nearest patches by key similarity, weighted by attention; append one token, the attention-weighted sum
-of all patches that were not kept. Where the paper's wording differs from the code (it appends no token, for
-example), the code is followed: the published checkpoints were trained on it.
+Select the patches whose CLS attention is an outlier, and for PruMerge+ a comb of spatial samples; merge into
+each its 32 nearest patches by key similarity, weighted by attention; append one token, the attention-weighted
+sum of all patches that were not kept. Where the paper's wording differs from the code (it appends no token,
+for example), the code is followed: the published checkpoints were trained on it.
+
+B images, N patches, C channels; K is the largest number of patches that an image of the batch keeps.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.ops import (
-    NEIGHBOURS,
-    cls_attention_and_norms,
-    comb,
-    compiled_for,
-    even_comb,
-    images_at_a_time,
-    inverse,
-    merge_nearest,
-    outlier_count,
-    require_finite,
-    stepped_comb,
-)
+from llava.reducers.ops import cls_attention, require_finite
 from llava.reducers.registry import Reducer, ReducerSpecError, option, register
+
+NEIGHBOURS = 32
+"""How many patches are merged into each that is kept, as released."""
 
 
 @register("prumerge")
@@ -43,12 +36,14 @@ class PruMerge(Reducer):
         tokens: keep this many patches instead (all N where there are fewer).
         min_tokens: keep at least this many, the next by attention where outliers are fewer.
         max_tokens: keep at most this many, the first by attention.
+        merge: false: the selection alone, kept patches as they are, no token appended (at least one is kept).
     """
 
     ratio: float | None = option(None, low=0, high=1, open_low=True)
     tokens: int | None = option(None, low=1)
     min_tokens: int | None = option(None, low=1)
     max_tokens: int | None = option(None, low=1)
+    merge: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +51,7 @@ class PruMerge(Reducer):
             raise ReducerSpecError(
                 f"reducer {self.name!r}: tokens fixes the count; leave out ratio, min_tokens and max_tokens"
             )
-        if None not in (self.min_tokens, self.max_tokens) and self.min_tokens > self.max_tokens:
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
             raise ReducerSpecError(
                 f"reducer {self.name!r}: min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}"
             )
@@ -64,18 +59,41 @@ class PruMerge(Reducer):
     def reduce(self, features: VisionFeatures) -> ReducedTokens:
         """[B, N, C] patches -> at most N + 1 tokens an image, the appended one last.
 
-        Needs memory for the features in float32 where they are not, and the workspace of `ops`.
+        Scores and sums are float32 whatever the features are; the tokens have the patches' dtype.
 
         Raises:
             ReducerInputError: no CLS token, or values that are NaN or infinite.
         """
-        exact = features.float()  # once, for the scores, the norms and the merge
-        attention, norm = cls_attention_and_norms(exact)
-        descending, order = attention.sort(dim=1, descending=True, stable=True)
-        reduced = prune_and_merge(exact, attention, norm, *self.choose(descending, order))
-        return replace(reduced, tokens=reduced.tokens.to(features.patches.dtype))
+        attention = cls_attention(features)
+        order, count = self.select(*attention.sort(dim=1, descending=True, stable=True))
+        if self.merge is False:
+            count = count.clamp(min=1)
 
-    def choose(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        # How many patches each image keeps, NaN where anything in its features is NaN or infinite: one
+        # number an image, so that the device is waited for once.
+        inputs = [x.float().flatten(1).sum(1) for x in (features.patches, features.key, attention)]
+        sizes: list[float] = (count + 0 * sum(inputs)).tolist()
+        require_finite([not math.isnan(size) for size in sizes])
+        longest = int(max(sizes, default=0))
+
+        kept = order[:, :longest]  # [B, K]
+        is_row = torch.arange(longest, device=kept.device) < count.unsqueeze(1)  # [B, K], false: padding
+        rank = inverse(order)
+        is_kept = rank < count.unsqueeze(1)  # [B, N]
+        padded = torch.where(is_row, kept, -1)
+        if self.merge is False:
+            image = torch.arange(len(kept), device=kept.device).unsqueeze(1)
+            tokens = features.patches[image, kept] * is_row.unsqueeze(2)
+            return ReducedTokens(tokens, count, padded, torch.where(is_kept, rank, -1))
+        tokens, nearest = merge_nearest(features, attention, kept, is_row, is_kept)
+        return ReducedTokens(
+            tokens=tokens.to(features.patches.dtype),
+            lengths=count + 1,
+            kept=F.pad(padded, (0, 1), value=-1),
+            source=torch.where(is_kept, rank, nearest),
+        )
+
+    def select(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """Which patches to keep.
 
         Args:
@@ -85,22 +103,20 @@ class PruMerge(Reducer):
         Returns:
             [B, N] int64, the patches of each image with the kept ones first; [B] int64, how many those are.
         """
-        return order, self._count(descending).clamp(self._low(), self._high(descending.shape[1]))
+        return order, self._count(descending).clamp(*self._limits(order.shape[1]))
 
     def _count(self, descending: Tensor) -> Tensor:
-        """[B] patches to keep by attention, before the clamps."""
+        """[B] how many patches to keep by attention, before `_limits`."""
         batch, length = descending.shape
-        if self.tokens is not None:
-            return torch.full((batch,), min(self.tokens, length), device=descending.device)
         if self.ratio is not None:
             return torch.full((batch,), int(length * self.ratio), device=descending.device)
-        return outlier_count(descending)
+        # Strictly above the fence, so a flat attention has no outlier.
+        return (descending > outlier_fence(descending).unsqueeze(1)).sum(1)
 
-    def _low(self) -> int:
-        return self.tokens or self.min_tokens or 0
-
-    def _high(self, length: int) -> int:
-        return min(self.tokens or self.max_tokens or length, length)
+    def _limits(self, length: int) -> tuple[int, int]:
+        """The least and the most patches to keep of so many; `tokens` is both."""
+        most = min(self.tokens or self.max_tokens or length, length)
+        return min(self.tokens or self.min_tokens or 0, most), most
 
 
 @register("prumerge+")
@@ -118,99 +134,132 @@ class PruMergePlus(PruMerge):
             attention.
         min_tokens: at least this many, more by attention where there are fewer.
         max_tokens: at most this many: at most half by attention, the comb thinned evenly to fit.
+        merge: as for `prumerge`.
     """
 
-    def choose(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        length = order.shape[1]
+    def select(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        length, rank = order.shape[1], inverse(order)
+        index = torch.arange(length, device=order.device)  # patches in raster order
+        low, high = self._limits(length)
         if self.tokens is not None:
-            total = min(self.tokens, length)
-            samples = even_comb(order, total // 2)
-            return _with_samples(order, _count_to_reach(order, samples, total), samples)
-        count = self._count(descending)
-        if self.ratio is not None:
-            samples = stepped_comb(order, int(min(1 / self.ratio, 2 * length)))
+            # `high // 2` teeth, each in the middle of its stretch of patches.
+            teeth = (2 * index[: high // 2] + 1) * length // max(1, 2 * (high // 2))
+            comb = torch.zeros_like(order, dtype=torch.bool).index_fill_(1, teeth, True)
+            count = _count_to_reach(order, comb, high)
+        elif self.ratio is not None:
+            # The training branch: step // 2, then every step-th patch, the last (N - 1) never.
+            count, step = self._count(descending), int(min(1 / self.ratio, 2 * length))
+            comb = (index % step == step // 2) & (index < length - 1)
+            comb = comb.expand_as(order)
         else:
-            samples = comb(count, length)
+            # The adaptive branch: stride = int(step / 3) with step = N // outliers, the last patch never
+            # (the released code writes 575 for N = 576). No outlier, no comb.
+            count = self._count(descending)
+            stride = (length // count.clamp(min=1) // 3).clamp(min=1).unsqueeze(1)
+            comb = (index % stride == 0) & (index < length - 1) & (count > 0).unsqueeze(1)
         if self.min_tokens or self.max_tokens:
-            count, samples = _clamp(order, count, samples, self._low(), self._high(length))
-        return _with_samples(order, count, samples)
+            count, comb = _limit(order, rank, count, comb, low, high)
+        # First the outliers by attention, then the comb in raster order, then what is not kept.
+        behind = torch.where(comb, length, 2 * length) + index
+        place = torch.where(rank < count.unsqueeze(1), rank, behind)
+        return place.argsort(1), (place < 2 * length).sum(1)
 
 
-def _with_samples(order: Tensor, count: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Brings the samples, in raster order, forward to behind the first `count` patches of `order`."""
-    length, rank = order.shape[1], inverse(order)
-    behind = torch.where(samples, length, 2 * length) + torch.arange(length, device=order.device)
-    place = torch.where(rank < count.unsqueeze(1), rank, behind)
-    return place.argsort(1), (place < 2 * length).sum(1)
+def _limit(
+    order: Tensor, rank: Tensor, count: Tensor, comb: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    """PruMerge+'s `count` [B] by attention and `comb` [B, N], with `low` to `high` different patches in all.
 
-
-def _clamp(order: Tensor, count: Tensor, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """`choose` of PruMerge+ with the number of different patches brought between low and high.
-
-    Above `high` at most half of them stay by attention and the samples are thinned evenly; below `low` more
-    are taken by attention.
+    Above `high` at most half of them stay by attention and the comb is thinned evenly; below `low` more are
+    taken by attention.
     """
-    rank = inverse(order)
-    total = (samples | (rank < count.unsqueeze(1))).sum(1)
-    target = total.clamp(min(low, high), high)
+    total = (comb | (rank < count.unsqueeze(1))).sum(1)
+    target = total.clamp(low, high)
     count = torch.where(total > target, torch.minimum(count, target - target // 2), count)
-    samples = samples & (rank >= count.unsqueeze(1))
-    there, room = samples.sum(1, keepdim=True), (target - count).unsqueeze(1)
+    comb = comb & (rank >= count.unsqueeze(1))
+    there, room = comb.sum(1, keepdim=True), (target - count).unsqueeze(1)
     # Of M samples in a row, R stay evenly: those where (i R + M / 2) // M, i = 1..M, steps up.
-    share = samples.cumsum(1) * room + there // 2
-    kept = samples & ((share // there.clamp(min=1)) > ((share - room) // there.clamp(min=1)))
-    samples = torch.where(there > room, kept, samples)
-    return torch.maximum(count, _count_to_reach(order, samples, target.unsqueeze(1))), samples
+    share = comb.cumsum(1) * room + there // 2
+    thinned = comb & ((share // there.clamp(min=1)) > ((share - room) // there.clamp(min=1)))
+    comb = torch.where(there > room, thinned, comb)
+    return torch.maximum(count, _count_to_reach(order, comb, target.unsqueeze(1))), comb
 
 
-def _count_to_reach(order: Tensor, samples: Tensor, total: Tensor | int) -> Tensor:
-    """[B] how many patches to take by attention so that they and the samples are `total` different ones."""
-    # Taking one more by attention adds a patch only where it is no sample.
-    gained = (~samples.gather(1, order)).long()
-    before = samples.sum(1, keepdim=True) + gained.cumsum(1) - gained
+def _count_to_reach(order: Tensor, comb: Tensor, total: Tensor | int) -> Tensor:
+    """[B] how many patches to take by attention so that they and the comb are `total` different ones."""
+    # Taking one more by attention adds a patch only where it is no tooth of the comb.
+    gained = (~comb.gather(1, order)).long()
+    before = comb.sum(1, keepdim=True) + gained.cumsum(1) - gained
     return (before < total).sum(1)
 
 
-def prune_and_merge(
-    features: VisionFeatures, attention: Tensor, norm: Tensor, order: Tensor, count: Tensor
-) -> ReducedTokens:
-    """Keeps the first `count` patches of each image's `order`, merges the others into them and into one more.
+def merge_nearest(
+    features: VisionFeatures, attention: Tensor, kept: Tensor, is_row: Tensor, is_kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merges the nearest patches into each kept one, and what was not kept into one more token.
 
-    Features in float32, and so the tokens. Asks the device for one thing only: how many tokens each image has
-    (NaN: it is not finite).
+    Args:
+        attention: [B, N] float32.
+        kept: [B, K] int64, the kept patches of each image.
+        is_row: [B, K] bool, false where an image keeps fewer.
+        is_kept: [B, N] bool, the same by patch.
+
+    Returns:
+        [B, K + 1, C] float32: the kept tokens, behind them the one more, then zeros. [B, N] int64: the row
+        with the most similar key to each patch's (0 where nothing is kept: the one more token).
+        Differentiable in patches and attention.
     """
-    patches, key = features.patches, features.key
-    kernels = compiled_for(patches, attention, norm)
-    if kernels is not None:
-        counts: list[int] = count.tolist()
-        at_a_time = images_at_a_time(max(counts, default=0) * order.shape[1], order.device)
-        *reduced, finite = kernels.merge(patches, key, norm, attention, order, counts, NEIGHBOURS, at_a_time)
-        require_finite(finite)
-        return ReducedTokens(*reduced)
+    (batch, count), patches = kept.shape, features.patches.float()
+    length, width = patches.shape[1:]
+    image = torch.arange(batch, device=kept.device).unsqueeze(1)
+    with torch.no_grad():
+        # Cosine similarity of the kept keys with all N keys: the one large product. Its kernels differ with
+        # the number of rows, in the last bit; whole blocks of 16 rows keep an image's similarities the same
+        # (seen, not promised) in any batch. At least one row is added: where nothing is kept, `nearest` is 0.
+        key = F.normalize(features.key[:, 1:].float(), dim=2, eps=1e-12)
+        rows = F.pad(kept, (0, 16 - count % 16))
+        similarity = torch.bmm(key[image, rows], key.transpose(1, 2))  # [B, rows, N]
+        no_row = ~F.pad(is_row, (0, rows.shape[1] - count))
+        nearest = similarity.masked_fill_(no_row.unsqueeze(2), -torch.inf).max(1).indices
+        # Neighbours are taken from all other patches, kept or not: the 33 most similar, of which the patch
+        # itself is made the first, whatever rounding says.
+        similarity = similarity[:, :count].scatter_(2, kept.unsqueeze(2), torch.inf)
+        near = similarity.topk(min(NEIGHBOURS + 1, length), sorted=False).indices  # [B, K, 33]
 
-    rank = inverse(order)
-    is_kept = rank < count.unsqueeze(1)
-    # Every patch takes part, kept ones with weight 0, so that a NaN or an infinity anywhere shows.
-    rest = torch.bmm(attention.masked_fill(is_kept, 0).unsqueeze(1), patches)
-    zero_or_nan = (rest.sum((1, 2)) + norm.sum(1)) * 0
-    lengths = count + 1
-    sizes: list[float] = (lengths + zero_or_nan).tolist()
-    require_finite([not math.isnan(size) for size in sizes])
-    most = int(max(sizes, default=1)) - 1
-
-    kept, is_real = order[:, :most], None
-    if min(sizes, default=1) <= most:
-        is_real = torch.arange(most, device=order.device) < count.unsqueeze(1)
-        kept = torch.where(is_real, kept, kept[:, :1])
-    tokens, nearest = merge_nearest(patches, key, norm, attention, kept, is_real)
-    tokens.scatter_(1, count.view(-1, 1, 1).expand(-1, 1, tokens.shape[2]), rest)
-    if is_real is not None:
-        # A padding row is its image's first once more: whatever went there belongs to the first.
-        nearest = torch.where(nearest < count.unsqueeze(1), nearest, 0)
-        kept = torch.where(is_real, kept, -1)
-    return ReducedTokens(
-        tokens=tokens,
-        lengths=lengths,
-        kept=F.pad(kept, (0, 1), value=-1),
-        source=torch.where(is_kept, rank, nearest),
+    # out_i = 1 f_i + sum over its neighbours of a_j f_j: not normalised, as released (norms grow slightly).
+    weight = attention[image.unsqueeze(2), near].masked_fill(near == kept.unsqueeze(2), 1)
+    weight = weight * is_row.unsqueeze(2)
+    # A bag a row reads 33 patches each: a third of the time of a product of [K, N] weights with all patches.
+    index = (near + image.unsqueeze(2) * length).flatten(0, 1)
+    merged = F.embedding_bag(
+        index, patches.flatten(0, 1), mode="sum", per_sample_weights=weight.flatten(0, 1)
     )
+    # One token more, right behind an image's last: the sum of a_j f_j over all patches that are not kept.
+    rest = torch.bmm((attention * ~is_kept).unsqueeze(1), patches)
+    tokens = F.pad(merged.view(batch, count, width), (0, 0, 0, 1))
+    return tokens.index_put_((image, is_row.sum(1, keepdim=True)), rest), nearest
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The rank of each patch in `order`: the inverse of permutations [B, N] int64."""
+    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)
+
+
+def outlier_fence(descending: Tensor) -> Tensor:
+    """Tukey's upper fence, Q3 + 1.5 (Q3 - Q1), quartiles by linear interpolation as torch.quantile's.
+
+    Args:
+        descending: [..., N] values sorted from the largest to the smallest.
+
+    Returns:
+        [...] the fence; outliers lie strictly above it.
+    """
+    last = descending.shape[-1] - 1
+
+    def quantile(q: float) -> Tensor:
+        below = int(q * last)
+        lower, upper = descending[..., last - below], descending[..., max(last - below - 1, 0)]
+        return torch.lerp(lower, upper, q * last - below)
+
+    return torch.lerp(quantile(0.25), quantile(0.75), 2.5)
