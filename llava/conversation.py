@@ -1,7 +1,7 @@
 """Prompt templates: how turns of a conversation become the one string a model was trained on.
 
-The templates are data (`_TEMPLATES`); the five separator styles are the only code. The strings are part of
-the released weights: a changed character changes answers.
+The templates are data (`_TEMPLATES`), joined in one of five styles by `Conversation.get_prompt`. The strings
+are part of the released weights: a changed character changes answers.
 
     conv = conv_templates["vicuna_v1"].copy()
     conv.append_message(conv.roles[0], "<image>\\nWhat is this?")
@@ -9,9 +9,7 @@ the released weights: a changed character changes answers.
     prompt = conv.get_prompt()
 """
 
-import base64
 import dataclasses
-import io
 from enum import Enum, auto
 from typing import Any
 
@@ -32,10 +30,15 @@ class SeparatorStyle(Enum):
 class Conversation:
     """A template and the turns said so far.
 
-    `messages` holds `[role, message]` lists. A message is a string, `None` for the turn the model is to fill
-    (an empty string renders like `None`, as the released models expect), or a tuple
-    `(text, PIL image, mode)` with mode one of Pad, Default, Crop, Resize: a web page's picture.
-    `offset` is the number of example turns that belong to the template.
+    Attributes:
+        system: what stands before the first turn.
+        roles: what the user's and the model's turns begin with.
+        messages: `[role, message]` lists. A message is a string, `None` for the turn the model is to fill (an
+            empty string renders like `None`, as the released models expect), or a tuple `(text, picture,
+            ...)`, whose picture stands in front of its text if it is the first.
+        offset: how many example turns belong to the template.
+        sep, sep2: what ends a turn; `sep2` the model's where the two differ.
+        version: the family of templates; training's masking reads "mmtag" in it.
     """
 
     system: str
@@ -46,7 +49,6 @@ class Conversation:
     sep: str = "###"
     sep2: str | None = None
     version: str = "Unknown"
-    skip_next: bool = False
 
     def append_message(self, role: str, message: Any) -> None:
         self.messages.append([role, message])
@@ -70,132 +72,49 @@ class Conversation:
         Raises TypeError for the PLAIN style with two filled turns (it has no second separator; training joins
         its two turns itself) and ValueError for LLAMA_2 when the first turn is empty or not the user's.
         """
-        turns = [(role, _text(message)) for role, message in self._turns_with_image_first()]
+        messages = self.messages
+        if messages and isinstance(messages[0][1], tuple):
+            messages = self._picture_first()
+        turns = [(role, m[0] if isinstance(m, tuple) else m) for role, m in messages]
+        # A user's turn ends with `sep`; so does the model's, unless the template has a `sep2`.
+        ends = (self.sep, self.sep if self.sep_style is SeparatorStyle.SINGLE else self.sep2)
         match self.sep_style:
-            case SeparatorStyle.SINGLE:
-                return self.system + self.sep + "".join(_named(role, text, self.sep) for role, text in turns)
-            case SeparatorStyle.TWO:
-                ends = (self.sep, self.sep2)
-                return (
-                    self.system
-                    + self.sep
-                    + "".join(_named(role, text, ends[i % 2]) for i, (role, text) in enumerate(turns))
-                )
-            case SeparatorStyle.MPT:
-                return (
-                    self.system
-                    + self.sep
-                    + "".join(role + text + self.sep if text else role for role, text in turns)
-                )
-            case SeparatorStyle.PLAIN:
-                ends = (self.sep, self.sep2)
-                return self.system + "".join(text + ends[i % 2] for i, (_, text) in enumerate(turns) if text)
-            case SeparatorStyle.LLAMA_2:
-                return self._llama_2_prompt(turns)
+            case SeparatorStyle.SINGLE | SeparatorStyle.TWO:  # USER: question ASSISTANT: answer</s>
+                prompt = self.system + self.sep
+                for i, (role, text) in enumerate(turns):
+                    prompt += f"{role}: {text}{ends[i % 2]}" if text else f"{role}:"
+            case SeparatorStyle.MPT:  # <|im_start|>user\nquestion<|im_end|><|im_start|>assistant\n
+                prompt = self.system + self.sep
+                for role, text in turns:
+                    prompt += role + text + self.sep if text else role
+            case SeparatorStyle.PLAIN:  # the texts alone
+                prompt = self.system
+                for i, (_, text) in enumerate(turns):
+                    prompt += text + ends[i % 2] if text else ""
+            case SeparatorStyle.LLAMA_2:  # [INST] question [/INST] answer </s>
+                first = self.roles[0]
+                if turns and (turns[0][0] != first or not turns[0][1]):
+                    raise ValueError(f"a LLAMA_2 prompt begins with a turn of {first} that is not empty")
+                system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
+                prompt = ""
+                for i, (_, text) in enumerate(turns):
+                    if text and i % 2:
+                        prompt += f" {text} {self.sep2}"
+                    elif text:
+                        prompt += f"{self.sep}[INST] {'' if i else system}{text} [/INST]"
+                # The tokenizer puts `<s>` itself. lstrip takes a set of characters, here on purpose: it is
+                # what the models were trained with.
+                prompt = prompt.lstrip(self.sep)
+        return prompt
 
-    def _llama_2_prompt(self, turns: list[tuple[str, str | None]]) -> str:
-        if turns and (turns[0][0] != self.roles[0] or not turns[0][1]):
-            raise ValueError(f"a LLAMA_2 prompt begins with a turn of {self.roles[0]} that is not empty")
-        system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
-        prompt = ""
-        for i, (_, text) in enumerate(turns):
-            if not text:
-                continue
-            if i % 2 == 0:
-                prompt += f"{self.sep}[INST] {system if i == 0 else ''}{text} [/INST]"
-            else:
-                prompt += f" {text} {self.sep2}"
-        # The tokenizer puts `<s>` itself. lstrip takes a set of characters, here on purpose: it is what the
-        # models were trained with.
-        return prompt.lstrip(self.sep)
-
-    def _turns_with_image_first(self) -> list[list[Any]]:
-        """The turns, a picture in the first of them announced in front of its text."""
-        if not self.messages or not isinstance(self.messages[0][1], tuple):
-            return self.messages
+    def _picture_first(self) -> list[list[Any]]:
+        """The turns, the picture of the first announced in front of its text."""
         role, (text, *_) = self.messages[0]
         text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
-        if "mmtag" in self.version:
-            head = [
-                [self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"],
-                [self.roles[1], "Received."],
-                [role, text],
-            ]
-        else:
-            head = [[role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"]]
-        return head + self.messages[1:]
-
-    def get_images(self, return_pil: bool = False) -> list[Any]:
-        """The pictures of the user's turns, in order: PIL images, or base64 strings of PNG files."""
-        images = [
-            fit_for_web(message[1], message[2])
-            for i, (_, message) in enumerate(self.messages[self.offset :])
-            if i % 2 == 0 and isinstance(message, tuple)
-        ]
-        return images if return_pil else [_base64(image, "PNG") for image in images]
-
-    def to_gradio_chatbot(self) -> list[dict[str, str]]:
-        """The turns as a chat page takes them: `{"role": "user" | "assistant", "content": text}`.
-
-        A picture becomes an HTML image in front of its text. An unfilled turn is left out.
-        """
-        rows = []
-        for i, (_, message) in enumerate(self.messages[self.offset :]):
-            if message is None:
-                continue
-            content = message
-            if isinstance(message, tuple):
-                picture = fit_for_web(message[1], message[2], longest=800, shortest=400)
-                source = f"data:image/jpeg;base64,{_base64(picture.convert('RGB'), 'JPEG')}"
-                text = message[0].replace(DEFAULT_IMAGE_TOKEN, "").strip()
-                content = f'<img src="{source}" alt="user upload image" />{text}'
-            rows.append({"role": "assistant" if i % 2 else "user", "content": content})
-        return rows
-
-    def dict(self) -> dict[str, Any]:
-        """What a conversation log keeps: pictures are left out."""
-        return {
-            "system": self.system,
-            "roles": self.roles,
-            "messages": [[role, _text(message)] for role, message in self.messages],
-            "offset": self.offset,
-            "sep": self.sep,
-            "sep2": self.sep2,
-        }
-
-
-def _text(message: Any) -> str | None:
-    return message[0] if isinstance(message, tuple) else message
-
-
-def _named(role: str, text: str | None, end: str | None) -> str:
-    return f"{role}: {text}{end}" if text else f"{role}:"
-
-
-def fit_for_web(image: Any, mode: str, longest: int = 1344, shortest: int = 672) -> Any:
-    """A PIL image as a web page sends it: squared by `mode` (Pad, Resize) or left (Default, Crop), then made
-    smaller, aspect kept, when its longer side exceeds `longest` pixels."""
-    if mode == "Pad":
-        from llava.mm_utils import expand2square  # imports torch, which a prompt does not need
-
-        image = expand2square(image, (122, 116, 104))
-    elif mode == "Resize":
-        image = image.resize((336, 336))
-    elif mode not in ("Default", "Crop"):
-        raise ValueError(f"image mode {mode!r} is none of Pad, Default, Crop, Resize")
-    width, height = image.size
-    if max(width, height) <= longest:
-        return image
-    aspect = max(width, height) / min(width, height)
-    short = int(min(longest / aspect, shortest, min(width, height)))
-    long = int(short * aspect)
-    return image.resize((short, long) if height > width else (long, short))
-
-
-def _base64(image: Any, file_format: str) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format=file_format)
-    return base64.b64encode(buffer.getvalue()).decode()
+        if "mmtag" not in self.version:
+            return [[role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"], *self.messages[1:]]
+        picture = [self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"]
+        return [picture, [self.roles[1], "Received."], [role, text], *self.messages[1:]]
 
 
 _CURIOUS = (
@@ -227,8 +146,16 @@ _MPT = (
 _SMOLLM2 = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
 _CHATML_DIRECT = "<|im_start|>system\nAnswer the questions."
 _CHATML_ROLES = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-# SmolLM2 has a newline after `<|im_end|>`. The role that follows carries it: an answer ends at the token.
-_SMOLLM2_ROLES = ("\n<|im_start|>user\n", "\n<|im_start|>assistant\n")
+# Qwen2 and SmolLM2 have a newline after `<|im_end|>`. The role that follows carries it: an answer ends at the
+# token.
+_NEWLINE_ROLES = ("\n<|im_start|>user\n", "\n<|im_start|>assistant\n")
+_QWEN_2 = "<|im_start|>system\nYou are a helpful assistant."
+# `<|begin_of_text|>` is put by the tokenizer.
+_LLAMA_3 = f"<|start_header_id|>system<|end_header_id|>\n\n{_LLAVA_LLAMA_2}"
+_LLAMA_3_ROLES = (
+    "<|start_header_id|>user<|end_header_id|>\n\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+)
 
 # The one worked example the oldest template carries.
 _EXAMPLE = (
@@ -278,18 +205,20 @@ _TEMPLATES: tuple[tuple[str, str, tuple[str, str], SeparatorStyle, str, str | No
     ("v1_mmtag", _MMTAG, _U, _S.TWO, " ", "</s>", "v1_mmtag"),
     ("llava_llama_2", _LLAVA_LLAMA_2, _U, _S.LLAMA_2, "<s>", "</s>", "llama_v2"),
     ("mpt", _MPT, _CHATML_ROLES, _S.MPT, "<|im_end|>", None, "mpt"),
-    ("smollm2", _SMOLLM2, _SMOLLM2_ROLES, _S.MPT, "<|im_end|>", None, "mpt"),  # ours, for the mini model
+    # Not in LLaVA-1.5: the language models of LLaVA-NeXT, and of the mini model.
+    ("qwen_2", _QWEN_2, _NEWLINE_ROLES, _S.MPT, "<|im_end|>", None, "qwen_2"),
+    ("llama_3", _LLAMA_3, _LLAMA_3_ROLES, _S.MPT, "<|eot_id|>", None, "llama_3"),
+    ("smollm2", _SMOLLM2, _NEWLINE_ROLES, _S.MPT, "<|im_end|>", None, "mpt"),
 )
-_EXAMPLE_CARRIERS = ("default", "v0")
 
-
-def _build(name: str, system: str, roles: tuple[str, str], *rest: Any) -> Conversation:
-    messages = [list(turn) for turn in _EXAMPLE] if name in _EXAMPLE_CARRIERS else []
-    return Conversation(system, roles, messages, len(messages), *rest)
-
-
-conv_templates: dict[str, Conversation] = {name: _build(name, *rest) for name, *rest in _TEMPLATES}
+conv_templates: dict[str, Conversation] = {
+    name: Conversation(system, roles, [], 0, *rest) for name, system, roles, *rest in _TEMPLATES
+}
 """Every template by name. Take a `.copy()` before appending."""
+
+for _name in ("default", "v0"):
+    conv_templates[_name].messages = [list(turn) for turn in _EXAMPLE]
+    conv_templates[_name].offset = len(_EXAMPLE)
 
 default_conversation: Conversation = conv_templates["vicuna_v1"]
 """What training uses where `--version` names no template."""
@@ -297,6 +226,9 @@ default_conversation: Conversation = conv_templates["vicuna_v1"]
 _BY_MODEL_NAME = (
     # the first part found in the lower-cased model name decides; the order matters
     ("smollm", "smollm2"),
+    ("qwen", "qwen_2"),
+    ("llama-3", "llama_3"),
+    ("llama3", "llama_3"),
     ("llama-2", "llava_llama_2"),
     ("mistral", "mistral_instruct"),
     ("v1.6-34b", "chatml_direct"),
