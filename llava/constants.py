@@ -12,9 +12,3 @@ DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 """What a user writes in a query to say where an image goes."""
-
-LOGDIR = "."
-WORKER_HEART_BEAT_INTERVAL = 15
-"""Seconds between two heart beats of a serving worker."""
-CONTROLLER_HEART_BEAT_EXPIRATION = 30
-"""Seconds after which the controller forgets a silent worker."""

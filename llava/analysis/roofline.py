@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llava import hardware
+from llava.analysis import gpus
 from llava.analysis.shapes import LanguageShape, Shape, TowerShape
 
 QUERY_BLOCK = 128
@@ -28,7 +28,7 @@ class Precision:
     """Bytes per weight and per activation (and cached key or value), and which rate multiplies them.
 
     Attributes:
-        rate: of products with (maybe quantised) weights, a field of `hardware.Gpu`.
+        rate: of products with (maybe quantised) weights, a field of `gpus.Gpu`.
         plain_rate: of everything else.
     """
 
@@ -61,7 +61,7 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Operator:
-    """One operation: FLOPs, bytes read and written, and the rate (a field of `hardware.Gpu`) it runs at."""
+    """One operation: FLOPs, bytes read and written, and the rate (a field of `gpus.Gpu`) it runs at."""
 
     flops: float
     bytes: float
@@ -114,7 +114,7 @@ class Request:
         return self.vision.ms + self.reduce.ms + self.project.ms + self.prefill.ms
 
 
-def estimate(operators: Iterable[Operator], gpu: hardware.Gpu) -> Estimate:
+def estimate(operators: Iterable[Operator], gpu: gpus.Gpu) -> Estimate:
     """Sum of max(FLOPs / rate, bytes / bandwidth)."""
     rates = {"half": gpu.half, "single": gpu.single, "int8": gpu.int8}
     flops = moved = seconds = waiting = 0.0
@@ -224,25 +224,22 @@ def project_operators(shape: Shape, images: int, visual: int, precision: Precisi
 
 def request(
     shape: Shape,
-    gpu: hardware.Gpu,
+    gpu: gpus.Gpu,
     precision: Precision,
     *,
     text: int,
     visual: int,
     batch: int,
-    images: int = 1,
 ) -> Request:
-    """A batch of requests of `text` text tokens and `images` images each, `visual` tokens kept per image."""
-    language, tower = shape.language, shape.tower
-    tokens = text + images * visual
-    pictures = batch * images
+    """A batch of requests of `text` text tokens and one image each, of which `visual` tokens are kept."""
+    language, tower, tokens = shape.language, shape.tower, text + visual
     # The features are the output of the last block but one: the last block is never run.
-    vision = vision_operators(tower, pictures, tower.layers - 1, precision)
+    vision = vision_operators(tower, batch, tower.layers - 1, precision)
     return Request(
         visual=visual,
         vision=estimate(vision, gpu),
-        reduce=estimate(reduce_operators(tower, pictures, visual, precision), gpu),
-        project=estimate(project_operators(shape, pictures, visual, precision), gpu),
+        reduce=estimate(reduce_operators(tower, batch, visual, precision), gpu),
+        project=estimate(project_operators(shape, batch, visual, precision), gpu),
         prefill=estimate(prefill_operators(language, tokens, batch, precision), gpu),
         decode=estimate(decode_operators(language, tokens, batch, precision), gpu),
         kv_gb=kv_bytes(language, tokens, batch, precision.activation_bytes) / 1e9,
@@ -266,48 +263,13 @@ def kv_bytes(language: LanguageShape, tokens: int, batch: int, width: float) -> 
     return batch * tokens * 2 * language.layers * language.kv_width * width
 
 
-def break_even(gpu: hardware.Gpu, precision: Precision) -> float:
+def break_even(gpu: gpus.Gpu, precision: Precision) -> float:
     """Tokens in flight (text + visual, times batch) below which weights take longer to read than to use.
 
     n tokens cost 2 n FLOPs per weight, a weight is read once: n = peak x bytes per weight / (2 bandwidth).
     """
     rate = {"half": gpu.half, "single": gpu.single, "int8": gpu.int8}[precision.rate]
     return rate * precision.weight_bytes / (2 * gpu.bandwidth)
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """How long a benchmark takes on several GPUs.
-
-    Attributes:
-        seconds_per_batch: one batch on one GPU, the efficiency counted in.
-        minutes: all questions on all GPUs.
-    """
-
-    visual: int
-    seconds_per_batch: float
-    minutes: float
-
-
-def capacity(
-    one: Request,
-    *,
-    batch: int,
-    questions: int,
-    gpus: int,
-    answer: int,
-    images_per_question: float,
-    efficiency: float,
-) -> Capacity:
-    """Questions are spread evenly; each is one prefill and `answer` decoded tokens.
-
-    Args:
-        images_per_question: 1 encodes the picture for every question, less reuses it.
-        efficiency: the part of the roofline's speed that is reached.
-    """
-    encode = (one.vision.ms + one.reduce.ms) * images_per_question
-    ms = (encode + one.project.ms + one.prefill.ms + max(answer - 1, 0) * one.decode.ms) / efficiency
-    return Capacity(one.visual, ms / 1e3, math.ceil(questions / (batch * gpus)) * ms / 60e3)
 
 
 def _elementwise(language: LanguageShape, rows: int, precision: Precision) -> list[Operator]:
