@@ -2,13 +2,22 @@
 
 A spec is `name` or `name(option=value, ...)`; spaces do not matter. Options are the fields of the method's
 dataclass: their types and ranges are read from there, so a new method needs no parser of its own.
+
+Methods of others are found in two ways: an installed package names them in its entry-point group
+`llava.reducers` (name = module, which registers it), and `path/to/file.py:name` is a method that this file
+registers.
 """
 
 import difflib
+import hashlib
+import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from importlib.metadata import entry_points
+from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
@@ -102,12 +111,18 @@ def register(name: str) -> Callable[[R], R]:
 
 
 def available_reducers() -> list[str]:
-    """The names of all methods, in the order in which they were registered."""
-    return list(_METHODS)
+    """The names of our methods in the order in which they were registered, then of installed packages'."""
+    ours = (name for name in _METHODS if ":" not in name)
+    return list(dict.fromkeys([*ours, *(point.name for point in entry_points(group=ENTRY_POINTS))]))
 
 
-def build_reducer(spec: "str | Reducer | None") -> Reducer:
+def build_reducer(spec: "str | Reducer | None", *, from_checkpoint: bool = False) -> Reducer:
     """The reducer a spec describes. None means "none"; a reducer is returned as it is.
+
+    Args:
+        spec: what a user writes, or what a checkpoint's config records.
+        from_checkpoint: the spec was read from a checkpoint. One that names a Python file is refused then:
+            loading a model must not run code.
 
     Raises:
         ReducerSpecError: with what is wrong, the nearest name, and the names there are.
@@ -119,9 +134,12 @@ def build_reducer(spec: "str | Reducer | None") -> Reducer:
     if not isinstance(spec, str):
         raise ReducerSpecError(f"a reducer spec is a string such as 'prumerge+', not {spec!r}")
     name, given = _parse(spec)
-    if name not in _METHODS:
-        raise ReducerSpecError(f"no reducer is called {name!r}{_near(name, _METHODS)}")
-    method = _METHODS[name]
+    if from_checkpoint and ":" in name:
+        raise ReducerSpecError(
+            f"the checkpoint asks for the reducer {spec!r} in a Python file, but loading one runs no code: "
+            "pass that spec yourself (--reducer, reducer=) if you trust the file"
+        )
+    method = _find(name)
     known = [f.name for f in fields(method)]
     for key in given:
         if key not in known:
@@ -130,8 +148,55 @@ def build_reducer(spec: "str | Reducer | None") -> Reducer:
     return method(**{key: _read(name, key, text, *_option_type(method, key)) for key, text in given.items()})
 
 
+def _find(name: str) -> type[Reducer]:
+    """The method called `name`: registered already, in the file it names, or of an installed package."""
+    if name in _METHODS:
+        return _METHODS[name]
+    file, _, plain = name.rpartition(":")
+    points = entry_points(group=ENTRY_POINTS, name=name)
+    if file and not Path(file).expanduser().is_file():
+        raise ReducerSpecError(f"there is no file {file}: write a reducer in a file as path/to/file.py:name")
+    if not file and not points:
+        raise ReducerSpecError(f"no reducer is called {name!r}{_near(name, available_reducers())}")
+    before = set(_METHODS)
+    try:
+        if file:
+            _run(Path(file).expanduser().resolve())
+        for point in points:
+            point.load()
+    except Exception as error:  # whatever the code of others raises
+        for new in _METHODS.keys() - before:
+            del _METHODS[new]
+        raise ReducerSpecError(
+            f"cannot import the reducer {name!r}: {type(error).__name__}: {error}"
+        ) from error
+    new = _METHODS.keys() - before
+    if plain not in new:
+        where = file or points[name].value
+        raise ReducerSpecError(f"{where} registers no reducer {plain!r}; it has {sorted(new)}")
+    if file:
+        # Known by its whole name, so that another process finds it by `reducer.spec`.
+        for other in new:
+            method = _METHODS.pop(other)
+            method.name = f"{file}:{other}"
+            _METHODS[method.name] = method
+    return _METHODS[name]
+
+
+def _run(file: Path) -> None:
+    """Imports a Python file that belongs to no package."""
+    module_name = f"llava_reducers_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # where dataclasses look up their own module
+    spec.loader.exec_module(module)
+
+
+ENTRY_POINTS = "llava.reducers"
+"""The group in which installed packages name their reducers."""
+
 _NAME = re.compile(r"[A-Za-z][\w+-]*")
-_SPEC = re.compile(rf"\s*({_NAME.pattern})\s*(?:\((.*)\)\s*)?", re.DOTALL)
+_SPEC = re.compile(rf"\s*((?:[^()]+\.py:)?{_NAME.pattern})\s*(?:\((.*)\)\s*)?", re.DOTALL)
 _WORD = re.compile(r"\w[\w.+-]*")
 _OPTION = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*([^\s=](?:[^=]*[^\s=])?)\s*")
 
