@@ -11,11 +11,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
 from llava import hardware
 from llava.analysis import charts, paper_table, tables
@@ -35,12 +35,10 @@ from llava.analysis.latency import (
 )
 from llava.analysis.random_model import build_model, build_tower, with_layers
 from llava.analysis.shapes import SHAPES
-from llava.analysis.stopwatch import CLOCKS, Clock, Spread
+from llava.analysis.stopwatch import CLOCKS, Spread
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.packed import can_pack, pack
 from llava.model.vision_tower import VisionTower
 from llava.reducers import Reducer, ReducerSpecError, build_reducer
 
@@ -54,9 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--layers", type=int, help="with --shape: only so many decoder layers")
     what.add_argument("--device", help="default: the best there is")
     what.add_argument("--dtype", help="float16, bfloat16 or float32 (default: the device's best)")
-    what.add_argument(
-        "--packed", action="store_true", help="on a CPU: weights packed for oneDNN (twice the memory)"
-    )
     what.add_argument("--attention", help="sdpa, eager, flash_attention_2 (default: the device's best)")
     work = parser.add_argument_group("requests")
     work.add_argument(
@@ -91,146 +86,106 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("rounds", "new_tokens"):
+    for name in ("rounds", "new_tokens", "text"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    if min(args.batch) < 1 or args.text < 1 or args.warmup < 0:
-        raise UserError("--batch and --text must be at least 1, --warmup at least 0.")
-    if args.model_path is None and args.shape is None:
-        raise UserError("say what to measure: --model-path PATH, or --shape 7b --random-weights.")
-    if args.model_path is not None and args.shape is not None:
-        raise UserError("--model-path and --shape exclude each other.")
+    if min(args.batch) < 1 or args.warmup < 0 or min(args.prefill or [1]) < 1:
+        raise UserError("--batch and --prefill must be at least 1, --warmup at least 0.")
+    if (args.model_path is None) == (args.shape is None):
+        raise UserError("say what to measure: either --model-path PATH, or --shape 7b --random-weights.")
     if args.layers is not None and args.shape is None:
         raise UserError("--layers goes with --shape: a checkpoint is measured whole.")
     if args.plot is not None:
         charts.check_name(args.plot, "--plot")
+    plan = _plan(args)
+    if args.clock == "cpu" and plan.device.type != "cpu":
+        raise UserError(f"--clock cpu counts what a CPU does; on {plan.device} use --clock wall.")
     if args.paper or args.prefill:
-        return _run_prefill(args)
+        return _run_prefill(args, plan)
     if args.tower:
-        return _run_tower(args)
-    return _run_requests(args)
+        return _run_tower(args, plan)
+    return _run_requests(args, plan)
 
 
-def _run_requests(args: argparse.Namespace) -> int:
+def _run_requests(args: argparse.Namespace, plan: hardware.Plan) -> int:
     reducers = _reducers(args)
     picture = picture_bytes(args.image)
-    model, processor, plan = _load(args, with_tower=True)
+    model, processor = _load(args, plan, with_tower=True)
     _tower_of(model, args)
-    clock = _clock(args.clock, plan)
     results = []
-    total = len(args.batch) * len(reducers) * (args.rounds + args.warmup)
-    with tqdm(total=total, desc="bench", file=sys.stderr) as bar:
-        for batch in args.batch:
-            work = Workload(picture, prompt_ids(args.text, model.config.vocab_size), batch, args.new_tokens)
-            runs = [
-                lambda each=each, work=work: run_once(model, processor, each, work, clock)
-                for each in reducers
-            ]
-            rounds = interleave(runs, args.rounds, args.warmup, bar.update)
-            for reducer, measured in zip(reducers, rounds, strict=True):
-                results.append(summarise(reducer.spec, measured, rounds[0], work, model))
+    for batch in args.batch:
+        work = Workload(picture, prompt_ids(args.text, model.config.vocab_size), batch, args.new_tokens)
+        runs = [
+            lambda each=each, work=work: run_once(model, processor, each, work, CLOCKS[args.clock])
+            for each in reducers
+        ]
+        rounds = interleave(runs, args.rounds, args.warmup, f"batch {batch}")
+        for reducer, measured in zip(reducers, rounds, strict=True):
+            results.append(summarise(reducer.spec, measured, rounds[0], work, model))
     report = {
         **_circumstances(args, plan),
         "layers": model.config.num_hidden_layers,
         "text_tokens": args.text,
         "new_tokens": args.new_tokens,
-        "results": [dataclasses.asdict(result) for result in results],
+        "results": list(map(dataclasses.asdict, results)),
     }
-    _write(report, args)
-    if not args.json:
-        print(_headline(report))
-        for batch in args.batch:
-            print()
-            print(_table([result for result in results if result.batch == batch], args.new_tokens))
-        print("\nms for the whole batch, median (95th percentile)")
+    text = [
+        "\n" + _table([result for result in results if result.batch == batch], args.new_tokens)
+        for batch in args.batch
+    ]
+    _show(report, [*text, "\nms for the whole batch, median (95th percentile)"], args)
     if args.plot:
         plot(results, _headline(report), args.plot)
     return 0
 
 
-def _run_prefill(args: argparse.Namespace) -> int:
+def _run_prefill(args: argparse.Namespace, plan: hardware.Plan) -> int:
     lengths = args.prefill or list(paper_table.LENGTHS.values())
-    if min(lengths) < 1:
-        raise UserError("--prefill takes lengths of at least 1.")
-    model, _, plan = _load(args, with_tower=False)
-    clock = _clock(args.clock, plan)
-    measured = {
-        batch: measure_prefill(
-            model, lengths, batch=batch, rounds=args.rounds, warmup=args.warmup, clock=clock
-        )
-        for batch in args.batch
-    }
+    model, _ = _load(args, plan, with_tower=False)
+    how = (args.rounds, args.warmup, CLOCKS[args.clock])
+    rows = [row for batch in args.batch for row in measure_prefill(model, lengths, batch, *how)]
     report = {
         **_circumstances(args, plan),
         "layers": model.config.num_hidden_layers,
-        "prefill": [
-            {"batch": batch, **dataclasses.asdict(row)} for batch, rows in measured.items() for row in rows
-        ],
+        "prefill": list(map(dataclasses.asdict, rows)),
     }
-    _write(report, args)
-    if args.json:
-        return 0
-    print(_headline(report))
-    header = ["batch", "length", "prefill ms", "speed-up", "FLOP ratio", "reached", "peak MB"]
-    cells = [
-        [
-            str(batch),
-            str(row.length),
-            f"{row.time.p50:.1f} ({row.time.p95:.1f})",
-            f"{row.speedup:.2f}x",
-            f"{row.flop_ratio:.2f}x",
-            f"{row.speedup / row.flop_ratio:.0%}",
-            _megabytes(row.peak_bytes),
-        ]
-        for batch, rows in measured.items()
-        for row in rows
-    ]
-    if any(row.roofline_ms for rows in measured.values() for row in rows):
-        header.append("roofline ms")
-        for cell, row in zip(cells, (row for rows in measured.values() for row in rows), strict=True):
-            cell.append("-" if row.roofline_ms is None else f"{row.roofline_ms:.1f}")
-    print(tables.render(header, cells, left=()))
+    columns = {
+        "batch": [str(row.batch) for row in rows],
+        "length": [str(row.length) for row in rows],
+        "prefill ms": [_spread(row.time) for row in rows],
+        "speed-up": [f"{row.speedup:.2f}x" for row in rows],
+        "FLOP ratio": [f"{row.flop_ratio:.2f}x" for row in rows],
+        "reached": [f"{row.speedup / row.flop_ratio:.0%}" for row in rows],
+        "peak MB": [_megabytes(row.peak_bytes) for row in rows],
+    }
+    if any(row.roofline_ms for row in rows):
+        columns["roofline ms"] = [f"{row.roofline_ms:.1f}" for row in rows]
+    text = [tables.render(list(columns), list(zip(*columns.values(), strict=True)), left=())]
     if args.paper and args.shape in ("7b", "13b"):
         printed = [paper_table.PRINTED[f"{args.shape}-fp16-{name}"][1] for name in paper_table.LENGTHS]
-        lengths_said = " and ".join(map(str, paper_table.LENGTHS.values()))
-        print(
-            f"The paper prints {' and '.join(printed)} ms for {args.shape}, FP16, at lengths {lengths_said}: "
-            "a roofline of a V100, not a measurement."
+        text.append(
+            f"The paper prints {' and '.join(printed)} ms for {args.shape}, FP16, at the lengths "
+            f"{paper_table.LENGTHS['full']} and {paper_table.LENGTHS['prumerge']}: a roofline of a V100, "
+            "not a measurement."
         )
+    _show(report, text, args)
     return 0
 
 
-def _run_tower(args: argparse.Namespace) -> int:
+def _run_tower(args: argparse.Namespace, plan: hardware.Plan) -> int:
     if args.shape is not None:
-        plan = _plan(args)
         tower = build_tower(SHAPES[args.shape].tower, plan)
-        if args.packed:
-            pack(tower)
     else:
-        model, _, plan = _load(args, with_tower=True)
-        tower = _tower_of(model, args)
-    clock = _clock(args.clock, plan)
-    measured = {
-        batch: measure_tower(tower, batch=batch, rounds=args.rounds, warmup=args.warmup, clock=clock)
-        for batch in args.batch
-    }
-    rows = [(batch, row) for batch, found in measured.items() for row in found]
-    report = {
-        **_circumstances(args, plan),
-        "tower": [{"batch": batch, **dataclasses.asdict(row)} for batch, row in rows],
-    }
-    _write(report, args)
-    if not args.json:
-        print(_headline(report))
-        cells = [
-            (row.way, str(batch), f"{row.time.p50:.1f} ({row.time.p95:.1f})", f"{row.part:.3f}")
-            for batch, row in rows
-        ]
-        print(tables.render(("way", "batch", "ms", "of all blocks"), cells))
+        tower = _tower_of(_load(args, plan, with_tower=True)[0], args)
+    how = (args.rounds, args.warmup, CLOCKS[args.clock])
+    rows = [row for batch in args.batch for row in measure_tower(tower, batch, *how)]
+    report = {**_circumstances(args, plan), "tower": list(map(dataclasses.asdict, rows))}
+    cells = [(row.way, str(row.batch), _spread(row.time), f"{row.part:.3f}") for row in rows]
+    _show(report, [tables.render(("way", "batch", "ms", "of all blocks"), cells)], args)
     return 0
 
 
-def _tower_of(model: LlavaLlamaForCausalLM, args: argparse.Namespace) -> VisionTower:
+def _tower_of(model: Any, args: argparse.Namespace) -> VisionTower:
     tower = model.get_vision_tower()
     if tower is None:
         raise UserError(f"{args.model_path} has no vision tower, so there are no pictures to measure.")
@@ -246,15 +201,12 @@ def _reducers(args: argparse.Namespace) -> list[Reducer]:
     return list(dict.fromkeys(reducers))
 
 
-def _load(args: argparse.Namespace, *, with_tower: bool):
-    """(model, image processor, plan)."""
-    plan = _plan(args)
+def _load(args: argparse.Namespace, plan: hardware.Plan, *, with_tower: bool) -> tuple[Any, Any]:
+    """(model, image processor)."""
     if args.shape is not None:
         model = build_model(with_layers(SHAPES[args.shape], args.layers), plan, with_tower=with_tower)
-        if args.packed:
-            pack(model)
         tower = model.get_vision_tower()
-        return model, None if tower is None else tower.image_processor, plan
+        return model, None if tower is None else tower.image_processor
     _, model, processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,
@@ -262,9 +214,8 @@ def _load(args: argparse.Namespace, *, with_tower: bool):
         device_map={"": plan.device},
         dtype=plan.dtype,
         attn_implementation=plan.attention,
-        packed=args.packed,
     )
-    return model, processor, plan
+    return model, processor
 
 
 def _plan(args: argparse.Namespace) -> hardware.Plan:
@@ -272,17 +223,9 @@ def _plan(args: argparse.Namespace) -> hardware.Plan:
         plan = hardware.plan(args.device, dtype=args.dtype, attention=args.attention)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if args.packed and not can_pack(plan.device, plan.dtype):
-        raise UserError(f"--packed is for float32 on a CPU, not {plan.dtype} on {plan.device}.")
     for warning in plan.warnings:
         print(warning, file=sys.stderr)
     return plan
-
-
-def _clock(name: str, plan: hardware.Plan) -> Clock:
-    if name == "cpu" and plan.device.type != "cpu":
-        raise UserError(f"--clock cpu counts what a CPU does; on {plan.device} use --clock wall.")
-    return CLOCKS[name]
 
 
 def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:
@@ -296,7 +239,6 @@ def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:
         "transformers": transformers.__version__,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "attention": plan.attention,
-        "packed": args.packed,
         "model": args.shape or Path(args.model_path).name,
         "random_weights": args.shape is not None,
         "clock": args.clock,
@@ -307,7 +249,6 @@ def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:
 
 def _headline(report: dict) -> str:
     threads = f", {report['threads']} thread{'s' * (report['threads'] != 1)}" if report["threads"] else ""
-    threads += ", packed weights" if report["packed"] else ""
     threads += ", processor time" if report["clock"] == "cpu" else ""
     weights = ", random weights" if report["random_weights"] else ""
     layers = f", {report['layers']} layers" if "layers" in report else ""
@@ -317,29 +258,26 @@ def _headline(report: dict) -> str:
     )
 
 
-def _write(report: dict, args: argparse.Namespace) -> None:
-    text = json.dumps(report, indent=2)
-    if args.json:
-        print(text)
+def _show(report: dict, text: Sequence[str], args: argparse.Namespace) -> None:
+    """Prints the report, as JSON or for people, and writes it where --out says."""
+    content = json.dumps(report, indent=2)
+    print(content if args.json else "\n".join([_headline(report), *text]))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         beside = args.out.with_name(f".{args.out.name}.part")
-        beside.write_text(text + "\n")
+        beside.write_text(content + "\n")
         beside.replace(args.out)
 
 
 def _table(results: Sequence[Result], new_tokens: int) -> str:
     """One batch size: a column per reducer."""
-
-    def spread(value: Spread) -> str:
-        return f"{value.p50:.1f} ({value.p95:.1f})"
-
     rows = [
         ("visual tokens", *(f"{result.visual_tokens:.0f}" for result in results)),
         ("padding", *(f"{result.padding:.1%}" for result in results)),
-        *((stage, *(spread(result.stages[stage]) for result in results)) for stage in STAGES),
-        ("first token", *(spread(result.first_token) for result in results)),
-        (f"request, {new_tokens} tokens", *(spread(result.request) for result in results)),
+        *((stage, *(_spread(result.stages[stage]) for result in results)) for stage in STAGES),
+        ("first token", *(_spread(result.first_token) for result in results)),
+        (f"request, {new_tokens} tokens", *(_spread(result.request) for result in results)),
+        ("reducer, of the tower", *(f"{result.reducer_share:.2%}" for result in results)),
         ("prefill speed-up", *(f"{result.prefill_speedup:.2f}x" for result in results)),
         ("  FLOP ratio", *(f"{result.flop_ratio:.2f}x" for result in results)),
         ("first token speed-up", *(f"{result.first_token_speedup:.2f}x" for result in results)),
@@ -350,6 +288,10 @@ def _table(results: Sequence[Result], new_tokens: int) -> str:
     if any(result.roofline_prefill_ms is not None for result in results):
         rows.append(("prefill roofline", *(f"{result.roofline_prefill_ms or 0:.1f}" for result in results)))
     return tables.render((f"batch {results[0].batch}", *(result.reducer for result in results)), rows)
+
+
+def _spread(value: Spread) -> str:
+    return f"{value.p50:.1f} ({value.p95:.1f})"
 
 
 def _megabytes(count: int | None) -> str:

@@ -11,24 +11,23 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import StoppingCriteria, StoppingCriteriaList
 
-from llava import hardware
-from llava.analysis import roofline
+from llava.analysis import gpus, roofline
 from llava.analysis.random_model import language_shape
 from llava.analysis.shapes import LanguageShape
 from llava.analysis.stopwatch import WALL, Clock, Spread, Stopwatch, peak_memory, reset_peak_memory
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
-from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.splice import gather, lay_out
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.vision_tower import VisionTower
 from llava.reducers import Reducer
 
@@ -66,16 +65,12 @@ class Round:
         ms: by stage, for the whole batch.
         visual_tokens: per image, as they reach the language model.
         answers: [B, new_tokens] the ids that were decoded.
-        length: positions of the padded batch at prefill.
-        kv_bytes: keys and values after prefill.
         peak_bytes: memory at the peak (the device's; on a CPU the process's), None if unknown.
     """
 
     ms: dict[str, float]
     visual_tokens: tuple[int, ...]
     answers: Tensor
-    length: int
-    kv_bytes: int
     peak_bytes: int | None
 
     @property
@@ -94,7 +89,9 @@ class Result:
         visual_tokens: mean per image.
         padding: part of the prefill batch that is padding.
         *_speedup: of the dense run's time to this one's, the median over rounds.
+        reducer_share: the reducer's time as a part of the tower's, the median over rounds.
         flop_ratio: prefill FLOPs of the dense run to this one's: what the speed-up could be.
+        kv_bytes: keys and values after prefill.
         roofline_prefill_ms: bound from below on this GPU, None for devices not in the table.
     """
 
@@ -108,19 +105,31 @@ class Result:
     prefill_speedup: float
     first_token_speedup: float
     request_speedup: float
+    reducer_share: float
     flop_ratio: float
     kv_bytes: int
     peak_bytes: int | None
     roofline_prefill_ms: float | None
 
 
+class TokenTimes(StoppingCriteria):
+    """Stops nothing; notes when each new token of `generate` is there."""
+
+    def __init__(self, watch: Stopwatch):
+        self.watch = watch
+        self.seconds: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.seconds.append(self.watch.now())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @torch.inference_mode()
 def run_once(
-    model: LlavaLlamaForCausalLM, image_processor, reducer: Reducer, work: Workload, clock: Clock = WALL
+    model: LlavaLlamaForCausalLM, image_processor: Any, reducer: Reducer, work: Workload, clock: Clock = WALL
 ) -> Round:
     """One batch of requests from image bytes to the last token, greedily; stops for no end token."""
-    device = model.device
-    tower = model.get_vision_tower()
+    device, tower = model.device, model.get_vision_tower()
     watch = Stopwatch(device, clock)
     reset_peak_memory(device)
     with watch.stage("decode-image"):
@@ -141,62 +150,41 @@ def run_once(
             visual = reducer(features).unbind()
     with watch.stage("project"):
         embedded = model.project(visual)
-    with watch.stage("prefill"):
-        layout = lay_out([work.prompt] * work.batch, [len(block) for block in embedded], padding_side="left")
-        text = model.get_input_embeddings()(layout.text_ids.to(device))
-        embeds = gather(layout, text, [block.to(text) for block in embedded])
-        mask = layout.attention_mask.to(device) if layout.padded else None
-        positions = layout.position_ids.to(device) if layout.padded else None
-        cache = DynamicCache()
-        output = model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        token = output.logits[:, -1:].argmax(-1)
-    answers = [token]
-    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    steps = work.new_tokens - 1
-    lengths = torch.tensor(layout.lengths, device=device)[:, None]
-    with watch.stage("decode-token"):
-        for step in range(steps):
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(work.batch, 1)], dim=1)
-            output = model(
-                input_ids=token,
-                attention_mask=mask,
-                position_ids=lengths + step,
-                cache=cache,
-                use_cache=True,
-            )
-            token = output.logits[:, -1:].argmax(-1)
-            answers.append(token)
-    watch.ms["decode-token"] /= max(steps, 1)
-    return Round(
-        ms=watch.ms,
-        visual_tokens=tuple(len(block) for block in visual),
-        answers=torch.cat(answers, dim=1),
-        length=embeds.shape[1],
-        kv_bytes=kv_bytes,
-        peak_bytes=peak_memory(device),
+
+    tokens, start = TokenTimes(watch), watch.now()
+    answers = model.generate(
+        work.prompt.expand(work.batch, -1),
+        visual_embeds=embedded,
+        do_sample=False,
+        min_new_tokens=work.new_tokens,
+        max_new_tokens=work.new_tokens,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([tokens]),
     )
+    first, last = tokens.seconds[0], tokens.seconds[-1]
+    watch.ms["prefill"] = 1e3 * (first - start)
+    watch.ms["decode-token"] = 1e3 * (last - first) / max(work.new_tokens - 1, 1)
+    return Round(watch.ms, tuple(map(len, visual)), answers, peak_memory(device))
 
 
 def interleave(
-    runs: Sequence[Callable[[], object]], rounds: int, warmup: int, advance: Callable[[], None]
-) -> list[list]:
+    runs: Sequence[Callable[[], Any]], rounds: int, warmup: int, name: str = "bench"
+) -> list[list[Any]]:
     """Every run once per round, in turn; the results of the rounds after warm-up, by run."""
-    kept: list[list] = [[] for _ in runs]
-    for number in range(warmup + rounds):
-        for run, results in zip(runs, kept, strict=True):
-            result = run()
-            if number >= warmup:
-                results.append(result)
-            advance()
+    kept: list[list[Any]] = [[] for _ in runs]
+    with tqdm(total=(rounds + warmup) * len(runs), desc=name, file=sys.stderr) as bar:
+        for number in range(warmup + rounds):
+            for run, results in zip(runs, kept, strict=True):
+                result = run()
+                if number >= warmup:
+                    results.append(result)
+                bar.update()
     return kept
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median over rounds of one run's figure by another's of the same round."""
+    return float(np.median(np.divide(above, below)))
 
 
 def summarise(
@@ -209,27 +197,28 @@ def summarise(
     """What the rounds of one reducer say beside the dense rounds taken in turn with them."""
 
     def speedup(time: Callable[[Round], float]) -> float:
-        return float(np.median([time(other) / time(one) for one, other in zip(rounds, dense, strict=True)]))
+        return median_ratio(list(map(time, dense)), list(map(time, rounds)))
 
-    one, full = rounds[0], dense[0]
-    text = len(work.prompt) - 1
-    shape = language_shape(model.config)
-    real = sum(one.visual_tokens) + work.batch * text
+    text, visual, shape = len(work.prompt) - 1, rounds[0].visual_tokens, language_shape(model.config)
+    length = text + max(visual)  # of every row of the padded batch
     return Result(
         batch=work.batch,
         reducer=reducer,
-        visual_tokens=float(np.mean(one.visual_tokens)),
-        padding=1 - real / (work.batch * one.length),
+        visual_tokens=float(np.mean(visual)),
+        padding=1 - (text + float(np.mean(visual))) / length,
         stages={stage: Spread.over([each.ms[stage] for each in rounds]) for stage in STAGES},
         first_token=Spread.over([each.first_token_ms for each in rounds]),
         request=Spread.over([each.request_ms(work.new_tokens) for each in rounds]),
         prefill_speedup=speedup(lambda each: each.ms["prefill"]),
         first_token_speedup=speedup(lambda each: each.first_token_ms),
         request_speedup=speedup(lambda each: each.request_ms(work.new_tokens)),
-        flop_ratio=prefill_flops(shape, full.length) / prefill_flops(shape, one.length),
-        kv_bytes=one.kv_bytes,
+        reducer_share=median_ratio(
+            [each.ms["reduce"] for each in rounds], [each.ms["vision"] for each in rounds]
+        ),
+        flop_ratio=prefill_flops(shape, text + max(dense[0].visual_tokens)) / prefill_flops(shape, length),
+        kv_bytes=int(roofline.kv_bytes(shape, length, work.batch, model.dtype.itemsize)),
         peak_bytes=max((each.peak_bytes for each in rounds if each.peak_bytes is not None), default=None),
-        roofline_prefill_ms=roofline_prefill(model, one.length, work.batch),
+        roofline_prefill_ms=roofline_prefill(model, length, work.batch),
     )
 
 
@@ -243,7 +232,7 @@ def roofline_prefill(model: LlavaLlamaForCausalLM, length: int, batch: int) -> f
     if model.device.type != "cuda":
         return None
     try:
-        gpu = hardware.find_gpu(torch.cuda.get_device_name(model.device))
+        gpu = gpus.find_gpu(torch.cuda.get_device_name(model.device))
     except ValueError:
         return None
     precision = roofline.PRECISIONS["fp32" if model.dtype is torch.float32 else "fp16"]
@@ -258,6 +247,7 @@ def roofline_prefill(model: LlavaLlamaForCausalLM, length: int, batch: int) -> f
 class Prefill:
     """Prefill of one length. ms for the whole batch; ratios are against the first length measured."""
 
+    batch: int
     length: int
     time: Spread
     speedup: float
@@ -280,33 +270,26 @@ def prefill_once(
 
 
 def measure_prefill(
-    model: LlavaLlamaForCausalLM,
-    lengths: Sequence[int],
-    *,
-    batch: int,
-    rounds: int,
-    warmup: int,
-    clock: Clock,
+    model: LlavaLlamaForCausalLM, lengths: Sequence[int], batch: int, rounds: int, warmup: int, clock: Clock
 ) -> list[Prefill]:
     """Each length in turn, `rounds` times."""
-    with tqdm(total=(rounds + warmup) * len(lengths), desc="prefill", file=sys.stderr) as bar:
-        runs = [lambda length=length: prefill_once(model, length, batch, clock) for length in lengths]
-        measured = interleave(runs, rounds, warmup, bar.update)
-    shape = language_shape(model.config)
-    first = measured[0]
-    return [
-        Prefill(
-            length=length,
-            time=Spread.over([ms for ms, _ in results]),
-            speedup=float(
-                np.median([other / ms for (ms, _), (other, _) in zip(results, first, strict=True)])
-            ),
-            flop_ratio=prefill_flops(shape, lengths[0]) / prefill_flops(shape, length),
-            peak_bytes=max((peak for _, peak in results if peak is not None), default=None),
-            roofline_ms=roofline_prefill(model, length, batch),
+    runs = [lambda length=length: prefill_once(model, length, batch, clock) for length in lengths]
+    shape, rows, dense = language_shape(model.config), [], None
+    for length, results in zip(lengths, interleave(runs, rounds, warmup, "prefill"), strict=True):
+        times, peaks = zip(*results, strict=True)
+        dense = dense or times
+        rows.append(
+            Prefill(
+                batch=batch,
+                length=length,
+                time=Spread.over(times),
+                speedup=median_ratio(dense, times),
+                flop_ratio=prefill_flops(shape, lengths[0]) / prefill_flops(shape, length),
+                peak_bytes=max((peak for peak in peaks if peak is not None), default=None),
+                roofline_ms=roofline_prefill(model, length, batch),
+            )
         )
-        for length, results in zip(lengths, measured, strict=True)
-    ]
+    return rows
 
 
 # The tower alone -------------------------------------------------------------------------------------
@@ -316,15 +299,14 @@ def measure_prefill(
 class TowerTime:
     """One way through the tower. ms for the whole batch; `part` is of the time of all its blocks."""
 
+    batch: int
     way: str
     time: Spread
     part: float
 
 
 @torch.inference_mode()
-def measure_tower(
-    tower: VisionTower, *, batch: int, rounds: int, warmup: int, clock: Clock
-) -> list[TowerTime]:
+def measure_tower(tower: VisionTower, batch: int, rounds: int, warmup: int, clock: Clock) -> list[TowerTime]:
     """All blocks as transformers runs them, what a reducer reads, and the patches alone, in turn."""
     side = tower.image_size
     pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
@@ -340,17 +322,11 @@ def measure_tower(
             way(pixels)
         return watch.ms["tower"]
 
-    with tqdm(total=(rounds + warmup) * len(ways), desc="tower", file=sys.stderr) as bar:
-        runs = [lambda way=way: once(way) for way in ways.values()]
-        measured = interleave(runs, rounds, warmup, bar.update)
-    whole = measured[0]
+    runs = [lambda way=way: once(way) for way in ways.values()]
+    measured = interleave(runs, rounds, warmup, "tower")
     return [
-        TowerTime(
-            way=name,
-            time=Spread.over(times),
-            part=float(np.median([one / other for one, other in zip(times, whole, strict=True)])),
-        )
-        for name, times in zip(ways, measured, strict=True)
+        TowerTime(batch, way, Spread.over(times), median_ratio(times, measured[0]))
+        for way, times in zip(ways, measured, strict=True)
     ]
 
 

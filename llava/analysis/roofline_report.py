@@ -169,8 +169,8 @@ def _run_gpu(
         else f"going below {visual:.0f} visual tokens gains nothing"
     )
     print(
-        f"Weights take as long to read as to use at {tokens:.0f} tokens in flight (text + visual, times batch):"
-        f"\nwith {args.text} text tokens at batch {args.batch}, {gain}."
+        f"Weights take as long to read as to use at {tokens:.0f} tokens in flight "
+        f"(text + visual, times batch):\nwith {args.text} text tokens at batch {args.batch}, {gain}."
     )
     shortest = min(rows, key=lambda row: row.visual)
     print(

@@ -27,15 +27,18 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        synchronise(self.device)
-        start = self.clock()
+        start = self.now()
         yield
+        self.ms[name] = 1e3 * (self.now() - start)
+
+    def now(self) -> float:
+        """Seconds, once the device has done all it was told."""
         synchronise(self.device)
-        self.ms[name] = 1e3 * (self.clock() - start)
+        return self.clock()
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits until the device has done all it was told."""
+    """Waits until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
