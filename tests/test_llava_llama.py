@@ -554,7 +554,7 @@ def test_zero3_runs_the_tower_on_every_rank(monkeypatch, zero3):
     monkeypatch.setattr("llava.model.llava_llama.is_deepspeed_zero3_enabled", lambda: zero3)
     model = make_model("prumerge").train()
     ran = []
-    model.get_vision_tower().blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    model.get_vision_tower().encoder.blocks[0].register_forward_hook(lambda *_: ran.append(1))
     model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     assert len(ran) == zero3
     model(torch.tensor([[1, 2, 3]]), visual_tokens=[], labels=torch.tensor([[1, 2, 3]]))

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def write_tower(tower: VisionTower, out: Path) -> None:
     """A tower as a directory of its own: config.json, preprocessor_config.json, model.safetensors."""
     with replacing(out) as directory:
-        level = f"{tower.disk_name}." if tower.disk_name else ""
+        level = f"{tower.encoder.disk_name}." if tower.encoder.disk_name else ""
         weights = {level + name: tensor for name, tensor in tower.backbone.state_dict().items()}
         write_weights(weights, directory)
         tower.image_processor.save_pretrained(directory)
