@@ -29,7 +29,7 @@ from llava.errors import UserError
 from llava.mm_utils import process_images
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
-from llava.model.vision_tower import CLIPTower, SiglipTower, load_vision_tower
+from llava.model.vision_tower import VisionTower, load_vision_tower
 
 IMAGE = IMAGE_TOKEN_INDEX
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
@@ -64,8 +64,8 @@ def randomise(module: torch.nn.Module, seed: int, scale: float) -> torch.nn.Modu
     return module.eval()
 
 
-def make_tower(**options) -> CLIPTower:
-    return CLIPTower(randomise(CLIPVisionModel(CLIPVisionConfig(**VISION)), seed=1, scale=0.3), **options)
+def make_tower(**options) -> VisionTower:
+    return VisionTower(randomise(CLIPVisionModel(CLIPVisionConfig(**VISION)), seed=1, scale=0.3), **options)
 
 
 def make_model(reducer: str = "none", **config) -> LlavaLlamaForCausalLM:
@@ -554,7 +554,7 @@ def test_zero3_runs_the_tower_on_every_rank(monkeypatch, zero3):
     monkeypatch.setattr("llava.model.llava_llama.is_deepspeed_zero3_enabled", lambda: zero3)
     model = make_model("prumerge").train()
     ran = []
-    model.get_vision_tower().blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    model.get_vision_tower().encoder.blocks[0].register_forward_hook(lambda *_: ran.append(1))
     model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     assert len(ran) == zero3
     model(torch.tensor([[1, 2, 3]]), visual_tokens=[], labels=torch.tensor([[1, 2, 3]]))
@@ -797,7 +797,7 @@ def test_what_cannot_work_says_so():
         model.encode_images(pictures(1))
 
     siglip = SiglipVisionModel(SiglipVisionConfig(**VISION))
-    model.set_vision_tower(SiglipTower(siglip))
+    model.set_vision_tower(VisionTower(siglip))
     with pytest.raises(UserError, match="CLS"):
         model.encode_images(pictures(1))
     model.set_reducer("none")
@@ -805,7 +805,7 @@ def test_what_cannot_work_says_so():
 
     wide = CLIPVisionModel(CLIPVisionConfig(**VISION | {"hidden_size": 48}))
     with pytest.raises(UserError, match=r"32 wide.*tower's are 48"):
-        model.set_vision_tower(CLIPTower(wide))
+        model.set_vision_tower(VisionTower(wide))
     model.model.vision_tower = None
     with pytest.raises(UserError, match="no vision tower"):
         model.generate(MIXED[0][None], images=pictures(1))

@@ -21,7 +21,7 @@ from llava.analysis import roofline
 from llava.analysis.shapes import LanguageShape, Shape, TowerShape
 from llava.errors import UserError
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.vision_tower import CLIPTower, Dinov2Tower, VisionTower
+from llava.model.vision_tower import VisionTower
 
 
 def build_model(shape: Shape, plan: hardware.Plan, *, with_tower: bool = True) -> LlavaLlamaForCausalLM:
@@ -61,16 +61,15 @@ def build_tower(shape: TowerShape, plan: hardware.Plan) -> VisionTower:
         "patch_size": shape.patch,
     }
     if shape.family == "clip":
-        tower_class: type[VisionTower] = CLIPTower
         config = CLIPVisionConfig(**sizes, intermediate_size=shape.intermediate, image_size=shape.image)
     else:
         # As released: a table of 37 x 37 positions, interpolated in every call.
-        tower_class, config = Dinov2Tower, Dinov2Config(**sizes, image_size=518)
+        config = Dinov2Config(**sizes, image_size=518)
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": shape.image}, crop_size={"height": shape.image, "width": shape.image}
     )
     model = AutoModel.from_config(config, dtype=plan.dtype, attn_implementation="sdpa")
-    return tower_class(model, image_processor=processor).to(plan.device)
+    return VisionTower(model, image_processor=processor).to(plan.device)
 
 
 def with_layers(shape: Shape, layers: int | None) -> Shape:

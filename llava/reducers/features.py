@@ -1,6 +1,7 @@
 """What goes into a reducer and what comes out: the only place where towers and reducers meet."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ class VisionFeatures:
             has no CLS token.
         num_heads: heads of that block. PruMerge reads q and k as one wide head; others split them.
         grid: (rows, columns) of the patches, rows * columns == N, raster order.
+
+    Further fields are None unless the tower was asked for them and can give them:
+        cls: [B, 1, C] the CLS row of the layer the patches come from.
+        mean_query: [B, C] mean of the patches' q_proj outputs in the tower's last block.
+        probe_attention: [B, N] attention of SigLIP's pooling head over the patches, mean over its heads.
     """
 
     patches: Tensor
@@ -25,20 +31,30 @@ class VisionFeatures:
     key: Tensor
     num_heads: int
     grid: tuple[int, int]
+    cls: Tensor | None = None
+    mean_query: Tensor | None = None
+    probe_attention: Tensor | None = None
 
     @property
     def has_cls(self) -> bool:
         return self.query is not None
 
+    @property
+    def patch_key(self) -> Tensor:
+        """[B, N, C] the keys of the patches alone."""
+        return self.key[:, 1:] if self.has_cls else self.key
+
     def __getitem__(self, rows: slice) -> "VisionFeatures":
         """The features of some of the images."""
-        query = None if self.query is None else self.query[rows]
-        return VisionFeatures(self.patches[rows], query, self.key[rows], self.num_heads, self.grid)
+        return self._map(lambda tensor: tensor[rows])
 
     def float(self) -> "VisionFeatures":
         """The same in float32: a copy, or itself where it is so already."""
-        query = None if self.query is None else self.query.float()
-        return VisionFeatures(self.patches.float(), query, self.key.float(), self.num_heads, self.grid)
+        return self._map(lambda tensor: tensor.float())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "VisionFeatures":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True)

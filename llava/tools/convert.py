@@ -29,7 +29,7 @@ from llava.model.checkpoints import (
 )
 from llava.model.llava_llama import LlavaConfig
 from llava.model.tokenization import save_tokenizer
-from llava.model.vision_tower import CLIPTower, VisionTower
+from llava.model.vision_tower import VisionTower
 from llava.tools.whole import add_dtype, inspect_llava, load_whole, tower_name_from
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def write_tower(tower: VisionTower, out: Path) -> None:
     """A tower as a directory of its own: config.json, preprocessor_config.json, model.safetensors."""
     with replacing(out) as directory:
-        level = f"{tower.disk_name}." if tower.disk_name else ""
+        level = f"{tower.encoder.disk_name}." if tower.encoder.disk_name else ""
         weights = {level + name: tensor for name, tensor in tower.backbone.state_dict().items()}
         write_weights(weights, directory)
         tower.image_processor.save_pretrained(directory)
@@ -96,7 +96,7 @@ def write_llava_hf(model, tokenizer, tower: VisionTower, out: Path) -> None:
         UserError: a tower, projector or merge type that the format has no place for.
     """
     config = model.config
-    if not isinstance(tower, CLIPTower):
+    if tower.config.model_type != "clip_vision_model":
         raise UserError(f"llava-hf is for CLIP towers, this one is {tower.config.model_type}")
     if config.mm_projector_type != "mlp2x_gelu" or "unpad" in config.mm_patch_merge_type:
         raise UserError(
