@@ -39,7 +39,7 @@ from llava.analysis.stopwatch import CLOCKS, Clock, Spread
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.packed import can_pack, pack
 from llava.model.vision_tower import VisionTower
 from llava.reducers import Reducer, ReducerSpecError, build_reducer

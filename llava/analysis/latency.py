@@ -27,7 +27,7 @@ from llava.analysis.stopwatch import WALL, Clock, Spread, Stopwatch, peak_memory
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
-from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.splice import gather, lay_out
 from llava.model.vision_tower import VisionTower
 from llava.reducers import Reducer

@@ -20,7 +20,7 @@ from llava import hardware
 from llava.analysis import roofline
 from llava.analysis.shapes import LanguageShape, Shape, TowerShape
 from llava.errors import UserError
-from llava.model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.vision_tower import CLIPTower, Dinov2Tower, VisionTower
 
 
