@@ -40,8 +40,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tools extract-projector": ("llava.tools.extract_projector", "the projector of any LLaVA checkpoint"),
     "tools consolidate": ("llava.tools.consolidate", "a self-trained checkpoint as it would be released"),
     "tools convert": ("llava.tools.convert", "to and from the format of transformers (llava-hf)"),
-    "tools apply-delta": ("llava.tools.apply_delta", "a model from its base and its delta"),
-    "tools make-delta": ("llava.tools.make_delta", "the delta of a model to its base"),
     "mini prepare": ("llava.mini.prepare", "build checkpoints/mini-base from two pip packages"),
     "mini world": ("llava.mini.world", "compose scenes and conversations about them"),
     "mini align": ("llava.mini.align", "give the projector its first meaning: patches to words"),

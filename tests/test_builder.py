@@ -27,7 +27,7 @@ from llava import hardware
 from llava.errors import UserError
 from llava.mm_utils import process_images
 from llava.model import builder
-from llava.model.builder import generation_config, load_pretrained_model
+from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints import (
     inspect_checkpoint,
     read_model_weights,
@@ -449,8 +449,9 @@ def test_generation_config_of_vicuna(tiny: Family, caplog: pytest.LogCaptureFixt
     assert settings.eos_token_id == 2
 
 
-def test_generation_config_that_samples_is_kept() -> None:
-    settings = generation_config({"do_sample": True, "temperature": 0.6, "top_p": 0.9})
+def test_generation_config_that_samples_is_kept(tiny: Family) -> None:
+    write_json(tiny.full / "generation_config.json", {"do_sample": True, "temperature": 0.6, "top_p": 0.9})
+    settings = load(tiny.full)[1].generation_config
     assert (settings.do_sample, settings.temperature, settings.top_p) == (True, 0.6, 0.9)
 
 

@@ -551,7 +551,7 @@ def test_the_projector_takes_part_in_batches_without_images(cached):
 @pytest.mark.parametrize("zero3", [False, True])
 def test_zero3_runs_the_tower_on_every_rank(monkeypatch, zero3):
     """Under ZeRO-3 a rank without images must still call the partitioned tower."""
-    monkeypatch.setattr("llava.model.llava_llama.is_deepspeed_zero3_enabled", lambda: zero3)
+    monkeypatch.setattr("llava.model.llava_arch.is_deepspeed_zero3_enabled", lambda: zero3)
     model = make_model("prumerge").train()
     ran = []
     model.get_vision_tower().encoder.blocks[0].register_forward_hook(lambda *_: ran.append(1))

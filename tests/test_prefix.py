@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.prefix import Prefix, answer, begin, extend, join, nothing
 
 HEAD = torch.tensor([1, 272, 300, 311, 262])

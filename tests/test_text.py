@@ -20,7 +20,8 @@ from llava.data import encode_conversation
 from llava.data.text import training_template
 from llava.errors import UserError
 from llava.mm_utils import tokenizer_image_token
-from llava.model.tokenization import load_tokenizer, save_tokenizer
+from llava.model.checkpoints import save_tokenizer
+from llava.model.tokenization import load_tokenizer
 
 COPY = Path(__file__).parent / "data" / "text"
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}

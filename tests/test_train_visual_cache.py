@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llava.errors import UserError
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.train.train import train
 from llava.train.visual_cache import VisualCache, digest_of, fingerprint, hash_files, processing, recipe_of
 

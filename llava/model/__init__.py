@@ -1,5 +1,5 @@
-"""The way of the data: vision tower -> reducer -> projector -> splice -> LLaMA, and how it is stored."""
+"""The way of the data: vision tower -> reducer -> projector -> splice -> language model, and its storage."""
 
-from llava.model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
 __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM"]

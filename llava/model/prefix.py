@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationMixin
 
-from llava.model.llava_llama import CACHE_NAME, LlavaLlamaForCausalLM
+from llava.model.llava_arch import CACHE_NAME, LlavaMetaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class Prefix:
         return cache
 
 
-def nothing(model: LlavaLlamaForCausalLM) -> Prefix:
+def nothing(model: LlavaMetaForCausalLM) -> Prefix:
     """The prefix of prompts that share nothing: one row, no columns."""
     return Prefix((), torch.ones(1, 0, dtype=torch.bool, device=model.device))
 
 
-def begin(model: LlavaLlamaForCausalLM, ids: Tensor) -> Prefix:
+def begin(model: LlavaMetaForCausalLM, ids: Tensor) -> Prefix:
     """The prefix of one prompt's first ids, [L] int64, without images."""
     return extend(model, nothing(model), [model.get_input_embeddings()(ids.to(model.device))], [0])
 
 
 @torch.no_grad()
 def extend(
-    model: LlavaLlamaForCausalLM, prefix: Prefix, blocks: Sequence[Tensor], rows: Sequence[int]
+    model: LlavaMetaForCausalLM, prefix: Prefix, blocks: Sequence[Tensor], rows: Sequence[int]
 ) -> Prefix:
     """One row per block: row rows[i] of `prefix`, then the embeddings blocks[i], [L_i, hidden].
 
@@ -100,7 +100,7 @@ def join(prefixes: Sequence[Prefix]) -> Prefix:
 
 @torch.no_grad()
 def answer(
-    model: LlavaLlamaForCausalLM,
+    model: LlavaMetaForCausalLM,
     prefix: Prefix,
     ids: Sequence[Tensor],
     rows: Sequence[int],

@@ -9,7 +9,8 @@ ChatML and later kinds) is what its tokenizer.json says.
 """
 
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.errors import UserError, first_line
+from llava.model.checkpoints.inspect import read_json
+from llava.model.checkpoints.locate import resolve_directory
 
 _SPACE = "▁"  # how sentencepiece writes a space (U+2581)
-_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_FILES += ("chat_template*",)
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
@@ -34,71 +37,45 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
 
     Raises UserError where there are no tokenizer files or they cannot be read.
     """
-    directory = _directory(path)
-    config = _read_json(directory / "tokenizer_config.json")
-    kwargs = {"padding_side": "right", **kwargs}
-    try:
-        if _is_sentencepiece(directory, config):
-            legacy = kwargs.pop("legacy", None)
-            if legacy is None:
-                legacy = _legacy(directory, config)
-            if not (directory / "tokenizer.json").is_file():
-                # transformers 4 puts a BOS where no file says anything; a tokenizer.json says it itself.
-                kwargs = {"add_bos_token": config.get("add_bos_token", True), **kwargs}
-            tokenizer = LlamaTokenizer.from_pretrained(directory, legacy=legacy, **kwargs)
-            _as_sentencepiece(tokenizer, legacy, directory / "tokenizer.model")
-        else:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, **kwargs)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file raises whatever its parser meets first
-        raise UserError(
-            f"the tokenizer in {path} cannot be read ({first_line(error)}); copy its files again."
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
-    """Write the tokenizer's files, and beside them the `tokenizer.model` it came from where there is one:
-    original LLaVA on transformers 4 reads nothing else."""
-    tokenizer.save_pretrained(directory)
-    source = Path(tokenizer.name_or_path) / "tokenizer.model"
-    if source.is_file() and source.resolve().parent != Path(directory).resolve():
-        shutil.copyfile(source, Path(directory) / "tokenizer.model")
-
-
-def _directory(path: str | Path) -> Path:
-    """A local directory that holds tokenizer files; a hub name is looked up in the cache, then fetched."""
-    directory = Path(path)
-    if not directory.is_dir() and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-
-        try:
-            directory = Path(snapshot_download(str(path), allow_patterns=list(_FILES)))
-        except Exception as error:  # no such repository, no network, no valid name
-            raise UserError(
-                f"there is no tokenizer at {path}: no such directory, and the hub does not give it either "
-                f"({first_line(error)}); check the path, or go online once to fetch it."
-            ) from None
-    if not directory.is_dir():
-        raise UserError(f"there is no directory {path} to read a tokenizer from; check the path.")
+    directory = resolve_directory(path, only=_FILES)
     if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         raise UserError(
             f"{path} has no tokenizer (neither tokenizer.model nor tokenizer.json); LoRA and projector "
             "checkpoints use their base model's: give it with --model-base."
         )
-    return directory
+    config = _read_json(directory / "tokenizer_config.json")
+    kwargs = {"padding_side": "right", **kwargs}
+    if _is_sentencepiece(directory, config):
+        legacy = kwargs.pop("legacy", None)
+        if legacy is None:
+            legacy = _legacy(directory, config)
+        if not (directory / "tokenizer.json").is_file():
+            # transformers 4 puts a BOS where no file says anything; a tokenizer.json says it itself.
+            kwargs = {"add_bos_token": config.get("add_bos_token", True), **kwargs}
+        with _reading(directory):
+            tokenizer = LlamaTokenizer.from_pretrained(directory, legacy=legacy, **kwargs)
+        _as_sentencepiece(tokenizer, legacy, directory / "tokenizer.model")
+    else:
+        with _reading(directory):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, **kwargs)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """The libraries' reading of tokenizer files, and no code of ours: a damaged file raises anything."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer in {path} cannot be read ({first_line(error)}); copy its files again."
+        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # also a UnicodeDecodeError
-        raise UserError(f"{file} is not valid JSON ({first_line(error)}); copy it again.") from None
+    return read_json(file) if file.is_file() else {}
 
 
 def _is_sentencepiece(directory: Path, config: dict[str, Any]) -> bool:
@@ -108,8 +85,8 @@ def _is_sentencepiece(directory: Path, config: dict[str, Any]) -> bool:
         return True
     if not config.get("tokenizer_class", "LlamaTokenizer").startswith("LlamaTokenizer"):
         return False
-    model = _read_json(directory / "tokenizer.json")["model"]
-    return model["type"] == "BPE" and model.get("byte_fallback", False)
+    model = _read_json(directory / "tokenizer.json").get("model", {})
+    return model.get("type") == "BPE" and model.get("byte_fallback", False)
 
 
 def _legacy(directory: Path, config: dict[str, Any]) -> bool:
@@ -119,7 +96,7 @@ def _legacy(directory: Path, config: dict[str, Any]) -> bool:
     if not saved:
         return True
     # Legacy tokenizers prepend a space to every segment, the others to the first one.
-    text = json.dumps([saved["normalizer"], saved["pre_tokenizer"]])
+    text = json.dumps([saved.get("normalizer"), saved.get("pre_tokenizer")])
     return '"Prepend"' in text or '"always"' in text
 
 
@@ -166,7 +143,8 @@ def _by_score(model_file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     Runs of spaces may share one score; sentencepiece then takes the leftmost pair, so that a run grows from
     its left end: the longer left half goes first.
     """
-    pieces = SentencePieceProcessor(model_file=str(model_file))
+    with _reading(model_file):
+        pieces = SentencePieceProcessor(model_file=str(model_file))
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     ranked = [
         (-pieces.get_score(i), -cut, piece[:cut], piece[cut:])

@@ -18,7 +18,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import Conversation, conv_templates
 from llava.errors import UserError
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 
 @dataclass(frozen=True)

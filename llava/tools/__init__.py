@@ -1,1 +1,1 @@
-"""Tools on checkpoints: merge, extract, consolidate, convert, deltas, and what is in a directory."""
+"""Tools on checkpoints: merge, extract, consolidate, convert, and what is in a directory."""

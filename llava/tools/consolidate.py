@@ -1,6 +1,6 @@
 """`llava tools consolidate`: a self-trained checkpoint as it would be released.
 
-Safetensors shards in half precision, without the tower (which has its own home) and old buffers, with
+Safetensors shards in half precision, without the tower (it has a directory of its own) and old buffers, with
 config.json and tokenizer. A tower that was trained along (`unfreeze_mm_vision_tower`) is kept.
 """
 

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from llava.errors import UserError
-from llava.model.builder import build_config, language_model_weights, tokenizer_of
 from llava.model.checkpoints import (
     KINDS,
     PROJECTOR,
@@ -25,6 +24,7 @@ from llava.model.checkpoints import (
     read_model_weights,
     resolve_directory,
 )
+from llava.model.load import build_config, language_model_weights, tokenizer_of
 from llava.model.vision_tower import load_vision_tower
 
 PARTS = {"projector": PROJECTOR, "tower": TOWER}

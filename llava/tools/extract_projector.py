@@ -14,6 +14,7 @@ from llava.model.checkpoints import (
     write_json,
     write_tensors,
 )
+from llava.model.llava_arch import language_model_of
 from llava.tools.whole import tower_name_from
 
 PARTS = (PROJECTOR, "model.image_newline")
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = llava_config_dict(info)
         config["mm_vision_tower"] = tower_name_from(config.get("mm_vision_tower"), info.path, args.output)
+        config["model_type"] = language_model_of(config, info.path / "config.json").config_class.model_type
         with replacing(args.output) as directory:
             write_tensors(found, directory / "mm_projector.bin")
-            write_json(directory / "config.json", {**config, "model_type": "llava_llama"})
+            write_json(directory / "config.json", config)
     print(args.output)
     return 0

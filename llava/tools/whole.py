@@ -7,14 +7,6 @@ from pathlib import Path
 import torch
 
 from llava.errors import UserError
-from llava.model.builder import (
-    apply_lora,
-    build_config,
-    finish,
-    load_language_model,
-    load_plain,
-    tokenizer_of,
-)
 from llava.model.checkpoints import (
     KINDS,
     CheckpointInfo,
@@ -24,6 +16,7 @@ from llava.model.checkpoints import (
     read_model_weights,
     resolve_beside,
 )
+from llava.model.load import apply_lora, build_config, load_language_model, load_plain, tokenizer_of
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -59,7 +52,7 @@ def load_whole(info: CheckpointInfo, dtype: str = "auto", weights: Weights | Non
         weights: `read_model_weights(info)` where it is known already.
     """
     if not info.is_llava:
-        model = load_plain(info.base or info, dtype=_dtype(dtype), device_map={"": "cpu"})
+        model = load_plain(info, dtype=_dtype(dtype), device_map={"": "cpu"})
         tokenizer = tokenizer_of(info)
     else:
         weights = weights or read_model_weights(info)
@@ -70,7 +63,7 @@ def load_whole(info: CheckpointInfo, dtype: str = "auto", weights: Weights | Non
         model = load_language_model(info, config, weights, **options)
     if info.kind == "lora":
         model = apply_lora(model, info, merge=True)
-    finish(model, info)
+    model.config.name_or_path = str(info.path)
     return tokenizer, model
 
 

@@ -51,14 +51,20 @@ class ModelArguments:
     vision_tower: str | None = field(
         default=None, metadata=_help("vision tower: folder or hub name; default: the checkpoint's own")
     )
-    mm_vision_select_layer: int = field(
-        default=-1, metadata=_help("hidden state of the tower to use; -2 is LLaVA-1.5's")
+    mm_vision_select_layer: int | None = field(
+        default=None,
+        metadata=_help(
+            "hidden state of the tower to use, -2 for LLaVA-1.5; default: the checkpoint's, else -1"
+        ),
     )
     pretrain_mm_mlp_adapter: str | None = field(
         default=None, metadata=_help("mm_projector.bin of the pre-training stage")
     )
-    mm_projector_type: str = field(
-        default="linear", metadata=_help("linear, mlpNx_gelu (LLaVA-1.5: mlp2x_gelu) or identity")
+    mm_projector_type: str | None = field(
+        default=None,
+        metadata=_help(
+            "linear, mlpNx_gelu (LLaVA-1.5: mlp2x_gelu) or identity; default: the checkpoint's, else linear"
+        ),
     )
     mm_use_im_start_end: bool = field(
         default=False, metadata=_help("put <im_start> and <im_end> around each image")
@@ -66,11 +72,13 @@ class ModelArguments:
     mm_use_im_patch_token: bool = field(
         default=True, metadata=_help("add <im_patch> to the vocabulary (the released models do not)")
     )
-    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = field(
-        default="flat", metadata=_help("how the crops of one image are joined")
+    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] | None = field(
+        default=None,
+        metadata=_help("how the crops of one image are joined; default: the checkpoint's, else flat"),
     )
-    mm_vision_select_feature: Literal["patch", "cls_patch"] = field(
-        default="patch", metadata=_help("patch: without CLS; cls_patch: with it")
+    mm_vision_select_feature: Literal["patch", "cls_patch"] | None = field(
+        default=None,
+        metadata=_help("patch: without CLS; cls_patch: with it; default: the checkpoint's, else patch"),
     )
     mm_token_reducer: str | None = field(
         default=None,
@@ -487,7 +495,8 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
         UserError: naming the flags that contradict one another, or the file that is not there.
     """
     _check_files(model, data, training)
-    build_projector(model.mm_projector_type, 1, 1)  # refuses a name it does not know
+    if model.mm_projector_type is not None:
+        build_projector(model.mm_projector_type, 1, 1)  # refuses a name it does not know
     _check_stage(model, training)
     _check_bits(model, training)
     if model.version == "plain" and not data.image_folder:

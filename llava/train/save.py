@@ -30,8 +30,8 @@ from llava.model.checkpoints import (
     save_full,
     save_lora,
     save_projector,
+    save_tokenizer,
 )
-from llava.model.tokenization import save_tokenizer
 from llava.train.setup import Prepared, compute_dtype, gathered
 
 STAGING = ".saving-"

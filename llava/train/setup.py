@@ -15,15 +15,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import UserError
 from llava.model.checkpoints import (
     KINDS,
@@ -31,34 +29,46 @@ from llava.model.checkpoints import (
     inspect_checkpoint,
     llava_config_dict,
     read_json,
+    read_model_weights,
     read_projector,
     resolve_directory,
 )
-from llava.model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.tokenization import load_tokenizer
-from llava.model.vision_tower import load_vision_tower
+from llava.model.llava_arch import LlavaMetaConfig, LlavaMetaForCausalLM
+from llava.model.load import build_config, load_language_model, quantization, tokenizer_of, tower_of
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
+if TYPE_CHECKING:
+    from peft import PeftModel  # imported where it is needed: it takes seconds
+
 Stage = Literal["projector", "full", "lora"]
-Trainable = LlavaLlamaForCausalLM | PeftModel
 Say = Callable[[str], None]
 
 NOT_LANGUAGE_MODEL = r".*(vision_tower|mm_projector|image_newline).*"
-"""Names LoRA and quantization stay away from."""
+"""Names LoRA stays away from."""
+
+DEFAULTS = {
+    "mm_projector_type": "linear",
+    "mm_vision_select_layer": -1,
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_token_reducer": "none",
+}
+"""What these flags of LLaVA's mean where neither the command line nor the checkpoint says."""
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A model ready to train, with what goes with it."""
 
-    model: Trainable
+    model: LlavaMetaForCausalLM | PeftModel
     tokenizer: PreTrainedTokenizerFast
     stage: Stage
 
     @property
-    def llava(self) -> LlavaLlamaForCausalLM:
+    def llava(self) -> LlavaMetaForCausalLM:
         """The model without PEFT's wrapping."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        is_bare = isinstance(self.model, LlavaMetaForCausalLM)
+        return self.model if is_bare else self.model.get_base_model()
 
 
 def stage_of(model: ModelArguments, training: TrainingArguments) -> Stage:
@@ -80,15 +90,28 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
     stage = stage_of(model, training)
     info = _base(model.model_name_or_path)
     config = _config(info, model, data, training, say)
-    llava = _load_language_model(info, config, stage, training)
-    _add_vision(llava, info, model, training)
-    tokenizer = _tokenizer(info, llava, model, training)
+    tokenizer = _tokenizer(info, config, model, training)
+    weights = read_model_weights(info)
+
+    dtype = compute_dtype(training)
+    own_masters = training.deepspeed is None  # DeepSpeed keeps float32 copies itself
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if stage == "full" and own_masters else dtype,
+        "attn_implementation": training.attn_implementation,
+    }
+    if training.bits in (4, 8):
+        options["quantization_config"] = quantization(
+            training.bits, dtype, double_quant=training.double_quant, quant_type=training.quant_type
+        )
+        options["device_map"] = {"": training.device}  # quantized weights cannot be moved later
+    llava = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
+    tower = tower_of(info, config, weights, model.vision_tower, device=llava.device, dtype=dtype)
+    set_seed(training.seed)  # a new projector's start; how many numbers loading drew depends on sharding
+    llava.set_vision_tower(tower)
     if model.pretrain_mm_mlp_adapter:
         _load_projector(llava, Path(model.pretrain_mm_mlp_adapter))
 
-    trainable: Trainable = llava
-    if stage == "lora":
-        trainable = _with_lora(llava, training)
+    trainable = _with_lora(llava, training) if stage == "lora" else llava
     choose_trainables(llava, stage, model, training)
     _cast(trainable, training)
     for line in describe(trainable):
@@ -117,16 +140,25 @@ def _config(
     data: DataArguments,
     training: TrainingArguments,
     say: Say,
-) -> LlavaConfig:
-    """The base's config with the run's choices; a flag at its default leaves a LLaVA checkpoint's value."""
-    content = {**llava_config_dict(info)}
-    for key in ("model_type", "dtype", "torch_dtype", "quantization_config"):
-        content.pop(key, None)
-    tower = model.vision_tower or content.get("mm_vision_tower")
+) -> LlavaMetaConfig:
+    """The base's config with the run's choices: a flag that was given, else the checkpoint's value, else
+    `DEFAULTS`."""
+    recorded = llava_config_dict(info)
+    tower = model.vision_tower or recorded.get("mm_vision_tower")
     if tower is None and not info.is_llava:
         raise UserError("--vision_tower is missing: the language model has none of its own.")
-
-    chosen: dict[str, Any] = {
+    chosen: dict[str, Any] = {}
+    for name, default in DEFAULTS.items():
+        given, known = getattr(model, name), recorded.get(name)
+        chosen[name] = given if given is not None else known if known is not None else default
+        if given is None and known not in (None, default):
+            say(f"{name} {known}: the checkpoint's (pass --{name} to change it)")
+    if info.is_llava and recorded.get("mm_projector_type", "linear") != chosen["mm_projector_type"]:
+        raise UserError(
+            f"--mm_projector_type {chosen['mm_projector_type']}: the checkpoint's projector is "
+            f"{recorded.get('mm_projector_type', 'linear')}; leave the flag out."
+        )
+    chosen |= {
         "mm_vision_tower": tower,
         "use_mm_proj": True,
         "image_aspect_ratio": data.image_aspect_ratio,
@@ -138,88 +170,30 @@ def _config(
         "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": training.model_max_length,
     }
-    defaults = ModelArguments()
-    for name in (
-        "mm_projector_type",
-        "mm_vision_select_layer",
-        "mm_vision_select_feature",
-        "mm_patch_merge_type",
-        "mm_token_reducer",
-    ):
-        asked, recorded = getattr(model, name), content.get(name)
-        if info.is_llava and recorded is not None and asked == getattr(defaults, name):
-            if recorded != asked and asked is not None:
-                say(f"{name} {recorded}: the checkpoint's (pass --{name} to change it)")
-            asked = recorded
-        chosen[name] = "none" if asked is None else asked
-    if info.is_llava and content.get("mm_projector_type", "linear") != chosen["mm_projector_type"]:
-        raise UserError(
-            f"--mm_projector_type {chosen['mm_projector_type']}: the checkpoint's projector is "
-            f"{content.get('mm_projector_type', 'linear')}; leave the flag out."
-        )
-    config = LlavaConfig(**{**content, **chosen})
+    dropped = ("dtype", "torch_dtype", "quantization_config")
+    kept = {name: value for name, value in recorded.items() if name not in dropped}
+    config = build_config({**kept, **chosen}, info)
     config._name_or_path = model.model_name_or_path
     return config
 
 
-def _load_language_model(
-    info: CheckpointInfo, config: LlavaConfig, stage: Stage, training: TrainingArguments
-) -> LlavaLlamaForCausalLM:
-    own_masters = training.deepspeed is None  # DeepSpeed keeps float32 copies itself
-    dtype = torch.float32 if stage == "full" and own_masters else compute_dtype(training)
-    quantization: dict[str, Any] = {}
-    if training.bits in (4, 8):
-        quantization = {
-            "quantization_config": _quantization(training),
-            "device_map": {"": training.device},  # quantized weights cannot be moved later
-        }
-    try:
-        llava = LlavaLlamaForCausalLM.from_pretrained(
-            info.path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=training.attn_implementation,
-            **quantization,
-        )
-    except ImportError as error:
-        raise UserError(f"--bits {training.bits} needs bitsandbytes: pip install 'llava[quant]'") from error
-    # vicuna's generation config has sampling settings without do_sample, which newer versions refuse to save.
-    if llava.generation_config is not None and not llava.generation_config.do_sample:
-        llava.generation_config.temperature = llava.generation_config.top_p = None
-    return llava
+def _tokenizer(
+    info: CheckpointInfo, config: LlavaMetaConfig, model: ModelArguments, training: TrainingArguments
+) -> PreTrainedTokenizerFast:
+    """The base's tokenizer with the tokens LLaVA adds. It pads with <unk> where there is one; version v0 with
+    a [PAD] of its own where the files name no pad token."""
+    options: dict[str, Any] = {"model_max_length": training.model_max_length, "padding_side": "right"}
+    files = [info.path / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    has_pad = any(read_json(file).get("pad_token") is not None for file in files if file.is_file())
+    if model.version == "v0" and not has_pad:
+        options["pad_token"] = "[PAD]"
+    tokenizer = tokenizer_of(info, config, **options)
+    if model.version != "v0" and tokenizer.unk_token is not None:
+        tokenizer.pad_token = tokenizer.unk_token
+    return tokenizer
 
 
-def _quantization(training: TrainingArguments) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=training.bits == 4,
-        load_in_8bit=training.bits == 8,
-        llm_int8_threshold=6.0,
-        llm_int8_has_fp16_weight=False,
-        # Full names: a mere suffix would not match the projector's numbered layers.
-        llm_int8_skip_modules=["lm_head", "model.mm_projector", "model.vision_tower"],
-        bnb_4bit_compute_dtype=compute_dtype(training),
-        bnb_4bit_use_double_quant=training.double_quant,
-        bnb_4bit_quant_type=training.quant_type,
-    )
-
-
-def _add_vision(
-    llava: LlavaLlamaForCausalLM, info: CheckpointInfo, model: ModelArguments, training: TrainingArguments
-) -> None:
-    config = llava.config
-    path = resolve_directory(config.mm_vision_tower, beside=info.path, remedy="--vision_tower PATH")
-    tower = load_vision_tower(
-        path,
-        select_layer=config.mm_vision_select_layer,
-        select_feature=config.mm_vision_select_feature,
-        dtype=compute_dtype(training),
-        device=llava.device,
-    )
-    set_seed(training.seed)  # a new projector's start; how many numbers loading drew depends on sharding
-    llava.set_vision_tower(tower)
-
-
-def _load_projector(llava: LlavaLlamaForCausalLM, file: Path) -> None:
+def _load_projector(llava: LlavaMetaForCausalLM, file: Path) -> None:
     """The weights of the pre-training stage (and of the tokens it added, where there are any)."""
     found = read_projector(file).tensors
     wanted = dict(llava.get_model().mm_projector.named_parameters(prefix="model.mm_projector"))
@@ -238,53 +212,22 @@ def _load_projector(llava: LlavaLlamaForCausalLM, file: Path) -> None:
                 parameter.copy_(found[name])
 
 
-def _tokenizer(
-    info: CheckpointInfo, llava: LlavaLlamaForCausalLM, model: ModelArguments, training: TrainingArguments
-) -> PreTrainedTokenizerFast:
-    """The base's tokenizer with the tokens LLaVA adds; embeddings grow by the mean of the old rows."""
-    options: dict[str, Any] = {"model_max_length": training.model_max_length, "padding_side": "right"}
-    if model.version == "v0" and not _has_pad_token(info.path):
-        options["pad_token"] = "[PAD]"
-    tokenizer = load_tokenizer(info.path, **options)
-    if model.version != "v0" and tokenizer.unk_token is not None:
-        tokenizer.pad_token = tokenizer.unk_token
-    if model.mm_use_im_patch_token:
-        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
-    if model.mm_use_im_start_end:
-        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-    _grow_vocabulary(llava, len(tokenizer))
-    return tokenizer
-
-
-def _has_pad_token(directory: Path) -> bool:
-    files = [directory / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    return any(read_json(file).get("pad_token") is not None for file in files if file.is_file())
-
-
-def _grow_vocabulary(llava: LlavaLlamaForCausalLM, size: int) -> None:
-    """Embeddings for `size` tokens; new rows are the mean of the old ones. Never shrinks."""
-    old = llava.config.vocab_size
-    if size <= old:
-        return
-    llava.resize_token_embeddings(size, mean_resizing=False)
-    tables = {id(table.weight): table.weight for table in (llava.get_input_embeddings(), llava.lm_head)}
-    with torch.no_grad(), gathered(list(tables.values()), modify=True):
-        for table in tables.values():
-            if table.numel():
-                table[old:] = table[:old].float().mean(0, keepdim=True).to(table.dtype)
-
-
 # What trains
 
 
-def _with_lora(llava: LlavaLlamaForCausalLM, training: TrainingArguments) -> PeftModel:
+def _with_lora(llava: LlavaMetaForCausalLM, training: TrainingArguments) -> PeftModel:
     """LoRA on every linear layer of the language model but its head."""
+    from peft import LoraConfig, get_peft_model
+
+    # Last name parts of the layers' linear modules: q_proj ... down_proj. bitsandbytes' are subclasses.
+    named = llava.get_model().layers.named_modules()
+    targets = {name.rpartition(".")[2] for name, module in named if isinstance(module, nn.Linear)}
     config = LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
         bias=training.lora_bias,
-        target_modules=lora_targets(llava),
+        target_modules=sorted(targets),
         exclude_modules=NOT_LANGUAGE_MODEL,
         task_type="CAUSAL_LM",
     )
@@ -293,19 +236,8 @@ def _with_lora(llava: LlavaLlamaForCausalLM, training: TrainingArguments) -> Pef
     return get_peft_model(llava, config, autocast_adapter_dtype=False)
 
 
-def lora_targets(llava: LlavaLlamaForCausalLM) -> list[str]:
-    """Last name parts of the language model's linear layers, its head left out: q_proj, ..., down_proj."""
-    body = llava.get_model().layers
-    return sorted({name.rpartition(".")[2] for name, module in body.named_modules() if _is_linear(module)})
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # bitsandbytes' Linear4bit and Linear8bitLt are subclasses.
-    return isinstance(module, nn.Linear)
-
-
 def choose_trainables(
-    llava: LlavaLlamaForCausalLM, stage: Stage, model: ModelArguments, training: TrainingArguments
+    llava: LlavaMetaForCausalLM, stage: Stage, model: ModelArguments, training: TrainingArguments
 ) -> None:
     """Sets `requires_grad` of every parameter that is no LoRA weight (PEFT has set those).
 
@@ -329,7 +261,7 @@ def choose_trainables(
         raise UserError("Nothing trains: every part is frozen by the flags given.")
 
 
-def _cast(model: Trainable, training: TrainingArguments) -> None:
+def _cast(model: nn.Module, training: TrainingArguments) -> None:
     """Trainable parameters to float32, unless DeepSpeed holds float32 copies of them; norms of a quantized
     model too, as QLoRA does."""
     if training.bits in (4, 8):
@@ -349,9 +281,15 @@ def _cast(model: Trainable, training: TrainingArguments) -> None:
 
 def describe(model: nn.Module) -> list[str]:
     """What trains and what is frozen, one line a part: parameters and dtypes."""
+    named = {
+        "lora_": "LoRA",
+        "vision_tower": "vision tower",
+        "mm_projector": "projector",
+        "": "language model",
+    }
     parts: dict[str, dict[bool, tuple[int, set[str]]]] = {}
     for name, parameter in model.named_parameters():
-        counts = parts.setdefault(_part(name), {})
+        counts = parts.setdefault(next((named[key] for key in named if key in name), "language model"), {})
         number, dtypes = counts.get(parameter.requires_grad, (0, set()))
         dtype = str(parameter.dtype).removeprefix("torch.")
         counts[parameter.requires_grad] = (number + full_shape(parameter).numel(), dtypes | {dtype})
@@ -365,13 +303,6 @@ def describe(model: nn.Module) -> list[str]:
     trained = sum(number for counts in parts.values() for trains, (number, _) in counts.items() if trains)
     total = sum(number for counts in parts.values() for number, _ in counts.values())
     return [*lines, f"in all {trained:,} of {total:,} parameters train ({trained / total:.2%})"]
-
-
-def _part(name: str) -> str:
-    for key, part in (("lora_", "LoRA"), ("vision_tower", "vision tower"), ("mm_projector", "projector")):
-        if key in name:
-            return part
-    return "language model"
 
 
 # ZeRO-3 keeps each parameter cut up over the processes

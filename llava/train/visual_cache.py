@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
-from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 Encode = Callable[[Tensor], list[Tensor]]
 """Pixels [B, 3, H, W] -> B tensors [K_i, C], such as `LlavaLlamaForCausalLM.encode_images`."""

@@ -1,5 +1,21 @@
-"""The name under which others import the model: see `llava.model.llava_llama`."""
+"""LLaVA on LLaMA: Vicuna, Llama-2, Llama-3, Yi."""
 
-from llava.model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM, LlavaLlamaModel
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaLlamaModel"]
+from llava.model.llava_arch import LlavaMetaConfig, LlavaMetaForCausalLM, LlavaMetaModel, register
+
+
+@strict
+class LlavaConfig(LlavaMetaConfig, LlamaConfig):
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    config_class = LlavaConfig
+
+
+@register
+class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+    config_class = LlavaConfig
+    body_class = LlavaLlamaModel

@@ -1,16 +1,20 @@
-"""The model: tower -> reducer -> projector -> splice -> LLaMA, and nothing else.
+"""Everything LLaVA adds to a decoder language model: tower, reducer, projector, splice.
 
-A transformers model like any other (save_pretrained, from_pretrained, device_map, quantization_config,
-Trainer), called `llava_llama`. Two things differ from a text model:
+Three mixins, for a language model's config, body and causal model; `llava.model.language_model` has one file
+for each language model that combines them. The result is a transformers model like any other
+(save_pretrained, from_pretrained, device_map, quantization_config, Trainer). Two things differ from a text
+model:
 
 - `input_ids` hold IMAGE_TOKEN_INDEX (-200) where an image goes; `images=` (pixels) or `visual_tokens=`
   (already reduced, before the projector) are consumed in the order of these placeholders over the batch.
-- The vision tower is frozen and has its own home on disk: from_pretrained leaves it out, even if the
-  checkpoint has its keys, and `set_vision_tower(load_vision_tower(path))` puts it in.
+- The vision tower is frozen and is stored in a directory of its own: from_pretrained leaves it out, even if
+  the checkpoint has its keys, and `set_vision_tower(load_vision_tower(path))` puts it in.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -19,21 +23,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
-    LlamaConfig,
     LlamaForCausalLM,
-    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
     initialization,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils import logging
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import get_anyres_image_grid_shape, unpad_image
 from llava.model.projector import build_projector
-from llava.model.splice import gather, lay_out, split_padding
+from llava.model.splice import Layout, gather, lay_out, split_padding
 from llava.model.vision_tower import VisionTower
 from llava.reducers import ReducerInputError, ReducerSpecError, build_reducer
 
@@ -48,8 +51,8 @@ Images = Tensor | Sequence[Tensor]
 
 
 @strict
-class LlavaConfig(LlamaConfig):
-    """LLaMA's config and what LLaVA adds, types checked. Fields of old checkpoints not named here are kept.
+class LlavaMetaConfig(PreTrainedConfig):
+    """What LLaVA adds to a language model's config, types checked. Other fields are kept.
 
     Attributes:
         mm_token_reducer: spec of the token reducer, see `llava.reducers`; "none" keeps every token.
@@ -66,8 +69,6 @@ class LlavaConfig(LlamaConfig):
         tune_mm_mlp_adapter, freeze_mm_mlp_adapter, mm_projector_lr: how the model was trained.
         unfreeze_mm_vision_tower: the checkpoint carries a tower of its own (LLaVA-1.6).
     """
-
-    model_type = "llava_llama"
 
     mm_token_reducer: str = "none"
     mm_vision_tower: str | None = None
@@ -89,31 +90,16 @@ class LlavaConfig(LlamaConfig):
     unfreeze_mm_vision_tower: bool = False
 
 
-class LlavaPreTrainedModel(LlamaPreTrainedModel):
-    """What both classes below tell transformers about themselves."""
-
-    config: LlavaConfig
-    config_class = LlavaConfig
-    # The tower comes from its own path.
-    _keys_to_ignore_on_load_unexpected = (r"(^|\.)vision_tower\.",)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, LlavaLlamaModel) and module.image_newline is not None:
-            initialization.normal_(module.image_newline, std=self.config.hidden_size**-0.5)
-
-
-class LlavaLlamaModel(LlavaPreTrainedModel, LlamaModel):
-    """LLaMA's body with the two modules whose weights LLaVA keeps beside it.
+class LlavaMetaModel:
+    """A language model's body with the two modules whose weights LLaVA keeps beside it.
 
     Attributes:
         mm_projector: None until the tower's width is known (`config.mm_hidden_size`).
-        vision_tower: None until `LlavaLlamaForCausalLM.set_vision_tower`.
+        vision_tower: None until `LlavaMetaForCausalLM.set_vision_tower`.
         image_newline: [hidden], ends each row of an anyres image; only with the merge type spatial_unpad.
     """
 
-    def __init__(self, config: LlavaConfig):
+    def __init__(self, config: LlavaMetaConfig):
         super().__init__(config)
         self.vision_tower: VisionTower | None = None
         self.mm_projector: nn.Module | None = None
@@ -124,15 +110,32 @@ class LlavaLlamaModel(LlavaPreTrainedModel, LlamaModel):
         self.image_newline: nn.Parameter | None = None
         if "unpad" in config.mm_patch_merge_type:
             self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+            self._is_hf_initialized = False  # the language model's __init__ believed itself complete
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.image_newline is not None:
+            initialization.normal_(self.image_newline, std=self.config.hidden_size**-0.5)
 
-class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
-    """LLaVA on LLaMA. See the file's head for what it takes."""
 
-    def __init__(self, config: LlavaConfig):
-        LlamaPreTrainedModel.__init__(self, config)  # LlamaForCausalLM's would build a second body
-        self.model = LlavaLlamaModel(config)
+class LlavaMetaForCausalLM:
+    """LLaVA on a language model. See the file's head for what it takes."""
+
+    config_class: ClassVar[type[LlavaMetaConfig]]
+    body_class: ClassVar[type[LlavaMetaModel]]
+    """The language model's body, with LlavaMetaModel."""
+    text_class: ClassVar[type[PreTrainedModel]]
+    text_config_class: ClassVar[type[PreTrainedConfig]]
+    """The language model without LLaVA, and its config; `register` finds them."""
+
+    # The tower comes from its own path.
+    _keys_to_ignore_on_load_unexpected = (r"(^|\.)vision_tower\.",)
+
+    def __init__(self, config: LlavaMetaConfig):
+        PreTrainedModel.__init__(self, config)  # the language model's own would build a second body
+        self.model = self.body_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.set_reducer(config.mm_token_reducer)
@@ -140,7 +143,7 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
 
     # Parts
 
-    def get_model(self) -> LlavaLlamaModel:
+    def get_model(self) -> LlavaMetaModel:
         return self.model
 
     def get_vision_tower(self) -> VisionTower | None:
@@ -320,7 +323,7 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         visual_tokens: Sequence[Tensor] | None,
         padding_side: str,
         visual_embeds: Sequence[Tensor] | None = None,
-    ):
+    ) -> tuple[Tensor, Layout]:
         """The spliced batch: its embeddings [B, L, hidden] and its Layout."""
         if sum(given is not None for given in (images, visual_tokens, visual_embeds)) > 1:
             raise UserError("give images=, visual_tokens= or visual_embeds=, only one of them")
@@ -381,11 +384,11 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """LLaMA's forward over the spliced batch.
+        """The language model's forward over the spliced batch.
 
         With images the outputs are as long as the spliced batch, not as `input_ids`: samples are padded anew
         on `config.tokenizer_padding_side`, positions are counted from 0 per sample, and labels are moved
-        along (visual tokens take no part in the loss). Extra keywords (num_items_in_batch, ...) go to LLaMA.
+        along (visual tokens take no part in the loss). Other keywords (num_items_in_batch ...) are passed on.
 
         Args:
             input_ids: [B, L] ids with IMAGE_TOKEN_INDEX for each image.
@@ -442,7 +445,7 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
     def _loss(
         self, labels: Tensor, num_items_in_batch: Tensor | int | None, **body
     ) -> CausalLMOutputWithPast:
-        """LLaMA's loss, with logits only where the next label counts."""
+        """The language model's loss, with logits only where the next label counts."""
         hidden = self.model(**body).last_hidden_state
         targets = labels[:, 1:]
         scored = targets != IGNORE_INDEX
@@ -502,5 +505,41 @@ class LlavaLlamaForCausalLM(LlavaPreTrainedModel, LlamaForCausalLM):
         return super().generate(inputs_embeds=inputs_embeds, attention_mask=mask, **kwargs)
 
 
-AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
-AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)
+LANGUAGE_MODELS: dict[str, type[LlavaMetaForCausalLM]] = {}
+"""By `model_type` of our config."""
+
+
+def register(model_class: type[LlavaMetaForCausalLM]) -> type[LlavaMetaForCausalLM]:
+    """Adds a class to the table, and to transformers' Auto classes; for use as a decorator."""
+    model_class.text_class = model_class.__bases__[1]  # transformers' own, after the mixin
+    model_class.text_config_class = model_class.text_class.config_class
+    config_class = model_class.config_class
+    LANGUAGE_MODELS[config_class.model_type] = model_class
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForCausalLM.register(config_class, model_class)
+    return model_class
+
+
+def language_model_of(config: Mapping[str, Any], file: Path) -> type[LlavaMetaForCausalLM]:
+    """The class for a config.json: of LLaVA's (any age), or of a language model without vision.
+
+    `model_type` decides where it is one of ours or a language model's; released LLaVA-1.5 says "llava" there,
+    and `architectures` decides.
+
+    Args:
+        file: where the config came from, for the error.
+
+    Raises:
+        UserError: a language model that is not in the table.
+    """
+    named = [config.get("model_type"), *(config.get("architectures") or [])]
+    for name in named:
+        for model_class in LANGUAGE_MODELS.values():
+            types = model_class.config_class.model_type, model_class.text_config_class.model_type
+            if name in (*types, model_class.__name__, model_class.text_class.__name__):
+                return model_class
+    known = ", ".join(model_class.text_config_class.model_type for model_class in LANGUAGE_MODELS.values())
+    raise UserError(
+        f"{file}: its language model ({', '.join(str(name) for name in named if name) or 'unnamed'}) is none "
+        f"of those supported ({known})"
+    )
