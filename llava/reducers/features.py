@@ -1,6 +1,7 @@
 """What goes into a reducer and what comes out: the only place where towers and reducers meet."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,22 @@ class VisionFeatures:
             has no CLS token.
         num_heads: heads of that block. PruMerge reads q and k as one wide head; others split them.
         grid: (rows, columns) of the patches, rows * columns == N, raster order.
+
+    What follows is None unless the reducer says that it reads it (`Reducer.reads`). H heads, D the width of
+    the projector's output, e the width CLIP shares between pictures and text.
+
+        cls: [B, 1, C] the CLS row of the hidden states that `patches` are the other rows of.
+        cls_attn: [B, H, N] float32, head by head the softmax attention that the CLS row pays to the patches in
+            the block whose output `patches` are (the last but one with select_layer -2). CLS takes part in
+            the softmax, its column is then dropped.
+        block_key: [B, N + 1, C] k_proj output of that block, CLS first; [B, N, C] without CLS token.
+        projected: [B, N, D] `patches` after the projector.
+        attn_mid, attn_deep: [B, N + 1] the attention each row receives, mean over heads and all queries,
+            CLS first, in the block at 9/24 of the depth and in that of cls_attn.
+        image_embeds: [B, N, e] CLIP's visual projection of the layer-normed patches.
+        text_embeds: for each image [M, e], CLIP's embeddings of the question's M segments.
+        text_tokens: for each image [m, D], the language model's embeddings of the question's content words.
+            One such tensor in place of a sequence is every image's.
     """
 
     patches: Tensor
@@ -25,6 +42,21 @@ class VisionFeatures:
     key: Tensor
     num_heads: int
     grid: tuple[int, int]
+    cls: Tensor | None = None
+    cls_attn: Tensor | None = None
+    block_key: Tensor | None = None
+    projected: Tensor | None = None
+    attn_mid: Tensor | None = None
+    attn_deep: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Sequence[Tensor] | None = None
+    text_tokens: Sequence[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("text_embeds", "text_tokens"):
+            text = getattr(self, name)
+            if isinstance(text, Tensor) and text.ndim == 2:
+                object.__setattr__(self, name, (text,) * self.patches.shape[0])
 
     @property
     def has_cls(self) -> bool:
@@ -32,13 +64,22 @@ class VisionFeatures:
 
     def __getitem__(self, rows: slice) -> "VisionFeatures":
         """The features of some of the images."""
-        query = None if self.query is None else self.query[rows]
-        return VisionFeatures(self.patches[rows], query, self.key[rows], self.num_heads, self.grid)
+        return replace(self, **{name: value[rows] for name, value in self._given().items()})
 
     def float(self) -> "VisionFeatures":
         """The same in float32: a copy, or itself where it is so already."""
-        query = None if self.query is None else self.query.float()
-        return VisionFeatures(self.patches.float(), query, self.key.float(), self.num_heads, self.grid)
+        return replace(
+            self,
+            **{
+                name: value.float() if isinstance(value, Tensor) else tuple(text.float() for text in value)
+                for name, value in self._given().items()
+            },
+        )
+
+    def _given(self) -> dict[str, Tensor | Sequence[Tensor]]:
+        """What there is of one entry an image."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("num_heads", "grid")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
