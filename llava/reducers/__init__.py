@@ -24,3 +24,17 @@ __all__ = [
     "option",
     "register",
 ]
+
+# The rivals register themselves, after our own.
+from llava.reducers import (  # noqa: E402
+    cdpruner,
+    divprune,
+    evit,
+    hiprune,
+    holov,
+    mmtok,
+    scope,
+    tome,
+    vispruner,
+    visionzip,
+)

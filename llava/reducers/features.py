@@ -1,7 +1,7 @@
 """What goes into a reducer and what comes out: the only place where towers and reducers meet."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -20,8 +20,21 @@ class VisionFeatures:
         num_heads: heads of that block. PruMerge reads q and k as one wide head; others split them.
         grid: (rows, columns) of the patches, rows * columns == N, raster order.
 
-    Further fields are None unless the tower was asked for them and can give them:
-        cls: [B, 1, C] the CLS row of the layer the patches come from.
+    What follows is None unless the reducer says that it reads it (`Reducer.reads`). H heads, D the width of
+    the projector's output, e the width CLIP shares between pictures and text.
+
+        cls: [B, 1, C] the CLS row of the hidden states that `patches` are the other rows of.
+        cls_attn: [B, H, N] float32, head by head the softmax attention that the CLS row pays to the patches in
+            the block whose output `patches` are (the last but one with select_layer -2). CLS takes part in
+            the softmax, its column is then dropped.
+        block_key: [B, N + 1, C] k_proj output of that block, CLS first; [B, N, C] without CLS token.
+        projected: [B, N, D] `patches` after the projector.
+        attn_mid, attn_deep: [B, N + 1] the attention each row receives, mean over heads and all queries,
+            CLS first, in the block at 9/24 of the depth and in that of cls_attn.
+        image_embeds: [B, N, e] CLIP's visual projection of the layer-normed patches.
+        text_embeds: for each image [M, e], CLIP's embeddings of the question's M segments.
+        text_tokens: for each image [m, D], the language model's embeddings of the question's content words.
+            One such tensor in place of a sequence is every image's.
         mean_query: [B, C] mean of the patches' q_proj outputs in the tower's last block.
         probe_attention: [B, N] attention of SigLIP's pooling head over the patches, mean over its heads.
     """
@@ -34,6 +47,20 @@ class VisionFeatures:
     cls: Tensor | None = None
     mean_query: Tensor | None = None
     probe_attention: Tensor | None = None
+    cls_attn: Tensor | None = None
+    block_key: Tensor | None = None
+    projected: Tensor | None = None
+    attn_mid: Tensor | None = None
+    attn_deep: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Sequence[Tensor] | None = None
+    text_tokens: Sequence[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("text_embeds", "text_tokens"):
+            text = getattr(self, name)
+            if isinstance(text, Tensor) and text.ndim == 2:
+                object.__setattr__(self, name, (text,) * self.patches.shape[0])
 
     @property
     def has_cls(self) -> bool:
@@ -46,15 +73,22 @@ class VisionFeatures:
 
     def __getitem__(self, rows: slice) -> "VisionFeatures":
         """The features of some of the images."""
-        return self._map(lambda tensor: tensor[rows])
+        return replace(self, **{name: value[rows] for name, value in self._given().items()})
 
     def float(self) -> "VisionFeatures":
         """The same in float32: a copy, or itself where it is so already."""
-        return self._map(lambda tensor: tensor.float())
+        return replace(
+            self,
+            **{
+                name: value.float() if isinstance(value, Tensor) else tuple(text.float() for text in value)
+                for name, value in self._given().items()
+            },
+        )
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "VisionFeatures":
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: change(value) for name, value in tensors.items()})
+    def _given(self) -> dict[str, Tensor | Sequence[Tensor]]:
+        """What there is of one entry an image."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("num_heads", "grid")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)

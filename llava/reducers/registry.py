@@ -31,7 +31,7 @@ class ReducerSpecError(ValueError):
 
 
 class ReducerInputError(ValueError):
-    """Features a method cannot reduce: NaN or infinite values, or no CLS token where it reads one."""
+    """Features a method cannot reduce: NaN or infinite values, or a part missing that it reads."""
 
 
 def option(
@@ -49,6 +49,8 @@ class Reducer:
     """
 
     name: ClassVar[str] = ""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """The optional fields of VisionFeatures that the method needs; nobody computes the others for it."""
 
     def __post_init__(self) -> None:
         """Checks every option against its type and range, however the reducer was made.
@@ -73,8 +75,13 @@ class Reducer:
         """Reduces each image of the batch by itself, in the precision the method asks for, never autocast's.
 
         Raises:
-            ReducerInputError: the method cannot reduce these features.
+            ReducerInputError: the method cannot reduce these features, or they lack what it reads.
         """
+        if missing := [name for name in self.reads if getattr(features, name) is None]:
+            raise ReducerInputError(
+                f"reducer {self.name!r} reads {', '.join(missing)}, which these features do not carry; with a "
+                "vision tower that has no CLS token, use pool, grid or random"
+            )
         device = features.patches.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
