@@ -44,7 +44,7 @@ from llava.pixels import Decoding, Pixels, Source, decode, in_workers
 
 CPU_BATCH_TOKENS = 8192
 IMAGES_AT_ONCE = 32
-CHUNK_IMAGES, CHUNK_QUESTIONS = 64, 256
+CHUNK_IMAGES, CHUNK_QUESTIONS = 32, 128
 TOKENS_AT_ONCE = 4096
 """More than this in one forward pass makes no device faster, and takes memory."""
 
@@ -518,7 +518,10 @@ class LocalEngine:
         for pixels in decoded:
             if isinstance(pixels, str):
                 raise UserError(pixels)
-        return self._embed(decoded)
+        blocks = self._embed(decoded)
+        if self.model.device.type == "cuda":  # kernels run on after their call returns; a clock must not
+            torch.cuda.synchronize(self.model.device)
+        return blocks
 
     def stream(self, request: Request) -> Generator[str, None, Answer]:
         """The pieces of one answer as they come; returns the whole. A problem gives no piece at all.
@@ -532,8 +535,6 @@ class LocalEngine:
             prompt = self._prompt(request, visual)
         except UserError as error:
             return Answer(request.id, problem=str(error))
-        if self.model.device.type == "cuda":  # kernels run on after their call returns; a clock must not
-            torch.cuda.synchronize(self.model.device)
         encoded = time.perf_counter()
         pieces: SimpleQueue[str | None] = SimpleQueue()
         stream = _TextStream(self.tokenizer, self.stop, pieces.put)
