@@ -1,35 +1,10 @@
-"""`python -m llava.eval.model_vqa_loader`: LLaVA's runner for VQAv2, GQA, VizWiz, TextVQA, POPE, MME and
-SEED.
-"""
+"""`python -m llava.eval.model_vqa_loader`: LLaVA's runner for VQAv2, GQA, VizWiz, TextVQA, POPE, ..."""
 
-import argparse
 import sys
-from pathlib import Path
 
-from llava.eval import runner
-from llava.eval.benchmarks.base import read_rows
-from llava.eval.predict import Request
+from llava.legacy import MODEL_VQA_LOADER
 
-
-def parser() -> argparse.ArgumentParser:
-    flags = runner.parser_of(__doc__, conv_mode="llava_v1", question_file="tables/question.jsonl")
-    flags.add_argument("--max_new_tokens", type=int, default=128)
-    return flags
-
-
-def requests_of(question_file: Path, image_folder: Path) -> list[Request]:
-    """One request a row of a JSON Lines file with question_id, image, text."""
-    return [
-        Request(row["question_id"], row["text"], image_folder / row["image"], recorded=row["text"])
-        for _, row in read_rows(question_file, "question_id", "image", "text")
-    ]
-
-
-def eval_model(args: argparse.Namespace) -> int:
-    args = runner.complete(parser(), args)
-    requests = requests_of(Path(args.question_file), Path(args.image_folder))
-    return runner.run(args, requests, "model_vqa_loader", args.max_new_tokens)
-
+parser, eval_model = MODEL_VQA_LOADER.parser, MODEL_VQA_LOADER.eval_model
 
 if __name__ == "__main__":
-    sys.exit(runner.main(parser(), eval_model))
+    sys.exit(MODEL_VQA_LOADER.main())

@@ -1,42 +1,10 @@
 """`python -m llava.eval.model_vqa_science`: LLaVA's runner for ScienceQA."""
 
-import argparse
 import sys
-from pathlib import Path
 
-from llava.eval import runner
-from llava.eval.benchmarks.base import LETTER, read_json
-from llava.eval.benchmarks.scienceqa import IMAGE_TAG
-from llava.eval.predict import Request
+from llava.legacy import MODEL_VQA_SCIENCE
 
-MAX_NEW_TOKENS = 1024
-
-
-def parser() -> argparse.ArgumentParser:
-    flags = runner.parser_of(__doc__, conv_mode="llava_v0", question_file="tables/question.json")
-    flags.add_argument(
-        "--answer-prompter", action="store_true", help="accepted, and without effect as in LLaVA"
-    )
-    flags.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter")
-    return flags
-
-
-def requests_of(question_file: Path, image_folder: Path, single_pred_prompt: bool) -> list[Request]:
-    """One request an entry of a JSON list with id, conversations and, for some, image."""
-    requests = []
-    for row in read_json(question_file):
-        text = row["conversations"][0]["value"].replace(IMAGE_TAG, "").strip()
-        text += LETTER if single_pred_prompt else ""
-        image = image_folder / row["image"] if "image" in row else None
-        requests.append(Request(row["id"], text, image, f"{IMAGE_TAG}\n{text}" if image else text))
-    return requests
-
-
-def eval_model(args: argparse.Namespace) -> int:
-    args = runner.complete(parser(), args)
-    requests = requests_of(Path(args.question_file), Path(args.image_folder), args.single_pred_prompt)
-    return runner.run(args, requests, "model_vqa_science", MAX_NEW_TOKENS)
-
+parser, eval_model = MODEL_VQA_SCIENCE.parser, MODEL_VQA_SCIENCE.eval_model
 
 if __name__ == "__main__":
-    sys.exit(runner.main(parser(), eval_model))
+    sys.exit(MODEL_VQA_SCIENCE.main())

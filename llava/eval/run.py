@@ -1,72 +1,31 @@
 """`llava eval BENCHMARK --model-path ...`: ask a benchmark's questions, write the answers file, score it.
 
-The same command continues a run that was killed. Several processes share the work: one per visible GPU by
-default, `--workers N` of them, or those of torchrun and accelerate. `--num-chunks N --chunk-idx I` asks one
-of N contiguous parts instead, as LLaVA's scripts do, each with its own answers file.
+The same command continues a run that was killed. One process per visible GPU by default, `--workers N` of
+them, or those of torchrun and accelerate share the work. `--num-chunks N --chunk-idx I` asks one of N
+contiguous parts instead, as LLaVA's scripts do, each with its own answers file.
 
 Exit status 0: every question is answered (and scored, where that is done here); 1: some are not, named in the
 output and in the provenance file; 2: bad input, or an answers file that belongs to another run.
 """
 
 import argparse
-import hashlib
-import importlib.metadata
-import json
-import multiprocessing
 import os
-import platform
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava import hardware
 from llava.errors import UserError
 from llava.eval import benchmarks
 from llava.eval.answers import read_answers
-from llava.eval.benchmarks.base import Benchmark, MissingFile, Protocol, Sample
+from llava.eval.benchmarks.base import Benchmark, Embedded, MissingFile, Protocol, Sample
 from llava.eval.doctor import as_lines, examine_all
+from llava.eval.provenance import Files
+from llava.eval.score import as_text, report_problems
+from llava.eval.score import score as score_answers
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
-    from llava.eval.predict import Generation, Request
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """How a model is loaded: `load_pretrained_model`'s arguments."""
-
-    path: str
-    base: str | None = None
-    reducer: str | None = None
-    vision_tower: str | None = None
-    dtype: str | None = None
-    attention: str | None = None
-    device: str = "cuda"
-    load_8bit: bool = False
-    load_4bit: bool = False
-    packed: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything one process needs to take part in a run. It is sent to worker processes as it is."""
-
-    requests: Sequence["Request"]
-    model: ModelSource
-    answers: Path
-    generation: "Generation"
-    conv_mode: str | None = None  # None: the model's own
-    image_aspect_ratio: str | None = None  # None: the checkpoint's
-    about: tuple[tuple[str, Any], ...] = ()  # what else makes the run what it is: benchmark, protocol, chunk
-    batch_tokens: int | None = None
-    decode_workers: int = 1
-    processes: int = 1  # that are known to share the work
-    show_progress: bool = True
-
-
-# --- the command ---
+    from llava.engine import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", default="cuda", help="default: cuda, or the CPU where there is none")
     model.add_argument("--load-8bit", action="store_true")
     model.add_argument("--load-4bit", action="store_true")
-    model.add_argument("--packed", action="store_true", help="on a CPU: faster, for twice the memory")
     data = parser.add_argument_group("questions and answers")
     data.add_argument("--root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s")
     data.add_argument("--questions", type=Path, help="question file in place of the benchmark's own")
@@ -109,28 +67,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from llava.eval.predict import Generation, refuse_if_no_image_is_there
-
     benchmark = benchmarks.get(args.benchmark)
     protocol = protocol_of(benchmark, args.protocol)
     answers = args.answers or default_answers(benchmark, protocol, args)
     try:
         samples = benchmark.load(args.root, args.questions)[: args.limit]
-        requests = requests_of(benchmark, samples, protocol)
         if not answers.exists():  # before the model is loaded
-            refuse_if_no_image_is_there(requests)
+            refuse_if_no_image_is_there([sample.image for sample in samples])
     except MissingFile:
         print("\n".join(as_lines(benchmark, examine_all(benchmark, args.root))), file=sys.stderr)
         raise
     about = {"benchmark": benchmark.name, "version": benchmark.version, "protocol": protocol.name}
     if args.num_chunks > 1:
-        requests = chunk(requests, args.num_chunks, args.chunk_idx)
+        samples = chunk(samples, args.num_chunks, args.chunk_idx)
         about["chunk"] = f"{args.chunk_idx} of {args.num_chunks}"
+
+    from llava.engine import ModelSource
+    from llava.eval.loop import Job, answer
+
+    requests, lines = requests_of(
+        benchmark,
+        samples,
+        protocol,
+        max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+        seed=args.seed,
+    )
     job = Job(
         requests=requests,
+        lines=lines,
         model=ModelSource(
             path=args.model_path,
             base=args.model_base,
+            conv_mode=args.conv_mode,
             reducer=args.reducer,
             vision_tower=args.vision_tower,
             dtype=args.dtype,
@@ -138,27 +109,18 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             load_8bit=args.load_8bit,
             load_4bit=args.load_4bit,
-            packed=args.packed,
         ),
         answers=answers,
-        generation=Generation(
-            max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            num_beams=args.num_beams,
-            seed=args.seed,
-        ),
-        conv_mode=args.conv_mode,
+        about=about,
         image_aspect_ratio=protocol.image_aspect_ratio,
-        about=tuple(about.items()),
         batch_tokens=args.batch_tokens,
         decode_workers=default_decode_workers() if args.decode_workers is None else args.decode_workers,
     )
     took = answer(job, workers=args.workers, overwrite=args.overwrite)
     if int(os.environ.get("RANK", "0")) > 0:
         return 0
-    whole = args.limit is None and args.num_chunks == 1 and args.questions is None
-    return finish(benchmark, args.root, answers, took, score=whole and not args.no_score)
+    scored = args.num_chunks == 1 and args.questions is None and not args.no_score
+    return finish(benchmark, args.root, answers, took, score=scored, limit=args.limit)
 
 
 def protocol_of(benchmark: Benchmark, name: str | None) -> Protocol:
@@ -170,20 +132,38 @@ def protocol_of(benchmark: Benchmark, name: str | None) -> Protocol:
     raise UserError(f"{benchmark.name} has no protocol {name!r}. {known}.")
 
 
-def requests_of(benchmark: Benchmark, samples: Sequence[Sample], protocol: Protocol) -> list["Request"]:
-    from llava.eval.predict import Request
+def requests_of(
+    benchmark: Benchmark, samples: Sequence[Sample], protocol: Protocol, **how: Any
+) -> tuple[list["Request"], list[dict[str, Any]]]:
+    """What to ask for each sample, and what its line in the answers file holds; `how`: a Request's fields."""
+    from llava.engine import Request
 
-    requests = []
-    for sample in samples:
+    requests, lines = [], []
+    for index, sample in enumerate(samples):
         asked = benchmark.prompt(sample, protocol.name)
-        before: dict[str, Any] = {"round_id": 0} if sample.options else {}
-        letters = [chr(ord("A") + index) for index in range(len(sample.options))]
-        after: dict[str, Any] = (
-            {"options": list(sample.options), "option_char": letters} if sample.options else {}
-        )
-        recorded = benchmark.recorded(sample, asked)
-        requests.append(Request(sample.id, asked, sample.image, recorded, before, after))
-    return requests
+        requests.append(Request(id=index, **with_image(asked, sample.image), **how))
+        line = {"question_id": sample.id, "prompt": benchmark.recorded(sample, asked), "text": ""}
+        if sample.options:
+            letters = [chr(ord("A") + number) for number in range(len(sample.options))]
+            line = {"question_id": sample.id, "round_id": 0, **line}
+            line |= {"options": list(sample.options), "option_char": letters}
+        lines.append(line)
+    return requests, lines
+
+
+def with_image(text: str, image: Path | Embedded | None) -> dict[str, Any]:
+    """`text` and `images` of a Request. The image tag is put in here, so that a second one is a problem."""
+    if image is None:
+        return {"text": text}
+    source = f"data:image;base64,{image.base64}" if isinstance(image, Embedded) else image
+    return {"text": f"<image>\n{text}", "images": (source,)}
+
+
+def refuse_if_no_image_is_there(images: Sequence[Any]) -> None:
+    """One missing image is a problem of its questions; a missing folder is a mistake of the command."""
+    files = {image for image in images if isinstance(image, Path)}
+    if files and not any(file.exists() for file in files):
+        raise MissingFile(f"none of the {len(files):,} images is there; the first would be {min(files)}.")
 
 
 def chunk(items: Sequence[Any], chunks: int, index: int) -> Sequence[Any]:
@@ -212,27 +192,27 @@ def default_decode_workers() -> int:
     return max(1, min(4, (os.cpu_count() or 1) - 1))
 
 
-def finish(benchmark: Benchmark, root: Path, answers: Path, took: dict[str, Any], *, score: bool) -> int:
+def finish(
+    benchmark: Benchmark, root: Path, answers: Path, took: dict[str, Any], *, score: bool, limit: int | None
+) -> int:
     """Print what came of it, keep the score beside the answers."""
-    from llava.eval.provenance import Files, update_json
-    from llava.eval.score import as_text, report_problems
-    from llava.eval.score import score as score_answers
-
-    problems = [f"question {one['question_id']}: {one['problem']}" for one in took["problems"]]
     print(f"{answers}: {took['answered']:,} of {took['questions']:,} questions answered")
     print("  " + as_rates(took))
-    report_problems(problems)
+    report_problems([f"question {one['question_id']}: {one['problem']}" for one in took["problems"]])
+    failed = 1 if took["problems"] else 0
     if not score or benchmark.measure is None or benchmark.read is not read_answers:
-        if benchmark.write is not None:
+        if benchmark.write is not None and limit is None:
             print(f"  next: llava submit {benchmark.name} --root {root} --answers {answers} --out FILE")
-        return 1 if problems else 0
+        return failed
     try:
-        report = score_answers(benchmark, root, [answers])
+        report = score_answers(benchmark, root, [answers], only=limit)
     except UserError as error:
         print(f"  not scored: {error}")
-        return 1 if problems else 0
+        return failed
     result = {name: report[name] for name in ("headline", "metrics", "expected", "notes")}
-    update_json(Files(answers).provenance, score=result)
+    Files(answers).update(score=result | ({"partial": True} if limit is not None else {}))
+    if limit is not None:
+        print(f"  partial: the first {took['questions']:,} questions only (--limit)")
     print(as_text(benchmark, report))
     return 0 if report["headline"] else 1
 
@@ -243,226 +223,3 @@ def as_rates(took: dict[str, Any]) -> str:
     tokens = took["visual_tokens"]
     seen = f"{tokens['mean']:.1f} visual tokens an image (p95 {tokens['p95']:.0f}), " if tokens else ""
     return f"{seen}{took['questions_per_second']:.2f} questions/s, {took['device_seconds']:.0f} s of work"
-
-
-# --- one run, one or many processes ---
-
-
-def answer(job: Job, *, workers: int | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Answers all requests of a job, together with every other process that runs the same one.
-
-    Returns what it took (`predict.summary`). `workers`: processes to start, None for one per visible GPU.
-    """
-    from llava.eval.predict import NOTHING
-    from llava.eval.store import remove
-
-    if not job.requests:  # a chunk beyond the last question
-        job.answers.parent.mkdir(parents=True, exist_ok=True)
-        job.answers.touch()
-        return NOTHING
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if overwrite:
-        if world > 1:
-            raise UserError(
-                f"--overwrite and several processes of a launcher: delete {job.answers} yourself."
-            )
-        remove(job.answers)
-    if world > 1:
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        job = replace(job, processes=world)
-        return work(job, device_of(job.model.device, rank), show_progress=rank == 0)
-    count = visible_gpus(job.model.device) if workers is None else workers
-    if count > 1:
-        return lead(job, count)
-    return work(job, job.model.device, show_progress=job.show_progress)
-
-
-def visible_gpus(device: str) -> int:
-    import torch
-
-    return torch.cuda.device_count() if device == "cuda" else 1
-
-
-def device_of(device: str, rank: int) -> str:
-    """Processes spread over the GPUs where `device` names none of them."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    return f"cuda:{rank % gpus}" if device == "cuda" and gpus else device
-
-
-def lead(job: Job, workers: int) -> dict[str, Any]:
-    """Start the workers, show how far they are, and look at what is there in the end."""
-    from llava.eval.predict import questions_of, summary
-    from llava.eval.store import Store
-
-    context = multiprocessing.get_context("spawn")
-    share = max(1, (os.cpu_count() or 1) // workers)
-    job = replace(job, decode_workers=min(job.decode_workers, share), processes=workers)
-    started = [
-        context.Process(target=_be_worker, args=(job, device_of(job.model.device, rank)))
-        for rank in range(workers)
-    ]
-    try:
-        for process in started:
-            process.start()
-        _watch(job, started)
-    finally:
-        for process in started:
-            if process.is_alive():
-                process.terminate()
-    failed = [process.exitcode for process in started if process.exitcode]
-    if len(failed) == workers:
-        raise UserError(f"all {workers} workers ended with an error; their messages are above.")
-    if failed:
-        print(f"{len(failed)} of {workers} workers died; the others took over.", file=sys.stderr)
-    store = Store(job.answers, questions_of(job.requests, workers), identity=None)
-    try:
-        return summary(store)
-    finally:
-        store.close()
-
-
-def _watch(job: Job, processes: Sequence[multiprocessing.Process]) -> None:
-    from tqdm import tqdm
-
-    with tqdm(total=len(job.requests), unit="q", disable=not job.show_progress) as bar:
-        while any(process.is_alive() for process in processes):
-            time.sleep(0.5)
-            if job.answers.exists():
-                done = job.answers.read_bytes().count(b"\n")
-                bar.update(done - bar.n)
-
-
-def _be_worker(job: Job, device: str) -> None:
-    from llava.eval.predict import die_with_parent
-
-    die_with_parent()
-    try:
-        work(job, device, show_progress=False)
-    except UserError as error:
-        print(f"worker on {device}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def work(job: Job, device: str, *, show_progress: bool) -> dict[str, Any]:
-    """This process's part; returns when every question has an answer or a recorded problem, from whomever."""
-    from llava.eval.predict import predict, questions_of, summary
-    from llava.eval.store import Store
-    from llava.mm_utils import get_model_name_from_path
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # image workers are forked
-    answerer, facts = load(job, device)
-    store = Store(job.answers, questions_of(job.requests, job.processes), dict(job.about) | facts["run"])
-    try:
-        if store.open_questions:
-            started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            store.note({"sitting": {"started": started, **facts["machine"]}})
-            predict(
-                job.requests,
-                answerer,
-                store,
-                get_model_name_from_path(job.model.path),
-                decode_workers=job.decode_workers,
-                show_progress=show_progress,
-            )
-        took = summary(store)
-        sittings = [event["sitting"] for event in store.events() if "sitting" in event]
-        store.update_provenance(summary=took, sittings=sittings)
-        return took
-    finally:
-        store.close()
-
-
-def load(job: Job, device: str) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """(the loaded model as the loop wants it, {"run": what makes the answers what they are, "machine":
-    where}).
-
-    `run` decides whether answers may be added to a file: the weights (by content), the reducer, the prompt,
-    the pixels, the dtype and how words are chosen.
-    """
-    import torch
-    import transformers
-
-    from llava.conversation import default_conv_mode
-    from llava.eval.predict import Answerer
-    from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model
-    from llava.model.packed import PackedLinear
-
-    source = job.model
-    name = get_model_name_from_path(source.path)
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        source.path,
-        source.base,
-        name,
-        load_8bit=source.load_8bit,
-        load_4bit=source.load_4bit,
-        device=device,
-        device_map=None if device == "cuda" else {"": device},
-        reducer=source.reducer,
-        vision_tower=source.vision_tower,
-        dtype=source.dtype,
-        attn_implementation=source.attention,
-        packed=source.packed,
-    )
-    if image_processor is None:
-        raise UserError(f"{source.path} is a language model without vision; a benchmark needs one that sees.")
-    is_packed = source.packed and any(isinstance(module, PackedLinear) for module in model.modules())
-    answerer = Answerer(
-        model,
-        tokenizer,
-        image_processor,
-        job.conv_mode or default_conv_mode(name, tokenizer),
-        job.generation,
-        image_aspect_ratio=job.image_aspect_ratio,
-        batch_tokens=job.batch_tokens,
-    )
-    prompt = answerer.prompt("?", with_image=True)
-    run = {
-        "model": name,
-        "weights": fingerprint(source.path, source.base),
-        "base": source.base and get_model_name_from_path(source.base),
-        "vision_tower": Path(source.vision_tower or model.config.mm_vision_tower).name,
-        "reducer": model.reducer.spec,
-        "conv_mode": answerer.conv_mode,
-        "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16],
-        "image_aspect_ratio": answerer.recipe.image_aspect_ratio,
-        "generation": asdict(job.generation),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": "8bit" if source.load_8bit else "4bit" if source.load_4bit else None,
-    }
-    on_gpu = model.device.type == "cuda"
-    machine = {
-        "device": hardware.device_name(model.device) + ("" if on_gpu else f", {os.cpu_count()} cores"),
-        "device_type": model.device.type,
-        "attention": model.config._attn_implementation,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "llava": importlib.metadata.version("llava"),
-        "threads": torch.get_num_threads(),
-        "packed": is_packed,
-    }
-    return answerer, {"run": run, "machine": machine}
-
-
-def fingerprint(model_path: str, model_base: str | None) -> str:
-    """16 hex digits of what a checkpoint (with its base) holds: configs, and size, head and tail of each
-    weight file. Copying a checkpoint keeps it, training changes it."""
-    from llava.model.checkpoints import inspect_checkpoint
-
-    info = inspect_checkpoint(model_path, model_base)
-    digest = hashlib.sha256()
-    for one in (info, info.base):
-        if one is None:
-            continue
-        digest.update(json.dumps([one.config, one.adapter_config], sort_keys=True, default=str).encode())
-        for file in one.files:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with open(file, "rb") as stream:
-                digest.update(stream.read(1 << 16))
-                stream.seek(max(0, size - (1 << 16)))
-                digest.update(stream.read())
-    return digest.hexdigest()[:16]

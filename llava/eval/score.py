@@ -57,6 +57,7 @@ def score(
     *,
     questions: Path | None = None,
     partial: bool = False,
+    only: int | None = None,
 ) -> dict[str, Any]:
     """What `--json` prints. `headline` is None where the answers cannot be scored; `problems` says why.
 
@@ -71,7 +72,7 @@ def score(
             f"{root / benchmark.files[0].path} is missing: nobody knows whether these are all questions"
         )
     else:
-        samples = benchmark.load(root, questions)
+        samples = benchmark.load(root, questions)[:only]
     joined, wrong = benchmark.join(samples, rows)
     problems += wrong
     answered = sum(row is not None for row in joined)

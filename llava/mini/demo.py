@@ -74,39 +74,36 @@ def read_questions(folder: Path) -> list[tuple[Path, str]]:
 
 def answer_all(args: argparse.Namespace, questions: list[tuple[Path, str]]) -> list[Row]:
     from llava.analysis.show import overlay
+    from llava.engine import ModelSource, Request, finish
     from llava.mm_utils import load_image, process_images
-    from llava.model.builder import load_pretrained_model
-    from llava.serve.session import ChatSession
 
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     with tqdm(total=len(questions) * len(REDUCERS) + 1, desc="loading the model", file=sys.stderr) as bar:
-        tokenizer, model, processor, _ = load_pretrained_model(
-            str(args.model_path), str(args.model_base), args.model_path.name, reducer="none"
-        )
-        session = ChatSession(model, tokenizer, processor, "smollm2")
-        session.look_at([load_image(questions[0][0])])
-        session.ask(questions[0][1] + SHORT, max_new_tokens=4)  # warm-up: the first call pays for allocations
+        source = ModelSource(str(args.model_path), str(args.model_base), conv_mode="smollm2", reducer="none")
+        engine = source.load()
+        model = engine.model
+        first = Request(text=questions[0][1] + SHORT, images=[questions[0][0]], max_new_tokens=4)
+        finish(engine.stream(first))  # warm-up: the first call pays for allocations
         bar.update()
         for path, question in questions:
             image = load_image(path)
             for reducer in REDUCERS:
                 bar.set_description(f"{path.stem}, {reducer}")
                 model.set_reducer(reducer)
-                session.look_at([image])
-                reply = session.ask(question + SHORT, max_new_tokens=16)
-                rows.append(
-                    Row(
-                        path.stem,
-                        question,
-                        reducer,
-                        sum(reply.visual_tokens),
-                        reply.prefill_ms,
-                        reply.total_ms,
-                        reply.text,
-                    )
+                answer = finish(
+                    engine.stream(Request(text=question + SHORT, images=[image], max_new_tokens=16))
                 )
-                features = model.get_vision_tower()(process_images([image], processor, model.config))
+                if answer.problem:
+                    raise UserError(f"{path}: {answer.problem}")
+                took = answer.timing
+                tokens = sum(answer.visual_tokens)
+                rows.append(
+                    Row(path.stem, question, reducer, tokens, took.prefill_ms, took.total_ms, answer.text)
+                )
+                features = model.get_vision_tower()(
+                    process_images([image], engine.image_processor, model.config)
+                )
                 picture = overlay(image, model.reducer(features), features.grid)
                 picture.save(args.out / f"{path.stem}-{reducer.replace('+', '-plus')}.png")
                 bar.update()
@@ -130,9 +127,10 @@ def table(rows: list[Row]) -> str:
 
 def mini_pope(args: argparse.Namespace) -> None:
     """F1 on `--pope` held-out scenes, 18 questions each, per reducer; random keeps as many as prumerge."""
+    from llava.engine import ModelSource
     from llava.eval import benchmarks
-    from llava.eval.predict import Generation
-    from llava.eval.run import Job, ModelSource, answer, requests_of
+    from llava.eval.loop import Job, answer
+    from llava.eval.run import requests_of
     from llava.eval.score import score
     from llava.mini.benchmarks import generate
     from llava.mini.evaluate import with_count
@@ -140,21 +138,17 @@ def mini_pope(args: argparse.Namespace) -> None:
     root = args.out / f"eval-mini-{args.pope}"
     generate(root, seed=0, number=args.pope)
     benchmark = benchmarks.get("pope")
-    requests = requests_of(benchmark, benchmark.load(root), benchmark.protocols[0])
+    requests, lines = requests_of(
+        benchmark, benchmark.load(root), benchmark.protocols[0], max_new_tokens=4, seed=0
+    )
     print(f"\nmini-POPE: {len(requests)} questions about {args.pope} composed scenes it never saw")
     print(f"  {'reducer':<26} {'visual tokens':>13} {'F1':>6} {'95 %':>13} {'questions/s':>12}")
     tokens: dict[str, float] = {}
     for reducer in ("none", "prumerge+", "prumerge", "random"):
         spec = with_count(reducer, tokens)
         file = root / "pope" / "answers" / f"{spec}.jsonl"
-        job = Job(
-            requests=requests,
-            model=ModelSource(path=str(args.model_path), base=str(args.model_base), reducer=spec),
-            answers=file,
-            generation=Generation(max_new_tokens=4),
-            conv_mode="smollm2",
-        )
-        took = answer(job)
+        source = ModelSource(str(args.model_path), str(args.model_base), conv_mode="smollm2", reducer=spec)
+        took = answer(Job(requests, lines, source, answers=file, about={}))
         tokens[spec] = took["visual_tokens"]["mean"]
         headline = score(benchmark, root, [file])["headline"]
         low, high = headline["interval"]

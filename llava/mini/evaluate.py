@@ -88,27 +88,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from llava.eval.predict import Generation, Request
-    from llava.eval.run import Job, ModelSource, answer
+    from llava.engine import ModelSource, Request
+    from llava.eval.loop import Job, answer
+    from llava.eval.run import with_image
 
     questions = read_questions(args.data, args.scenes)
-    requests = [Request(q["question_id"], q["text"], args.data / q["image"], q["text"]) for q in questions]
+    requests = [
+        Request(id=i, **with_image(q["text"], args.data / q["image"]), max_new_tokens=MAX_NEW_TOKENS, seed=0)
+        for i, q in enumerate(questions)
+    ]
+    lines = [{"question_id": q["question_id"], "prompt": q["text"], "text": ""} for q in questions]
     tokens: dict[str, float] = {}
     answers: dict[str, dict[int, str]] = {}
     for reducer in args.reducers:
         spec = with_count(reducer, tokens)
         file = args.out / f"{re.sub(r'[^A-Za-z0-9=.]+', '-', spec.replace('+', '-plus')).strip('-')}.jsonl"
-        took = answer(
-            Job(
-                requests=requests,
-                model=ModelSource(
-                    path=args.model_path, base=args.model_base, reducer=spec, device=args.device
-                ),
-                answers=file,
-                generation=Generation(max_new_tokens=MAX_NEW_TOKENS),
-                conv_mode=args.conv_mode,
-            )
+        source = ModelSource(
+            args.model_path, args.model_base, conv_mode=args.conv_mode, reducer=spec, device=args.device
         )
+        took = answer(Job(requests, lines, source, answers=file, about={}))
         tokens[spec] = took["visual_tokens"]["mean"]
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
         answers[spec] = {row["question_id"]: row["text"] for row in rows}

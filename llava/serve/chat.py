@@ -13,15 +13,20 @@ The first two begin a new conversation, because LLaVA's have their pictures in t
 import argparse
 import contextlib
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
     from PIL import Image
+    from torch import Tensor
 
-    from llava.serve.session import ChatSession, Reply
+    from llava.engine import Answer, LocalEngine
 
 COMMANDS = "/image FILES, /reducer SPEC, /reset; an empty line ends"
 
@@ -47,23 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float16, bfloat16, float32 (default: what the device is best at)")
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
-    parser.add_argument("--packed", action="store_true", help="on a CPU: faster, for twice the memory")
     parser.add_argument("--exif", action="store_true", help="turn pictures as their EXIF data says")
 
 
 def run(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
     images = load_images(args.image_file, exif=args.exif)  # before the model: a bad picture fails at once
-    session = open_session(args)
-    session.look_at(images)
+    chat = Chat(load_engine(args), sampling)
+    chat.look_at(images)
     if args.query is not None:
-        report(session.ask(args.query, emit=say, **sampling))
+        report(chat.ask(args.query, say))
         return 0
-    return converse(session, sampling, exif=args.exif)
+    return converse(chat, exif=args.exif)
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    """How answers are made, for `ChatSession.ask`.
+    """How answers are made, as fields of a Request.
 
     Raises:
         UserError: a number out of its range.
@@ -74,11 +78,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--temperature {args.temperature}: give 0 (greedy) or more.")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p}: give more than 0 and at most 1.")
-    return {
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-    }
+    return {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
 
 
 def load_images(files: str, *, exif: bool) -> list["Image.Image"]:
@@ -88,31 +88,81 @@ def load_images(files: str, *, exif: bool) -> list["Image.Image"]:
     return [load_image(Path(name.strip()), exif=exif) for name in files.split(",") if name.strip()]
 
 
-def open_session(args: argparse.Namespace) -> "ChatSession":
-    """The checkpoint that the flags name, ready to be asked."""
-    from llava.conversation import default_conv_mode
-    from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model
-    from llava.serve.session import ChatSession
+def load_engine(args: argparse.Namespace) -> "LocalEngine":
+    """The checkpoint that the flags name."""
+    from llava.engine import ModelSource
 
-    name = get_model_name_from_path(args.model_path)
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        name,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        device=args.device,
+    return ModelSource(
+        path=args.model_path,
+        base=args.model_base,
+        conv_mode=args.conv_mode,
         reducer=args.reducer,
         vision_tower=args.vision_tower,
         dtype=args.dtype,
-        packed=args.packed,
-    )
-    conv_mode = args.conv_mode or default_conv_mode(name, tokenizer)
-    return ChatSession(model, tokenizer, image_processor, conv_mode)
+        device=args.device,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+    ).load()
 
 
-def converse(session: "ChatSession", sampling: dict[str, Any], *, exif: bool) -> int:
+@dataclass
+class Chat:
+    """A conversation about some pictures, which are encoded once, when they come in.
+
+    A turn that fails leaves everything as it was before.
+    """
+
+    engine: "LocalEngine"
+    sampling: dict[str, Any]
+    images: list["Image.Image"] = field(default_factory=list)
+    encoded: list["Tensor"] = field(default_factory=list)
+    messages: list[dict[str, str]] = field(default_factory=list)
+    vision_ms: float = 0.0  # of pictures no answer has been given about yet
+
+    def look_at(self, images: list["Image.Image"]) -> None:
+        """Encode pictures (or none) in place of those there were; a new conversation begins."""
+        start = time.perf_counter()
+        encoded = self.engine.encode(images)
+        self.images, self.encoded, self.messages = images, encoded, []
+        self.vision_ms = 1000 * (time.perf_counter() - start)
+
+    def use_reducer(self, spec: str) -> None:
+        """Reduce visual tokens as `spec` says, those of the present pictures too; a new conversation begins.
+
+        Raises:
+            UserError: no such reducer, or one that does not work with this tower; the one before stays.
+        """
+        model = self.engine.model
+        before = model.reducer.spec
+        model.set_reducer(spec)
+        try:
+            self.look_at(self.images)
+        except UserError:
+            model.set_reducer(before)
+            raise
+
+    def ask(self, text: str, emit: Callable[[str], None]) -> "Answer":
+        """Answer one turn, its pieces to `emit`, and add both sides to the conversation.
+
+        Raises:
+            UserError: what `Answer.problem` says.
+        """
+        from llava.engine import Request, finish
+
+        if not self.messages and DEFAULT_IMAGE_TOKEN not in text:
+            text = f"{DEFAULT_IMAGE_TOKEN}\n" * len(self.images) + text
+        messages = [*self.messages, {"role": "user", "content": text}]
+        request = Request(messages=messages, images=self.encoded, **self.sampling)
+        answer = finish(self.engine.stream(request), emit)
+        if answer.problem:
+            raise UserError(answer.problem)
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        vision_ms, self.vision_ms = self.vision_ms, 0.0
+        timing = replace(answer.timing, vision_ms=vision_ms, total_ms=vision_ms + answer.timing.total_ms)
+        return replace(answer, timing=timing)
+
+
+def converse(chat: Chat, *, exif: bool) -> int:
     """Turns until an empty line or the end of input. Prompts are shown to a terminal only, so that in a pipe
     stdout holds nothing but answers."""
     user, assistant = ("user: ", "assistant: ") if sys.stdin.isatty() else ("", "")
@@ -129,10 +179,10 @@ def converse(session: "ChatSession", sampling: dict[str, Any], *, exif: bool) ->
             return 0
         try:
             if line.startswith("/"):
-                note(obey(session, line, exif=exif))
+                note(obey(chat, line, exif=exif))
             else:
                 print(assistant, end="", flush=True)
-                report(session.ask(line, emit=say, **sampling))
+                report(chat.ask(line, say))
         except UserError as error:  # a slip must not end the conversation
             note(str(error))
         except KeyboardInterrupt:
@@ -140,19 +190,20 @@ def converse(session: "ChatSession", sampling: dict[str, Any], *, exif: bool) ->
             note("stopped; that turn is forgotten")
 
 
-def obey(session: "ChatSession", line: str, *, exif: bool) -> str:
+def obey(chat: Chat, line: str, *, exif: bool) -> str:
     """Do what a line that begins with a slash says; what to tell the user about it."""
     command, _, argument = line.partition(" ")
     match command:
         case "/image":
-            session.look_at(load_images(argument, exif=exif))
+            chat.look_at(load_images(argument, exif=exif))
         case "/reducer":
-            session.use_reducer(argument.strip())
+            chat.use_reducer(argument.strip())
         case "/reset":
-            session.reset()
+            chat.messages = []
         case _:
             raise UserError(f"there is no command {command}: {COMMANDS}")
-    return f"new conversation: {as_tokens(session.visual_tokens)}, reducer {session.model.reducer.spec}"
+    counts = tuple(map(len, chat.encoded))
+    return f"new conversation: {as_tokens(counts)}, reducer {chat.engine.model.reducer.spec}"
 
 
 def say(piece: str) -> None:
@@ -163,12 +214,13 @@ def note(text: str) -> None:
     print(f"({text})", file=sys.stderr)
 
 
-def report(reply: "Reply") -> None:
+def report(answer: "Answer") -> None:
     """End the answer's line; what it took."""
     print(flush=True)
+    took = answer.timing
     note(
-        f"{as_tokens(reply.visual_tokens)}; vision {reply.vision_ms:.0f} ms, "
-        f"prefill {reply.prefill_ms:.0f} ms, total {reply.total_ms:.0f} ms for {reply.new_tokens} new tokens"
+        f"{as_tokens(answer.visual_tokens)}; vision {took.vision_ms:.0f} ms, "
+        f"prefill {took.prefill_ms:.0f} ms, total {took.total_ms:.0f} ms for {took.new_tokens} new tokens"
     )
 
 

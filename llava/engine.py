@@ -1,0 +1,667 @@
+"""The inference engine: requests in, answers out, batched (`answer`) or as a stream of text (`stream`).
+
+Evaluation, chat, the quickstart and LLaVA's scripts all ask a model through it. What one call of
+`LocalEngine.answer` does, chunk by chunk of some dozens of images with all their questions:
+
+1. Each distinct image is decoded (in worker processes, ahead of time), encoded and reduced once.
+2. The beginning that all prompts share (the system prompt) goes through the language model once, and each
+   distinct opening after it (up to and with the last image) once. The keys and values are kept
+   (llava/model/prefix.py), so a question costs its own words only.
+3. Questions of similar length are answered together, as many as fit a budget of tokens. Where memory runs out
+   the budget is halved and what is left is planned anew.
+
+None of this changes an answer: attention is causal, padding is masked, positions count from each prompt's own
+start, and in float32 the answers are those of asking one question at a time (tested).
+"""
+
+import threading
+import time
+import zlib
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import conv_templates, default_conv_mode
+from llava.errors import UserError
+from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
+from llava.model import prefix
+from llava.pixels import Decoding, Pixels, Source, decode, in_workers
+
+CPU_BATCH_TOKENS = 8192
+IMAGES_AT_ONCE = 32
+CHUNK_IMAGES, CHUNK_QUESTIONS = 32, 128
+TOKENS_AT_ONCE = 4096
+"""More than this in one forward pass makes no device faster, and takes memory."""
+
+ImageSource = Source | Tensor
+"""What `llava.pixels` decodes, or what `LocalEngine.encode` made of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One question.
+
+    Attributes:
+        id: comes back with the answer.
+        text: what the user says, if that is all there is.
+        messages: instead of `text`, a conversation: {"role": "user" | "assistant", "content": text} in turn,
+            the user's first and last.
+        images: for the `<image>` in the user's turns, in their order. Where no turn has one, they are put in
+            front of the first turn, a line each.
+        max_new_tokens: bound of the answer; less where the model's context ends before.
+        temperature, top_p: of sampling; temperature 0 is greedy.
+        seed: of sampling; None: another answer each time.
+    """
+
+    id: Any = 0
+    text: str = ""
+    messages: Sequence[dict[str, str]] = ()
+    images: Sequence[ImageSource] = ()
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one streamed answer took.
+
+    Attributes:
+        vision_ms: pixels, tower, reducer and projector; 0 for images that were already encoded.
+        prefill_ms: the language model up to the first new token.
+        total_ms: vision_ms and everything up to the last token.
+        new_tokens: length of the answer, its end included.
+    """
+
+    vision_ms: float
+    prefill_ms: float
+    total_ms: float
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a request.
+
+    Attributes:
+        visual_tokens: tokens handed to the language model, one number per image.
+        problem: one sentence where the request could not be answered; `text` is empty then.
+        timing: of `stream` only: what is computed together has no time of its own.
+    """
+
+    id: Any
+    text: str = ""
+    visual_tokens: tuple[int, ...] = ()
+    problem: str | None = None
+    timing: Timing | None = None
+
+
+class Engine(Protocol):
+    """What answers requests: `LocalEngine`, a model in this process; a server's client can be another."""
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """One answer per request, in any order."""
+        ...
+
+    def stream(self, request: Request) -> Generator[str, None, Answer]:
+        """The pieces of one answer as they come; the generator's return value is the whole `Answer`."""
+        ...
+
+
+def finish(pieces: Generator[str, None, Answer], emit: Callable[[str], None] = lambda piece: None) -> Answer:
+    """Hands every piece of a stream to `emit`; returns the whole answer."""
+    while True:
+        try:
+            emit(next(pieces))
+        except StopIteration as end:
+            return end.value
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint and how to load it: arguments of `load_pretrained_model`, and the prompt template."""
+
+    path: str
+    base: str | None = None
+    conv_mode: str | None = None  # None: the one the model was trained with
+    reducer: str | None = None
+    vision_tower: str | None = None
+    dtype: str | None = None
+    attention: str | None = None
+    device: str = "cuda"
+    load_8bit: bool = False
+    load_4bit: bool = False
+
+    @property
+    def name(self) -> str:
+        return get_model_name_from_path(self.path)
+
+    def load(self, **options: Any) -> "LocalEngine":
+        """`options`: keywords of `LocalEngine`.
+
+        Raises:
+            UserError: no such template, a model without vision, and what `load_pretrained_model` raises.
+        """
+        from llava.model.builder import load_pretrained_model
+
+        if self.conv_mode is not None:  # before the weights are read
+            check_template(self.conv_mode)
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            self.path,
+            self.base,
+            self.name,
+            load_8bit=self.load_8bit,
+            load_4bit=self.load_4bit,
+            device=self.device,
+            reducer=self.reducer,
+            vision_tower=self.vision_tower,
+            dtype=self.dtype,
+            attn_implementation=self.attention,
+        )
+        if image_processor is None:
+            raise UserError(f"{self.path} is a language model without vision; a LLaVA checkpoint is needed.")
+        conv_mode = self.conv_mode or default_conv_mode(self.name, tokenizer)
+        return LocalEngine(model, tokenizer, image_processor, conv_mode, **options)
+
+
+def check_template(conv_mode: str) -> None:
+    if conv_mode not in conv_templates:
+        known = ", ".join(sorted(conv_templates))
+        raise UserError(f"there is no conversation template {conv_mode!r}; --conv-mode takes {known}.")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A request ready for the language model.
+
+    Attributes:
+        ids: with IMAGE_TOKEN_INDEX where an image goes.
+        keys: what tells its images from others.
+        visual: [K_i, hidden] of each image.
+        arguments: of `generate`, (name, value) pairs; only prompts with the same ones share a batch.
+    """
+
+    request: Request
+    ids: list[int]
+    keys: tuple[Hashable, ...]
+    visual: tuple[Tensor, ...]
+    arguments: tuple[tuple[str, Any], ...]
+
+    @property
+    def opening(self) -> list[int]:
+        """The ids up to and with the last image; none without an image."""
+        places = [place for place, one in enumerate(self.ids) if one == IMAGE_TOKEN_INDEX]
+        return self.ids[: places[-1] + 1] if places else []
+
+    @property
+    def question(self) -> list[int]:
+        """The ids after the opening."""
+        return self.ids[len(self.opening) :]
+
+    @property
+    def columns(self) -> int:
+        """Tokens of the opening."""
+        return len(self.opening) - len(self.visual) + sum(map(len, self.visual))
+
+    def answer(self, text: str = "", problem: str | None = None) -> Answer:
+        return Answer(self.request.id, text, tuple(map(len, self.visual)), problem)
+
+
+class LocalEngine:
+    """A model in this process.
+
+    Args:
+        conv_mode: the prompt template.
+        image_aspect_ratio: replaces the checkpoint's own.
+        batch_tokens: bound of the keys and values alive at a time, in tokens with padding: half for openings,
+            the rest for questions and answers. Halved, for the engine's life, whenever memory runs out.
+        decode_workers: processes that decode images ahead; 0: this one does.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_processor: Any,
+        conv_mode: str,
+        *,
+        image_aspect_ratio: str | None = None,
+        batch_tokens: int | None = None,
+        decode_workers: int = 0,
+    ):
+        check_template(conv_mode)
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.conv_mode = conv_mode
+        config = model.config
+        self.pixel_config = SimpleNamespace(
+            image_aspect_ratio=image_aspect_ratio or config.image_aspect_ratio,
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        )
+        self.batch_tokens = batch_tokens or self._free_tokens()
+        self.images_at_once = IMAGES_AT_ONCE
+        self.decode_workers = decode_workers
+
+    @property
+    def stop(self) -> str | None:
+        """What ends an answer in this template, where the tokenizer's own end of sequence does not."""
+        stop = conv_templates[self.conv_mode].stop_string
+        return None if stop == self.tokenizer.eos_token else stop
+
+    def _free_tokens(self) -> int:
+        """Tokens whose keys and values fill half of the free memory; the rest is for everything else."""
+        if self.model.device.type != "cuda":
+            return CPU_BATCH_TOKENS
+        config = self.model.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        values = 2 * config.num_hidden_layers * config.num_key_value_heads * head
+        free, _ = torch.cuda.mem_get_info(self.model.device)
+        return max(CPU_BATCH_TOKENS, free // 2 // (values * self.model.dtype.itemsize))
+
+    # --- many requests ---
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """One answer per request, in any order. What is wrong with one is its answer's `problem`."""
+        chunks = list(chunked(requests))
+        wanted = [
+            {key_of(image): image for one in chunk for image in one.images if not isinstance(image, Tensor)}
+            for chunk in chunks
+        ]
+        decoded = iter(self._decode_ahead([image for images in wanted for image in images.values()]))
+        for chunk, images in zip(chunks, wanted, strict=True):
+            yield from self._answer_chunk(chunk, {key: next(decoded) for key in images})
+
+    def _decode_ahead(self, images: list[ImageSource]) -> Iterable[Pixels | str]:
+        workers = self.decode_workers if len(images) > 8 else 0  # a process takes a second to start
+        return in_workers(Decoding(images, self.image_processor, self.pixel_config), workers)
+
+    def _answer_chunk(
+        self, requests: Sequence[Request], decoded: dict[Hashable, Pixels | str]
+    ) -> Iterator[Answer]:
+        # An image is encoded once because no reducer here reads the question. For one that does (its `reads`
+        # names the text) the key of an embedding is (image, question), and this is the place to encode it.
+        good = {key: pixels for key, pixels in decoded.items() if isinstance(pixels, Pixels)}
+        visual = decoded | dict(zip(good, self._embed(list(good.values())), strict=True))
+        prompts = []
+        for request in requests:
+            try:
+                prompts.append(self._prompt(request, visual))
+            except UserError as error:
+                yield Answer(request.id, problem=str(error))
+        if prompts:
+            yield from self._answer_prompts(prompts)
+
+    def _answer_prompts(self, prompts: Sequence[_Prompt]) -> Iterator[Answer]:
+        # The ids all prompts begin with: the system prompt. At least one id is left for generation to read.
+        columns = zip(*(prompt.opening or prompt.ids[:-1] for prompt in prompts), strict=False)
+        alike = takewhile(lambda ids: len(set(ids)) == 1 and ids[0] != IMAGE_TOKEN_INDEX, columns)
+        shared = [ids[0] for ids in alike]
+        waiting = {number: replace(p, ids=p.ids[len(shared) :]) for number, p in enumerate(prompts)}
+        while waiting:
+            seen = start = None
+            try:
+                start = self._begin(shared)
+                for openings in self._openings(waiting, start):
+                    # What cannot be answered if memory runs out now, and whether a smaller step is possible.
+                    tried, smallest = openings[0], len(openings) == 1
+                    seen = self._extend(start, [waiting[opening[0]] for opening in openings])
+                    for batch in self._batches(waiting, openings, seen):
+                        tried, smallest = [number for number, _ in batch], len(openings) == len(batch) == 1
+                        texts = self._generate([(waiting[number], row) for number, row in batch], seen)
+                        for number, text in zip(tried, texts, strict=True):
+                            yield waiting.pop(number).answer(text)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            seen = start = None  # here the error, and what its frames held, is gone
+            free_memory()
+            self.batch_tokens = max(1, self.batch_tokens // 2)
+            if smallest:
+                for number in tried:
+                    yield waiting.pop(number).answer(problem="its prompt does not fit in memory")
+
+    def _openings(self, waiting: dict[int, _Prompt], start: prefix.Prefix) -> Iterator[list[list[int]]]:
+        """Prompts, by number, grouped by their opening; as many openings together as fit half of the budget.
+
+        The longest come first, so that memory runs out early if it does. Prompts without images have no
+        opening of their own and come last.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        for number, prompt in waiting.items():
+            groups.setdefault((prompt.keys, *prompt.opening), []).append(number)
+        ordered = sorted(groups.values(), key=lambda group: -waiting[group[0]].columns)
+        columns = [start.length + waiting[group[0]].columns for group in ordered]
+        about_images = sum(bool(waiting[group[0]].visual) for group in ordered)
+        done = 0
+        while done < about_images:
+            count = max(1, self.batch_tokens // 2 // columns[done])
+            yield ordered[done : min(done + count, about_images)]
+            done += count
+        if about_images < len(ordered):
+            yield ordered[about_images:]
+
+    def _batches(
+        self, waiting: dict[int, _Prompt], openings: Sequence[Sequence[int]], seen: prefix.Prefix
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Prompts, by number, each with the row of `seen` it goes on from, in groups answered together."""
+        by_arguments: dict[Hashable, list[tuple[int, int]]] = {}
+        for row, opening in enumerate(openings):
+            for number in opening:
+                by_arguments.setdefault(waiting[number].arguments, []).append((number, row))
+        for arguments, rows in by_arguments.items():
+            rows.sort(key=lambda one: -len(waiting[one[0]].question))
+            beams, new = (dict(arguments)[name] for name in ("num_beams", "max_new_tokens"))
+
+            def fits(count: int, longest: int, beams: int = beams, new: int = new) -> bool:
+                each = beams * (seen.length + longest + new)
+                return seen.rows * seen.length + count * each <= self.batch_tokens
+
+            for part in batches([len(waiting[number].question) for number, _ in rows], fits):
+                yield rows[part]
+
+    # --- the model ---
+
+    @torch.inference_mode()
+    def _embed(self, pixels: Sequence[Pixels]) -> list[Tensor]:
+        """[K_i, hidden] of each image: tower, reducer, projector, tiles joined."""
+        blocks: list[Tensor] = []
+        while len(blocks) < len(pixels):
+            first = pixels[len(blocks)].values
+            tiles = len(first) if first.ndim == 4 else 1
+            part = pixels[len(blocks) : len(blocks) + max(1, self.images_at_once // tiles)]
+            values = [torch.from_numpy(one.values) for one in part]
+            try:
+                # Plain images as one tensor; for anyres a list of [tiles, 3, S, S], whose tiles differ.
+                images = torch.stack(values) if first.ndim == 3 else values
+                blocks += self.model.embed_images(images, [one.size for one in part])
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+                self.images_at_once = max(1, self.images_at_once // 2)
+                free_memory()
+        return blocks
+
+    @torch.inference_mode()
+    def _begin(self, shared: Sequence[int]) -> prefix.Prefix:
+        """One row: what all prompts begin with."""
+        return prefix.begin(self.model, torch.tensor(shared)) if shared else prefix.nothing(self.model)
+
+    @torch.inference_mode()
+    def _extend(self, start: prefix.Prefix, prompts: Sequence[_Prompt]) -> prefix.Prefix:
+        """A row per opening of these prompts, which are in descending order of length: little is padding."""
+        if not prompts[0].visual:
+            return start
+        blocks = [self._splice(prompt) for prompt in prompts]
+        parts = batches([len(block) for block in blocks], lambda rows, longest: True)
+        return prefix.join(
+            [prefix.extend(self.model, start, blocks[part], [0] * len(blocks[part])) for part in parts]
+        )
+
+    def _splice(self, prompt: _Prompt) -> Tensor:
+        """[columns, hidden]: the opening's embeddings, an image's in place of each IMAGE_TOKEN_INDEX."""
+        ids = torch.tensor(prompt.opening)
+        text = self.model.get_input_embeddings()(ids.clamp_min(0).to(self.model.device))
+        # Each piece but the first begins with a placeholder.
+        first, *pieces = text.tensor_split((ids == IMAGE_TOKEN_INDEX).nonzero().flatten())
+        both = zip(prompt.visual, pieces, strict=True)
+        return torch.cat([first, *(part for image, piece in both for part in (image.to(text), piece[1:]))])
+
+    @torch.inference_mode()
+    def _generate(self, batch: Sequence[tuple[_Prompt, int]], seen: prefix.Prefix) -> list[str]:
+        first = batch[0][0]
+        if first.request.temperature > 0 and first.request.seed is not None:
+            ids = [prompt.request.id for prompt, _ in batch]
+            torch.manual_seed(zlib.crc32(repr((first.request.seed, ids)).encode()))
+        new = prefix.answer(
+            self.model,
+            seen,
+            [torch.tensor(prompt.question) for prompt, _ in batch],
+            [row for _, row in batch],
+            **self._stops(),
+            **dict(first.arguments),
+        )
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [text.strip().removesuffix(self.stop or "").strip() for text in texts]
+
+    def _stops(self) -> dict[str, Any]:
+        stops = {"stop_strings": [self.stop], "tokenizer": self.tokenizer} if self.stop else {}
+        return {**stops, "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True}
+
+    # --- prompts ---
+
+    def prompt(self, request: Request) -> str:
+        """The whole prompt of a request as the weights were trained on it, `<image>` where an image goes.
+
+        Raises:
+            UserError: turns out of order, another number of `<image>` than of images.
+        """
+        messages = request.messages or ({"role": "user", "content": request.text},)
+        roles = [message["role"] for message in messages]
+        if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+            raise UserError(
+                f"a conversation takes turns of user and assistant, the user's last; here are {roles}."
+            )
+        texts = [message["content"] for message in messages]
+        if not any(DEFAULT_IMAGE_TOKEN in text for text in texts[::2]):
+            texts[0] = f"{DEFAULT_IMAGE_TOKEN}\n" * len(request.images) + texts[0]
+        conversation = conv_templates[self.conv_mode].copy()
+        for place, text in enumerate([*texts, None]):
+            if text and self.model.config.mm_use_im_start_end:
+                tag = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+                text = text.replace(DEFAULT_IMAGE_TOKEN, tag)
+            conversation.append_message(conversation.roles[place % 2], text)
+        prompt = conversation.get_prompt()
+        places, count = prompt.count(DEFAULT_IMAGE_TOKEN), len(request.images)
+        if places != count:
+            there = "is 1 image" if count == 1 else f"are {count or 'no'} images"
+            raise UserError(
+                f"the question has {places} {DEFAULT_IMAGE_TOKEN} but there {there}: write one for each, "
+                "where it belongs, or leave them out."
+            )
+        return prompt
+
+    def _prompt(self, request: Request, visual: dict[Hashable, Tensor | str]) -> _Prompt:
+        """Raises UserError as `prompt`, for an image that cannot be read, for a prompt that is too long."""
+        keys = tuple(map(key_of, request.images))
+        blocks = []
+        for key, image in zip(keys, request.images, strict=True):
+            block = image if isinstance(image, Tensor) else visual[key]
+            if isinstance(block, str):
+                raise UserError(block)
+            blocks.append(block)
+        ids = tokenizer_image_token(self.prompt(request), self.tokenizer)
+        length = len(ids) - len(blocks) + sum(map(len, blocks))
+        config = self.model.config
+        context = config.max_position_embeddings
+        longest = min(context - 1, config.tokenizer_model_max_length or context)
+        if length > longest:
+            raise UserError(
+                f"the prompt is {length} tokens long and the model reads at most {longest}: make it shorter "
+                "(/reset begins a new chat), or keep fewer visual tokens (a reducer such as prumerge+)."
+            )
+        sampling: dict[str, Any] = {"do_sample": False}
+        if request.temperature > 0:
+            sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p}
+        arguments = {
+            **sampling,
+            "num_beams": request.num_beams,
+            "max_new_tokens": min(request.max_new_tokens, context - length),
+        }
+        return _Prompt(request, ids, keys, tuple(blocks), tuple(arguments.items()))
+
+    # --- one request ---
+
+    def encode(self, images: Sequence[ImageSource]) -> list[Tensor]:
+        """[K_i, hidden] of each image, to be given in place of it: a conversation encodes its images once.
+
+        Raises:
+            UserError: an image that cannot be read.
+        """
+        decoded = [decode(image, self.image_processor, self.pixel_config) for image in images]
+        for pixels in decoded:
+            if isinstance(pixels, str):
+                raise UserError(pixels)
+        blocks = self._embed(decoded)
+        if self.model.device.type == "cuda":  # kernels run on after their call returns; a clock must not
+            torch.cuda.synchronize(self.model.device)
+        return blocks
+
+    def stream(self, request: Request) -> Generator[str, None, Answer]:
+        """The pieces of one answer as they come; returns the whole. A problem gives no piece at all.
+
+        Where the generator is closed before its end the model stops at the next token.
+        """
+        start = time.perf_counter()
+        try:
+            images = [one for one in request.images if not isinstance(one, Tensor)]
+            visual = dict(zip(map(key_of, images), self.encode(images), strict=True))
+            prompt = self._prompt(request, visual)
+        except UserError as error:
+            return Answer(request.id, problem=str(error))
+        encoded = time.perf_counter()
+        pieces: SimpleQueue[str | None] = SimpleQueue()
+        stream = _TextStream(self.tokenizer, self.stop, pieces.put)
+        closed = threading.Event()
+
+        @torch.inference_mode()  # a thread's own
+        def generate() -> Tensor:
+            if request.temperature > 0 and request.seed is not None:
+                torch.manual_seed(request.seed)
+            return self.model.generate(
+                torch.tensor([prompt.ids]),
+                visual_embeds=list(prompt.visual),
+                streamer=stream,
+                stopping_criteria=[lambda ids, _, **__: ids.new_full(ids.shape[:1], closed.is_set()).bool()],
+                **self._stops(),
+                **dict(prompt.arguments),
+            )
+
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(generate)
+            running.add_done_callback(lambda _: pieces.put(None))
+            try:
+                yield from iter(pieces.get, None)
+            finally:
+                closed.set()
+            new = running.result()
+        vision = 1000 * (encoded - start) if images else 0.0
+        end = time.perf_counter()
+        timing = Timing(
+            vision_ms=vision,
+            prefill_ms=1000 * (stream.first - encoded),
+            total_ms=vision + 1000 * (end - encoded),
+            new_tokens=new.shape[1],
+        )
+        return Answer(request.id, stream.text, tuple(map(len, prompt.visual)), timing=timing)
+
+
+class _TextStream(BaseStreamer):
+    """The answer as it grows, without special tokens, blanks around it and the template's stop string.
+
+    Attributes:
+        text: in the end, the answer. The pieces handed to `emit` make it up, unless the model's bytes are not
+            UTF-8: then they differ in what stands for those.
+        first: `time.perf_counter()` when the first new token was there.
+    """
+
+    def __init__(self, tokenizer: Any, stop: str | None, emit: Callable[[str], None]):
+        self.tokenizer, self.stop, self.emit = tokenizer, stop or "", emit
+        self.text, self.first = "", 0.0
+        self._ids: list[int] = []
+        self._emitted = 0  # characters
+        self._prompt_is_next = True  # generate hands that out too
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        if not self._ids:
+            self.first = time.perf_counter()
+        self._ids += value.flatten().tolist()
+        # Half a character, and what may turn out to be the beginning of the stop string, wait.
+        text = self._decoded().rstrip("\ufffd")
+        lengths = range(min(len(text), len(self.stop)), 0, -1)
+        begun = next((n for n in lengths if text.endswith(self.stop[:n])), 0)
+        self._emit_up_to(text[: len(text) - begun].rstrip())
+
+    def end(self) -> None:
+        self.text = self._decoded().removesuffix(self.stop).rstrip()
+        self._emit_up_to(self.text)
+
+    def _decoded(self) -> str:
+        return self.tokenizer.decode(self._ids, skip_special_tokens=True).strip()
+
+    def _emit_up_to(self, text: str) -> None:
+        if piece := text[self._emitted :]:
+            self._emitted = len(text)
+            self.emit(piece)
+
+
+# --- planning ---
+
+
+def key_of(image: ImageSource) -> Hashable:
+    """Equal for images that are encoded once: the same file, or the same object."""
+    return str(image) if isinstance(image, Path | str) else id(image)
+
+
+def chunked(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """The requests in chunks whose images are held in memory together, all questions of an image in one."""
+    groups: dict[Hashable, list[Request]] = {}
+    for number, request in enumerate(requests):
+        key = tuple(map(key_of, request.images)) or number
+        groups.setdefault(key, []).append(request)
+    chunk: list[Request] = []
+    images = 0
+    for group in groups.values():
+        chunk += group
+        images += len(group[0].images)
+        if images >= CHUNK_IMAGES or len(chunk) >= CHUNK_QUESTIONS:
+            yield chunk
+            chunk, images = [], 0
+    if chunk:
+        yield chunk
+
+
+def batches(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> Iterator[slice]:
+    """Cuts rows of these lengths, in descending order, into what is computed together.
+
+    A batch holds rows as long as `fits(rows, longest)`, TOKENS_AT_ONCE is not exceeded, and at most an eighth
+    of it is padding (32 tokens are cheaper than another pass); one row in any case.
+    """
+    start = padding = 0
+    for place, length in enumerate(lengths):
+        rows, longest = place + 1 - start, lengths[start]
+        padding += longest - length
+        too_large = not fits(rows, longest) or rows * longest > TOKENS_AT_ONCE
+        if rows > 1 and (too_large or padding > max(32, rows * longest // 8)):
+            yield slice(start, place)
+            start, padding = place, 0
+    if lengths:
+        yield slice(start, len(lengths))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
