@@ -43,28 +43,28 @@ def inside(image: Image.Image, patch: int) -> np.ndarray:
     return np.asarray(image)[y * C + 3 : (y + 1) * C - 3, x * C + 3 : (x + 1) * C - 3].astype(float)
 
 
-def test_fate():
-    what = show.fate(EXAMPLE)
+def test_where_patches_went():
+    what = show.Assignment.of(EXAMPLE)
     assert np.flatnonzero(what.kept).tolist() == [5, 10]
     assert np.flatnonzero(~what.merged & ~what.kept).tolist() == [3]
     assert what.tokens == 3
 
 
-def test_fate_of_one_of_a_batch():
+def test_where_patches_of_one_of_a_batch_went():
     both = ReducedTokens(
         tokens=torch.zeros(2, 2, 8),
         lengths=torch.tensor([1, 2]),
         kept=torch.tensor([[1, -1], [0, 2]]),
         source=torch.tensor([[0, 0, 0], [0, 1, 1]]),
     )
-    assert show.fate(both, 0).kept.tolist() == [False, True, False]
-    assert show.fate(both, 1).kept.tolist() == [True, False, True]
+    assert show.Assignment.of(both, 0).kept.tolist() == [False, True, False]
+    assert show.Assignment.of(both, 1).kept.tolist() == [True, False, True]
 
 
 def paint(square: Image.Image, what: ReducedTokens) -> tuple[Image.Image, Image.Image]:
     """The square as it is, and painted."""
     canvas = show._canvas(square, GRID)
-    return canvas, show._paint(canvas, show.fate(what), GRID, tint=True)
+    return canvas, show.paint(canvas, show.Assignment.of(what), GRID, tint=True)
 
 
 def test_kept_patches_stay_as_they_are_and_others_do_not(picture):
@@ -97,7 +97,7 @@ def test_overlay_squares_the_picture_as_the_model_does(picture):
 
 
 def test_colours_of_neighbours_differ():
-    what = show.fate(reduced(list(range(11)), [*range(11), 10]))
+    what = show.Assignment.of(reduced(list(range(11)), [*range(11), 10]))
     colours = show.token_colours(what, GRID)
     assert colours.shape == (11, 3) and colours.min() >= 0 and colours.max() <= 1
     apart = np.abs(colours[:-1] - colours[1:]).max(-1)
