@@ -2,7 +2,8 @@
 
 `--shape 7b --random-weights` needs no checkpoint. `--prefill 616 184 72` times the language model alone at
 these lengths; `--paper` does so at the lengths of the PruMerge paper's table, beside its figures. `--tower`
-times the vision tower and the reducers alone, beside the forward of all its blocks. How it is measured: `latency.py`.
+times the vision tower and the reducers alone, beside the forward of all its blocks. How it is measured:
+`latency.py`.
 """
 
 import argparse

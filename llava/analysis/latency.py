@@ -297,7 +297,7 @@ def measure_prefill(
 
 @dataclass(frozen=True)
 class TowerTime:
-    """One way through the tower, or a reducer. ms for the whole batch; `part` is of the time of all blocks."""
+    """One way through the tower, or a reducer. ms for the whole batch; `part`: of the time of all blocks."""
 
     batch: int
     way: str
@@ -309,7 +309,7 @@ class TowerTime:
 def measure_tower(
     tower: VisionTower, reducers: Sequence[Reducer], batch: int, rounds: int, warmup: int, clock: Clock
 ) -> list[TowerTime]:
-    """All blocks as transformers runs them, what a reducer reads, the patches alone, and reducers, in turn."""
+    """All blocks as transformers runs them, what a reducer reads, the patches alone, reducers; in turn."""
     side = tower.image_size
     pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
     features = tower(pixels)
