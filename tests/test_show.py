@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from llava.analysis import show
 from llava.errors import UserError
-from llava.reducers import ReducedTokens, VisionFeatures, available_reducers, build_reducer
+from llava.reducers import ReducedTokens, VisionFeatures, build_reducer
 
 GRID = (3, 4)
 C = show.CELL
@@ -111,8 +111,8 @@ def features(cls: bool = True) -> VisionFeatures:
     return VisionFeatures(patches, query if cls else None, key if cls else key[:, 1:], 2, (8, 8))
 
 
-@pytest.mark.parametrize("name", available_reducers())
-def test_four_panels_of_every_reducer(name, tmp_path):
+@pytest.mark.parametrize("name", ["none", "pool", "topk", "prumerge+"])
+def test_four_panels_of_every_kind_of_reducer(name, tmp_path):
     one = features()
     out = tmp_path / "made" / "sheet.png"
     show.figure(Image.new("RGB", (64, 64)), one, build_reducer(name)(one), title=name, out=out)
