@@ -238,9 +238,16 @@ def process_anyres_image(
     image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """Float32 [1 + tiles, 3, S, S]: the whole image squeezed to a square, then its tiles row by row."""
+
+    def edge(size: Any) -> int:
+        """CLIP's processor names the shortest edge it resizes to, SigLIP's a height and a width."""
+        return dict(size).get("height") or dict(size)["shortest_edge"]
+
     best = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
-    tiles = divide_to_patches(resize_and_pad_image(image, best), processor.crop_size["height"])
-    side = processor.size["shortest_edge"]
+    cropped = getattr(processor, "do_center_crop", False)  # SigLIP's processor crops nothing
+    tile = edge(processor.crop_size if cropped else processor.size)
+    tiles = divide_to_patches(resize_and_pad_image(image, best), tile)
+    side = edge(processor.size)
     return torch.stack([_pixels(view, processor) for view in [image.resize((side, side)), *tiles]])
 
 
@@ -321,21 +328,10 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         return all(self.call_for_batch(row.unsqueeze(0)) for row in output_ids)
 
 
-# ----------------------------------------------------------------------------------------- names, chunks
+# ------------------------------------------------------------------------------------------------- names
 
 
 def get_model_name_from_path(model_path: str) -> str:
     """The last part of a path or hub name; `run/checkpoint-12` gives `run_checkpoint-12`."""
     parts = model_path.strip("/").split("/")
     return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") else parts[-1]
-
-
-def split_list(items: Sequence[Any], n: int) -> list[Sequence[Any]]:
-    """Contiguous chunks of ceil(len / n) items; fewer than n of them where they run out."""
-    size = max(1, math.ceil(len(items) / n))
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def get_chunk(items: Sequence[Any], n: int, k: int) -> Sequence[Any]:
-    """Chunk k of `split_list(items, n)`; IndexError where the items ran out before it."""
-    return split_list(items, n)[k]

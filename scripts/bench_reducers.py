@@ -4,8 +4,8 @@
 
 One process, one CPU thread, float32, N = 576 patches, C = 1024 channels. The things compared take turns in
 each round; `ratio` is that of the medians. On a CPU the clock is the thread's own, which stops while others
-run; they still take cache and memory bandwidth, so measure on an idle machine. The last column is the released code's way, a Python loop over images and kept tokens,
-written here for comparison.
+run; they still take cache and memory bandwidth, so measure on an idle machine. The last column is the
+released code's way, a Python loop over images and kept tokens, written here for comparison.
 """
 
 import argparse

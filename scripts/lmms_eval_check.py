@@ -21,10 +21,10 @@ from PIL import Image
 
 from llava.conversation import conv_templates
 from llava.errors import UserError, exit_status
+from llava.eval.benchmarks.base import SHORT
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 
 TASK, SPLIT = "local", "test"
-SHORT = "\nAnswer the question using a single word or phrase."
 GENERATION = {"max_new_tokens": 8, "temperature": 0}
 
 

@@ -234,9 +234,10 @@ def test_prefill_alone(tiny_shapes, capsys):
 
 def test_the_tower_alone(tiny_shapes, capsys):
     arguments = ("--shape", "tiny", "--tower", "--device", "cpu", "--batch", 1, 3, "--rounds", 2, "--json")
-    assert run(*arguments) == 0
+    assert run(*arguments, "--reducer", "topk(tokens=4)") == 0
     rows = json.loads(capsys.readouterr().out)["tower"]
-    assert [row["batch"] for row in rows] == [1, 1, 1, 3, 3, 3]
+    assert [row["batch"] for row in rows] == [1] * 4 + [3] * 4
+    assert rows[-1]["way"] == "topk(tokens=4)"
     assert [row["part"] == 1 for row in rows] == [row["way"] == "all blocks" for row in rows]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava import mm_utils
 from llava.errors import UserError
@@ -254,6 +254,18 @@ def test_different_shapes_come_as_a_list(noise: Image.Image, processor: CLIPImag
     assert [tuple(one.shape) for one in got] == [(3, 3, 336, 336), (5, 3, 336, 336)]
 
 
+def test_anyres_takes_a_siglip_processor(noise: Image.Image) -> None:
+    """Its size is a height and a width, and it crops nothing; tiles are still what it makes of each view."""
+    processor = SiglipImageProcessorPil(size={"height": 56, "width": 56})
+    config = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=[[56, 112], [112, 112]])
+    got = mm_utils.process_images([noise], processor, config)
+    assert got.shape == (1, 5, 3, 56, 56)
+    padded = mm_utils.resize_and_pad_image(noise, (112, 112))
+    views = [noise.resize((56, 56)), *mm_utils.divide_to_patches(padded, 56)]
+    expected = (np.stack([np.asarray(view) for view in views]) / 255 - 0.5) / 0.5
+    assert np.abs(got[0].numpy() - expected.transpose(0, 3, 1, 2)).max() < 1e-5
+
+
 def test_square_helpers_are_the_references(text_data: Path) -> None:
     helpers = json.loads((text_data / "helpers.json").read_text())
     for case in helpers["expand2square"]:
@@ -341,7 +353,7 @@ def test_stopping_waits_for_every_row(tokenizers: dict[str, object]) -> None:
     assert not stop(torch.tensor([done, other]), None)
 
 
-def test_names_and_chunks_are_the_references(text_data: Path) -> None:
+def test_model_names_are_the_references(text_data: Path) -> None:
     helpers = json.loads((text_data / "helpers.json").read_text())
     for case in helpers["model_name_from_path"]:
         if "error" in case:
@@ -349,12 +361,3 @@ def test_names_and_chunks_are_the_references(text_data: Path) -> None:
                 mm_utils.get_model_name_from_path(case["path"])
         else:
             assert mm_utils.get_model_name_from_path(case["path"]) == case["name"]
-    for case in helpers["chunks"]:
-        items, n = list(range(case["n"])), case["num_chunks"]
-        assert mm_utils.split_list(items, n) == case["all"]
-        if case["chunks"] == "IndexError":
-            with pytest.raises(IndexError):
-                [mm_utils.get_chunk(items, n, k) for k in range(n)]
-        else:
-            assert [mm_utils.get_chunk(items, n, k) for k in range(n)] == case["chunks"]
-    assert mm_utils.split_list([], 4) == []

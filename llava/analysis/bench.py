@@ -2,7 +2,8 @@
 
 `--shape 7b --random-weights` needs no checkpoint. `--prefill 616 184 72` times the language model alone at
 these lengths; `--paper` does so at the lengths of the PruMerge paper's table, beside its figures. `--tower`
-times the vision tower alone, beside the forward of all its blocks. How it is measured: `latency.py`.
+times the vision tower and the reducers alone, beside the forward of all its blocks. How it is measured:
+`latency.py`.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--paper", action="store_true", help="time the prefills of the paper's efficiency table"
     )
-    work.add_argument("--tower", action="store_true", help="time the vision tower alone")
+    work.add_argument("--tower", action="store_true", help="time the vision tower and the reducers alone")
     how = parser.add_argument_group("measurement")
     how.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     how.add_argument("--warmup", type=int, default=2, help="rounds thrown away (default: %(default)s)")
@@ -178,9 +179,10 @@ def _run_tower(args: argparse.Namespace, plan: hardware.Plan) -> int:
     else:
         tower = _tower_of(_load(args, plan, with_tower=True)[0], args)
     how = (args.rounds, args.warmup, CLOCKS[args.clock])
-    rows = [row for batch in args.batch for row in measure_tower(tower, batch, *how)]
+    reducers = _reducers(args)[1:]
+    rows = [row for batch in args.batch for row in measure_tower(tower, reducers, batch, *how)]
     report = {**_circumstances(args, plan), "tower": list(map(dataclasses.asdict, rows))}
-    cells = [(row.way, str(row.batch), _spread(row.time), f"{row.part:.3f}") for row in rows]
+    cells = [(row.way, str(row.batch), _spread(row.time), f"{row.part:.2%}") for row in rows]
     _show(report, [tables.render(("way", "batch", "ms", "of all blocks"), cells)], args)
     return 0
 

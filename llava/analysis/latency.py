@@ -297,7 +297,7 @@ def measure_prefill(
 
 @dataclass(frozen=True)
 class TowerTime:
-    """One way through the tower. ms for the whole batch; `part` is of the time of all its blocks."""
+    """One way through the tower, or a reducer. ms for the whole batch; `part`: of the time of all blocks."""
 
     batch: int
     way: str
@@ -306,20 +306,24 @@ class TowerTime:
 
 
 @torch.inference_mode()
-def measure_tower(tower: VisionTower, batch: int, rounds: int, warmup: int, clock: Clock) -> list[TowerTime]:
-    """All blocks as transformers runs them, what a reducer reads, and the patches alone, in turn."""
+def measure_tower(
+    tower: VisionTower, reducers: Sequence[Reducer], batch: int, rounds: int, warmup: int, clock: Clock
+) -> list[TowerTime]:
+    """All blocks as transformers runs them, what a reducer reads, the patches alone, reducers; in turn."""
     side = tower.image_size
     pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
-    ways = {
-        "all blocks": tower.backbone,
-        "patches, key and CLS query": tower,
-        "patches": tower.tokens,
+    features = tower(pixels)
+    ways: dict[str, Callable[[], object]] = {
+        "all blocks": lambda: tower.backbone(pixels),
+        "patches, key and CLS query": lambda: tower(pixels),
+        "patches": lambda: tower.tokens(pixels),
+        **{reducer.spec: lambda reducer=reducer: reducer(features) for reducer in reducers},
     }
 
-    def once(way: Callable[[Tensor], object]) -> float:
+    def once(way: Callable[[], object]) -> float:
         watch = Stopwatch(tower.device, clock)
         with watch.stage("tower"):
-            way(pixels)
+            way()
         return watch.ms["tower"]
 
     runs = [lambda way=way: once(way) for way in ways.values()]

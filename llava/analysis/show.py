@@ -1,13 +1,15 @@
 """`llava show`: what a reducer sees in a picture, what it keeps, and where the rest goes.
 
-Pictures are drawn from two things only: the attention of the CLS row (the sparsity PruMerge rests on) and the
-provenance a reducer returns (`ReducedTokens.kept`, `.source`). So they work for any reducer, and show what it
-did rather than what it is said to do.
+Pictures are drawn from two things only: the attention of the CLS row (the sparsity PruMerge rests on) and
+where the patches went, as a reducer returns it (`ReducedTokens.kept`, `.source`). So they work for any
+reducer, and show what it did rather than what it is said to do.
 """
 
 import argparse
+from colorsys import hls_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +17,11 @@ from PIL import Image, ImageDraw
 
 from llava import hardware
 from llava.analysis import charts
-from llava.analysis.charts import ACCENT, FAINT, INK
+from llava.analysis.charts import ACCENT, INK
 from llava.errors import UserError
 from llava.mm_utils import expand2square, load_image, mean_colour
 from llava.model.checkpoints import inspect_checkpoint, resolve_directory
-from llava.model.vision_tower import VisionTower, load_vision_tower
+from llava.model.vision_tower import load_vision_tower
 from llava.reducers import ReducedTokens, ReducerInputError, ReducerSpecError, VisionFeatures, build_reducer
 from llava.reducers.ops import cls_attention
 from llava.reducers.prumerge import outlier_fence
@@ -34,11 +36,11 @@ PADDING = (124, 116, 104)
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What became of each patch of one image.
+class Assignment:
+    """Which token each patch of one image went to.
 
     Attributes:
-        row: [N] the output token a patch went to, -1 where it went nowhere.
+        row: [N] the output token, -1 where the patch was dropped.
         kept: [N] bool, the token stands for this very patch.
         tokens: how many tokens came out.
     """
@@ -47,18 +49,16 @@ class Fate:
     kept: np.ndarray
     tokens: int
 
+    @classmethod
+    def of(cls, reduced: ReducedTokens, index: int = 0) -> "Assignment":
+        """The patches of image `index` of a batch."""
+        row = reduced.source[index].cpu().numpy()
+        kept = (row >= 0) & (reduced.kept[index].cpu().numpy()[row] == np.arange(len(row)))
+        return cls(row, kept, int(reduced.lengths[index]))
+
     @property
     def merged(self) -> np.ndarray:
         return ~self.kept & (self.row >= 0)
-
-
-def fate(reduced: ReducedTokens, index: int = 0) -> Fate:
-    """What became of the patches of image `index` of a batch."""
-    row = reduced.source[index].cpu().numpy()
-    standing_for = reduced.kept[index].cpu().numpy()
-    patches = np.arange(len(row))
-    kept = (row >= 0) & (standing_for[row] == patches)
-    return Fate(row, kept, int(reduced.lengths[index]))
 
 
 def as_seen(image: Image.Image, *, aspect_ratio: str | None = "pad", background=PADDING) -> Image.Image:
@@ -92,54 +92,7 @@ def overlay(
         RGB, `CELL` pixels per patch. Where all patches were kept, the plain square.
     """
     square = _canvas(as_seen(image, aspect_ratio=aspect_ratio, background=background), grid)
-    return _paint(square, fate(reduced, index), grid, tint=True)
-
-
-def spotlight(square: Image.Image, what: Fate, grid: tuple[int, int]) -> Image.Image:
-    """Kept patches as they are, everything else darkened."""
-    return _paint(_canvas(square, grid), what, grid, tint=False)
-
-
-def token_colours(what: Fate, grid: tuple[int, int]) -> np.ndarray:
-    """[tokens, 3] sRGB in 0..1: the hue says in which direction from the middle of the picture a token sits.
-
-    A token sits on the patch it stands for, else in the middle of the patches that went to it. Neighbours are
-    told apart by small steps of hue and lightness.
-    """
-    rows, columns = grid
-    y, x = np.divmod(np.arange(len(what.row)), columns)
-    place = np.zeros((what.tokens, 2))
-    for token in range(what.tokens):
-        own = (what.row == token) & (what.kept if (what.kept & (what.row == token)).any() else True)
-        if own.any():
-            place[token] = y[own].mean() - (rows - 1) / 2, x[own].mean() - (columns - 1) / 2
-    order = np.lexsort((place[:, 1], place[:, 0]))
-    step = np.empty(what.tokens)
-    step[order] = np.arange(what.tokens) * 0.61803398875 % 1.0 - 0.5  # golden steps: neighbours differ
-    angle = np.arctan2(place[:, 0], place[:, 1]) + 0.9 * step
-    return _oklch(0.74 + 0.16 * step, 0.13, angle)
-
-
-def _oklch(lightness: np.ndarray, chroma: float, hue: np.ndarray) -> np.ndarray:
-    """Colours of equal chroma in Oklch, a space of even steps to the eye (B. Ottosson, 2020), as sRGB."""
-    a, b = chroma * np.cos(hue), chroma * np.sin(hue)
-    lms = np.stack(
-        (
-            lightness + 0.3963377774 * a + 0.2158037573 * b,
-            lightness - 0.1055613458 * a - 0.0638541728 * b,
-            lightness - 0.0894841775 * a - 1.2914855480 * b,
-        ),
-        axis=-1,
-    )
-    to_rgb = np.array(
-        (
-            (4.0767416621, -3.3077115913, 0.2309699292),
-            (-1.2684380046, 2.6097574011, -0.3413193965),
-            (-0.0041960863, -0.7034186147, 1.7076147010),
-        )
-    )
-    linear = np.clip(lms**3 @ to_rgb.T, 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return paint(square, Assignment.of(reduced, index), grid, tint=True)
 
 
 def _canvas(square: Image.Image, grid: tuple[int, int]) -> Image.Image:
@@ -147,43 +100,61 @@ def _canvas(square: Image.Image, grid: tuple[int, int]) -> Image.Image:
     return square.convert("RGB").resize((columns * CELL, rows * CELL), Image.Resampling.LANCZOS)
 
 
-def _paint(canvas: Image.Image, what: Fate, grid: tuple[int, int], *, tint: bool) -> Image.Image:
-    if what.kept.all():
+def paint(canvas: Image.Image, patches: Assignment, grid: tuple[int, int], *, tint: bool) -> Image.Image:
+    """Kept patches as they are and framed; the others darkened, or with `tint` in their token's colour.
+
+    `canvas` has `CELL` pixels a patch. Dropped patches are dark; where all are kept, it is returned as it is.
+    """
+    if patches.kept.all():
         return canvas
-    pixels = np.asarray(canvas, dtype=np.float64) / 255
 
     def spread(values: np.ndarray) -> np.ndarray:
         """One value per patch -> one per pixel."""
         return values.reshape(*grid, *values.shape[1:]).repeat(CELL, 0).repeat(CELL, 1)
 
+    pixels = np.asarray(canvas, dtype=np.float64) / 255
     grey = pixels.mean(-1, keepdims=True)
+    colours = token_colours(patches, grid)
+    rest = 0.16 * pixels + 0.1 * grey
     if tint:
-        colour = token_colours(what, grid)[np.maximum(what.row, 0)]
-        merged = spread(colour) * (0.3 + 0.55 * grey)
-        rest = np.where(spread(what.merged)[..., None], merged, 0.18 * grey)
-    else:
-        rest = 0.16 * pixels + 0.1 * grey
-    painted = np.where(spread(what.kept)[..., None], pixels, rest)
+        merged = spread(colours[np.maximum(patches.row, 0)]) * (0.3 + 0.55 * grey)
+        rest = np.where(spread(patches.merged)[..., None], merged, 0.18 * grey)
+    painted = np.where(spread(patches.kept)[..., None], pixels, rest)
     picture = Image.fromarray((painted * 255).round().astype(np.uint8))
-    _frame(picture, what, grid, tint=tint)
+
+    draw = ImageDraw.Draw(picture)
+    if tint:  # a dark line where the token changes
+        row = patches.row.reshape(grid)
+        for y, x in CELL * np.argwhere(row[:, 1:] != row[:, :-1]):
+            draw.line([(x + CELL, y), (x + CELL, y + CELL)], fill=(20, 22, 25))
+        for y, x in CELL * np.argwhere(row[1:] != row[:-1]):
+            draw.line([(x, y + CELL), (x + CELL, y + CELL)], fill=(20, 22, 25))
+    for patch in np.flatnonzero(patches.kept):
+        y, x = (CELL * int(place) for place in divmod(patch, grid[1]))
+        edge = tuple((colours[patches.row[patch]] * 255).round().astype(int)) if tint else (255, 255, 255)
+        draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), outline=edge, width=2 if tint else 1)
     return picture
 
 
-def _frame(picture: Image.Image, what: Fate, grid: tuple[int, int], *, tint: bool) -> None:
-    """Frames around kept patches; with `tint` in their token's colour, and a line where the token changes."""
-    draw = ImageDraw.Draw(picture)
-    row = what.row.reshape(grid)
-    if tint:
-        for y, x in zip(*np.nonzero(row[:, 1:] != row[:, :-1]), strict=True):
-            draw.line([((x + 1) * CELL, y * CELL), ((x + 1) * CELL, (y + 1) * CELL)], fill=(20, 22, 25))
-        for y, x in zip(*np.nonzero(row[1:] != row[:-1]), strict=True):
-            draw.line([(x * CELL, (y + 1) * CELL), ((x + 1) * CELL, (y + 1) * CELL)], fill=(20, 22, 25))
-    colours = (token_colours(what, grid) * 255).round().astype(int)
-    for patch in np.flatnonzero(what.kept):
-        y, x = divmod(int(patch), grid[1])
-        edge = tuple(colours[what.row[patch]]) if tint else (255, 255, 255)
-        box = (x * CELL, y * CELL, (x + 1) * CELL - 1, (y + 1) * CELL - 1)
-        draw.rectangle(box, outline=edge, width=2 if tint else 1)
+def token_colours(patches: Assignment, grid: tuple[int, int]) -> np.ndarray:
+    """[tokens, 3] RGB in 0..1: the hue says in which direction from the middle of the picture a token lies.
+
+    A token lies on the patch it stands for, else in the middle of the patches that went to it. Neighbours are
+    told apart by small steps of hue and lightness.
+    """
+    rows, columns = grid
+    y, x = np.divmod(np.arange(len(patches.row)), columns)
+    place = np.zeros((patches.tokens, 2))
+    for token in range(patches.tokens):
+        own = patches.row == token
+        own = own & patches.kept if (own & patches.kept).any() else own
+        if own.any():
+            place[token] = y[own].mean() - (rows - 1) / 2, x[own].mean() - (columns - 1) / 2
+    order = np.lexsort((place[:, 1], place[:, 0]))
+    step = np.empty(patches.tokens)
+    step[order] = np.arange(patches.tokens) * 0.61803398875 % 1.0 - 0.5  # golden steps: neighbours differ
+    hue = (np.arctan2(place[:, 0], place[:, 1]) + 0.9 * step) / (2 * np.pi) % 1.0
+    return np.array([hls_to_rgb(h, 0.62 + 0.2 * s, 0.65) for h, s in zip(hue, step, strict=True)])
 
 
 # The four panels -------------------------------------------------------------------------------------
@@ -200,119 +171,75 @@ def figure(
         title: stands above the panels.
         out: .png, .pdf or .svg.
     """
-    what, grid = fate(reduced), features.grid
-    attention = cls_attention(features)[0].double().cpu().numpy() if features.has_cls else None
-    side, gap, margin = 3.5, 0.1, 0.15  # inches
-    sheet = charts.new_figure(14.6, 6.3, dpi=max(110, grid[1] * CELL / side))
-    panels = [
-        sheet.add_axes(_box(sheet, margin + column * (side + gap), 1.75, side, side)) for column in range(4)
-    ]
-    sheet.text(margin / 14.6, 1 - 0.32 / 6.3, title, fontsize=15, fontweight="bold", color=INK, va="center")
-
+    patches, grid = Assignment.of(reduced), features.grid
     whole = _canvas(square, grid)
-    _panel(
-        panels[0],
-        whole,
-        "the picture",
-        f"as the tower sees it: {grid[0]} x {grid[1]} = {len(what.row)} patches",
-    )
-    if attention is None:
-        _panel(
-            panels[1], whole.convert("L").convert("RGB"), "attention of CLS", "this tower has no CLS token"
-        )
+    rows = [["picture", "attention", "kept", "merged"]]
+    sheet = charts.new_figure(14.6, 6.3, dpi=max(110, grid[1] * CELL / 3.5), layout="constrained")
+    if features.has_cls:
+        axes = sheet.subplot_mosaic([*rows, ["curve"] * 4], height_ratios=(3.5, 1.1))
+        attention = cls_attention(features)[0].double().cpu().numpy()
+        noted = _heat(axes["attention"], whole, attention, grid)
+        _curve(axes["curve"], attention, patches)
     else:
-        _heat(panels[1], whole, attention, grid)
-        above = _outliers(attention)[1]
-        _captions(
-            panels[1], "attention of CLS", f"{above} outliers hold {_share(attention, above):.0%} of it"
-        )
-    _panel(panels[2], spotlight(square, what, grid), "kept", _kept_note(what))
-    dropped = int((what.row < 0).sum())
-    note = f"{what.merged.sum()} patches tinted by their token" + (f", {dropped} dropped" if dropped else "")
-    _panel(panels[3], _paint(whole, what, grid, tint=True), "merged", note)
-    if attention is not None:
-        _curve(sheet.add_axes(_box(sheet, margin + 0.45, 0.45, 14.3 - 0.45, 1.1)), attention, what)
+        axes = sheet.subplot_mosaic(rows)
+        axes["attention"].imshow(whole.convert("L"), cmap="gray", vmin=0, vmax=255)
+        noted = "this tower has no CLS token"
+
+    kept, dropped = int(patches.kept.sum()), int((patches.row < 0).sum())
+    new = f"{patches.tokens - kept} token{'s' * (patches.tokens - kept != 1)}"
+    notes = {
+        "picture": f"as the tower sees it: {grid[0]} x {grid[1]} = {len(patches.row)} patches",
+        "attention": noted,
+        "kept": f"{kept} patches" + f" and {new} for the rest" * (patches.tokens > kept),
+        "merged": f"{patches.merged.sum()} patches tinted by their token"
+        + f", {dropped} dropped" * (dropped > 0),
+    }
+    if not kept:
+        notes["kept"] = f"no single patch: {new}"
+    axes["picture"].imshow(whole)
+    axes["kept"].imshow(paint(whole, patches, grid, tint=False), interpolation="nearest")
+    axes["merged"].imshow(paint(whole, patches, grid, tint=True), interpolation="nearest")
+    for name, note in notes.items():
+        axes[name].set_axis_off()
+        axes[name].set_title(f"{name}: {note}", loc="left", fontsize=9, color=INK)
+    sheet.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold", color=INK)
     charts.save(sheet, out)
 
 
-def _box(sheet, left: float, bottom: float, width: float, height: float) -> tuple[float, ...]:
-    """Inches -> fractions of the figure."""
-    across, up = sheet.get_size_inches()
-    return left / across, bottom / up, width / across, height / up
+def _heat(axes: Any, whole: Image.Image, attention: np.ndarray, grid: tuple[int, int]) -> str:
+    """Attention over a grey picture, on a logarithmic scale: on a linear one only the outliers would show.
 
-
-def _kept_note(what: Fate) -> str:
-    kept = int(what.kept.sum())
-    extra = what.tokens - kept
-    if not kept:
-        return f"no single patch: {extra} new token{'s' * (extra != 1)}"
-    return f"{kept} patches" + (f" and {extra} token{'s' * (extra != 1)} for the rest" if extra else "")
-
-
-def _panel(axes, picture: Image.Image, name: str, note: str) -> None:
-    axes.imshow(picture, interpolation="nearest")
-    _captions(axes, name, note)
-
-
-def _captions(axes, name: str, note: str) -> None:
-    axes.set_axis_off()
-    axes.text(0, 1.075, name, transform=axes.transAxes, fontsize=11.5, color=INK)
-    axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color=FAINT)
-
-
-def _heat(axes, whole: Image.Image, attention: np.ndarray, grid: tuple[int, int]) -> None:
-    """Attention on a logarithmic scale over a grey picture: on a linear one only the outliers would show."""
+    Returns how many patches are outliers, and what part of the attention they hold.
+    """
     axes.imshow(whole.convert("L"), cmap="gray", vmin=-90, vmax=330)
     level = np.log(np.maximum(attention, np.finfo(float).tiny))
     low, high = np.quantile(level, (0.02, 1.0))
     strength = np.clip((level - low) / max(high - low, 1e-9), 0, 1).reshape(grid)
-    rows, columns = grid
-    axes.imshow(
-        strength,
-        cmap="inferno",
-        vmin=0,
-        vmax=1,
-        alpha=0.25 + 0.65 * strength,
-        extent=(-0.5, columns * CELL - 0.5, rows * CELL - 0.5, -0.5),
-        interpolation="nearest",
-    )
+    edges = (-0.5, whole.width - 0.5, whole.height - 0.5, -0.5)
+    axes.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=0.25 + 0.65 * strength, extent=edges)
+    outliers = attention[attention > _fence(attention)]
+    return f"{len(outliers)} outliers hold {outliers.sum() / attention.sum():.0%} of it"
 
 
-def _outliers(attention: np.ndarray) -> tuple[float, int]:
-    """The upper fence, and how many patches lie above it."""
-    fence = float(outlier_fence(torch.from_numpy(np.sort(attention)[::-1].copy())))
-    return fence, int((attention > fence).sum())
+def _fence(attention: np.ndarray) -> float:
+    return float(outlier_fence(torch.from_numpy(np.sort(attention)[::-1].copy())))
 
 
-def _share(attention: np.ndarray, count: int) -> float:
-    """The part of the patches' attention that the `count` largest hold."""
-    return float(np.sort(attention)[::-1][:count].sum() / attention.sum())
-
-
-def _curve(axes, attention: np.ndarray, what: Fate) -> None:
+def _curve(axes: Any, attention: np.ndarray, patches: Assignment) -> None:
     """Attention by rank, kept patches marked, with the outlier fence."""
     order = np.argsort(-attention, kind="stable")
-    ranks = np.arange(1, len(order) + 1)
-    percent = 100 * attention[order]
-    is_kept = what.kept[order]
-    fence, above = _outliers(attention)
-    low, high = 0.8 * np.quantile(percent, 0.02), 1.5 * percent[0]
+    ranks, percent, is_kept = np.arange(1, len(order) + 1), 100 * attention[order], patches.kept[order]
+    fence = 100 * _fence(attention)
     axes.bar(ranks, percent, width=1.0, color="#dde1e7", linewidth=0)
-    axes.bar(ranks[is_kept], percent[is_kept], width=1.0, color=ACCENT, linewidth=0)
-    axes.axhline(100 * fence, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    above_line = {"textcoords": "offset points", "ha": "right", "fontsize": 9}
-    note = f"outlier fence, Q3 + 1.5 (Q3 - Q1): {above} patches above"
-    axes.annotate(note, (len(order), 100 * fence), (0, 4), color=INK, **above_line)
-    if is_kept.any():
-        axes.annotate(
-            f"kept: {is_kept.sum()}", (len(order), 100 * fence), (0, 19), color=ACCENT, **above_line
-        )
-    axes.set(xlim=(0.3, len(order) + 0.7), ylim=(low, high), yscale="log")
-    axes.set_xlabel("patches, by their attention", fontsize=9, color=FAINT, labelpad=1)
-    axes.set_ylabel("% of attention", fontsize=9, color=FAINT, labelpad=1)
+    axes.bar(ranks[is_kept], percent[is_kept], width=1.0, color=ACCENT, linewidth=0, label="kept")
+    note = f"outlier fence, Q3 + 1.5 (Q3 - Q1): {(percent > fence).sum()} patches above"
+    axes.axhline(fence, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label=note)
+    axes.set(xlim=(0.3, len(order) + 0.7), ylim=(0.8 * np.quantile(percent, 0.02), 1.5 * percent[0]))
+    axes.set(yscale="log", xlabel="patches, by their attention", ylabel="% of attention")
     axes.yaxis.set_major_formatter("{x:g}")
-    charts.tidy(axes)
     axes.yaxis.set_minor_formatter("")
+    axes.legend(loc="center right", frameon=False, fontsize=9)
+    charts.tidy(axes)
 
 
 # The command -----------------------------------------------------------------------------------------
@@ -344,25 +271,17 @@ def run(args: argparse.Namespace) -> int:
     image = load_image(args.image)
     tower = load_vision_tower(source.tower, select_layer=source.select_layer, device=device)
     square = as_seen(image, aspect_ratio=source.aspect_ratio, background=mean_colour(tower.image_processor))
-    features = see(tower, square)
+    features = tower(tower.image_processor.preprocess(square, return_tensors="pt")["pixel_values"])
     try:
         reduced = reducer(features)
     except ReducerInputError as error:
         raise UserError(str(error)) from error
-    what = fate(reduced)
-    title = (
-        f"{reducer.spec}: {what.tokens} of {len(what.row)} visual tokens ({what.tokens / len(what.row):.0%})"
-    )
+    tokens, patches = int(reduced.lengths[0]), reduced.source.shape[1]
+    title = f"{reducer.spec}: {tokens} of {patches} visual tokens ({tokens / patches:.0%})"
     figure(square, features, reduced, title=title, out=args.out)
     print(title)
     print(args.out)
     return 0
-
-
-def see(tower: VisionTower, square: Image.Image) -> VisionFeatures:
-    """A tower's features of one square picture."""
-    pixels = tower.image_processor.preprocess(square, return_tensors="pt")["pixel_values"]
-    return tower(pixels)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import trange
 
-from llava.errors import UserError
-from llava.mini.world import SIZE
+from llava.mini.world import SIZE, Scene, read_scenes
 from llava.model.checkpoints import write_tensors
 
 TEMPERATURE = 0.07
@@ -64,38 +63,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One object of a scene: its name (a rendered word: what it says), its colour, its box in pixels."""
-
-    name: str
-    color: str | None
-    box: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A picture and what it shows."""
-
-    image: str
-    objects: tuple[Thing, ...]
-
-
-def read_scenes(folder: Path) -> list[Scene]:
-    """The rows of a world's objects.jsonl."""
-    index = folder / "objects.jsonl"
-    if not index.is_file():
-        raise UserError(f"{index} is missing; make a world there with `llava mini world --out {folder}`.")
-    rows = map(json.loads, index.read_text(encoding="utf-8").splitlines())
-    return [
-        Scene(
-            row["image"],
-            tuple(Thing(o["class"], o["color"], tuple(o["box"])) for o in row["objects"]),
-        )
-        for row in rows
-    ]
-
-
-@dataclass(frozen=True)
 class Words:
     """The vocabulary the projector is aligned with, in three groups; index into the rows of the word table.
 
@@ -119,7 +86,7 @@ WEIGHTS = (1.0, 1.0, 0.35, 0.35)
 """How strongly each group's word shines in the target embedding."""
 
 
-def word_table(base: Path, scenes: list) -> tuple[Tensor, Words]:
+def word_table(base: Path, scenes: list[Scene]) -> tuple[Tensor, Words]:
     """Input embeddings of the words, minus the mean embedding, and the mean as the last row: [W + 1, hidden].
 
     The mean of all embeddings is most of every embedding's length and says nothing; only the rest tells words
@@ -140,7 +107,7 @@ def word_table(base: Path, scenes: list) -> tuple[Tensor, Words]:
     return torch.stack([*rows, mean]), words
 
 
-def label_tokens(args: argparse.Namespace, scenes: list, words: Words) -> tuple[Tensor, Tensor]:
+def label_tokens(args: argparse.Namespace, scenes: list[Scene], words: Words) -> tuple[Tensor, Tensor]:
     """Visual tokens that show something, [T, C], and their labels, [T, 4] (a column per group, -1: none)."""
     from llava.hardware import plan
     from llava.mm_utils import load_image
@@ -165,7 +132,7 @@ def label_tokens(args: argparse.Namespace, scenes: list, words: Words) -> tuple[
     return torch.cat(tokens), torch.cat(labels)
 
 
-def patch_labels(scene, grid: tuple[int, int], words: Words) -> Tensor:
+def patch_labels(scene: Scene, grid: tuple[int, int], words: Words) -> Tensor:
     """[N, 4] int64: thing, colour, side (0 left, 1 right), height (0 top, 1 bottom) at patch centres."""
     rows, columns = grid
     y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")

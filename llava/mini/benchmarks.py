@@ -29,7 +29,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import combinations, count, islice
 from pathlib import Path
 
@@ -59,37 +58,43 @@ APART = 1_000_000
 TEST_DEV_SHARE = 0.8  # of VQAv2's test2015 list
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
-    """The scenes of one benchmark, in order."""
+    """The scenes of one benchmark in order, drawn into files below `root`.
 
+    Attributes:
+        first: index of the first scene.
+        shown: what each picture shows, by its path relative to the root; grows with every picture drawn.
+        bar: counts the pictures.
+    """
+
+    root: Path
     seed: int
-    first: int  # index of the first scene
+    first: int
+    shown: dict[str, world.Scene]
+    bar: tqdm
 
-    @cached_property
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.first])
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng([self.seed, self.first])
 
-    def scenes(self, fit: Callable[[world.Scene], bool]) -> Iterator[world.Scene]:
+    def scenes(self, fit: Callable[[world.Scene], bool] = lambda scene: True) -> Iterator[world.Scene]:
         """Plans of scenes that fit, without end."""
         return (s for i in count(self.first) if fit(s := world.plan("test", self.seed, i)))
 
-    def save(self, scene: world.Scene, path: Path) -> world.Scene:
-        """Draw the scene into a file; the scene with its boxes."""
-        picture, drawn = self.draw(scene)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=90)
-        return drawn
+    def draw(self, scene: world.Scene, path: str) -> Image.Image:
+        """The scene as the picture that is to be called `path`."""
+        picture, self.shown[path] = world.render(scene, "test", self.seed)
+        self.bar.update()
+        return picture
 
-    def draw(self, scene: world.Scene) -> tuple[Image.Image, world.Scene]:
-        return world.render(scene, "test", self.seed)
+    def save(self, scene: world.Scene, path: str) -> None:
+        """Draws the scene into the file `path`."""
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.draw(scene, path).save(file, quality=90)
 
     def questions(self, scene: world.Scene) -> list[Question]:
         return world.interview("test", self.seed, scene)[0]
-
-
-Shown = dict[str, world.Scene]
-"""What each picture shows, by its path relative to the root."""
 
 
 def _things(scene: world.Scene) -> list[world.Thing]:
@@ -109,17 +114,16 @@ def _single(scene: world.Scene) -> list[world.Thing]:
 # --- POPE ---
 
 
-def write_pope(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
-    folder, rng = root / "pope", source.rng
+def write_pope(source: Source, number: int) -> None:
+    folder, rng = source.root / "pope", source.rng
     scenes = list(islice(source.scenes(lambda scene: len(_classes(scene)) >= 3), number))
     frequent = Counter(name for scene in scenes for name in _classes(scene))
     together = Counter(pair for scene in scenes for pair in combinations(_classes(scene), 2))
 
-    shown: Shown = {}
     labels: dict[str, list[dict]] = {category: [] for category in ("adversarial", "popular", "random")}
     for place, scene in enumerate(scenes):
         image = f"COCO_val2014_{place + 1:012d}.jpg"
-        shown[f"pope/val2014/{image}"] = source.save(scene, folder / "val2014" / image)
+        source.save(scene, f"pope/val2014/{image}")
         present = [str(name) for name in rng.permutation(_classes(scene))[:3]]
         absent = [str(name) for name in rng.permutation([n for n in drawings() if n not in _classes(scene)])]
         seen_with = {a: sum(together[tuple(sorted((a, p)))] for p in _classes(scene)) for a in absent}
@@ -133,11 +137,9 @@ def write_pope(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
                 for name, label in ((yes, "yes"), (no, "no")):
                     text = f"Is there {article(name)} in the image?"
                     rows.append({"question_id": len(rows) + 1, "image": image, "text": text, "label": label})
-        bar.update()
     for category, rows in labels.items():
         write_text(folder / "coco" / f"coco_pope_{category}.json", jsonl(rows))
-    write_text(folder / pope.QUESTIONS, pope.rebuild(root))
-    return shown
+    write_text(folder / pope.QUESTIONS, pope.rebuild(source.root))
 
 
 # --- MME ---
@@ -210,30 +212,27 @@ SUBTASKS: dict[str, tuple[Callable[..., Pair], Callable[[world.Scene], bool]]] =
 }
 
 
-def write_mme(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
-    release, shown = root / mme.RELEASE, {}
+def write_mme(source: Source, number: int) -> None:
+    root = source.root
     for offset, (subtask, (ask, fit)) in enumerate(SUBTASKS.items()):
-        part = Source(source.seed, source.first + offset * (APART // len(SUBTASKS)))
+        part = replace(source, first=source.first + offset * (APART // len(SUBTASKS)))
         for place, scene in enumerate(islice(part.scenes(fit), number)):
-            stem = release / subtask / f"{place + 1:06d}"
-            image = stem.with_suffix(".jpg")
-            shown[str(image.relative_to(root))] = part.save(scene, image)
+            stem = f"{mme.RELEASE}/{subtask}/{place + 1:06d}"
+            part.save(scene, f"{stem}.jpg")
             yes, no = ask(part.rng, scene)
-            write_text(stem.with_suffix(".txt"), f"{yes} {mme.ASK}\tYes\n{no} {mme.ASK}\tNo\n")
-            bar.update()
+            write_text(root / f"{stem}.txt", f"{yes} {mme.ASK}\tYes\n{no} {mme.ASK}\tNo\n")
     write_text(root / mme.QUESTIONS, mme.rebuild(root))
-    return shown
 
 
 # --- TextVQA ---
 
 
-def write_textvqa(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
-    folder, data, rows, shown = root / "textvqa", [], [], {}
+def write_textvqa(source: Source, number: int) -> None:
+    folder, data, rows = source.root / "textvqa", [], []
     for place, scene in enumerate(islice(source.scenes(_has_word), number)):
         image_id = hashlib.sha256(f"{source.seed}/{scene.index}".encode()).hexdigest()[:16]
         image = f"{image_id}.jpg"
-        shown[f"textvqa/train_images/{image}"] = source.save(scene, folder / "train_images" / image)
+        source.save(scene, f"textvqa/train_images/{image}")
         question = str(source.rng.choice(TEMPLATES["words", "open"]))
         data.append(
             {
@@ -249,23 +248,21 @@ def write_textvqa(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
         )
         text = question + NO_OCR_TOKENS + SHORT
         rows.append({"question_id": image_id, "image": image, "text": text, "category": "default"})
-        bar.update()
     head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "mini"}
     write_text(folder / "TextVQA_0.5.1_val.json", json.dumps({**head, "data": data}))
     write_text(folder / "llava_textvqa_val_v051_ocr.jsonl", jsonl(rows))
-    return shown
 
 
 # --- VQAv2 ---
 
 
-def write_vqav2(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
-    folder, rng = root / "vqav2", source.rng
-    rows, questions, annotations, shown = [], [], [], {}
-    for place, scene in enumerate(islice(source.scenes(lambda scene: True), number)):
+def write_vqav2(source: Source, number: int) -> None:
+    folder, rng = source.root / "vqav2", source.rng
+    rows, questions, annotations = [], [], []
+    for place, scene in enumerate(islice(source.scenes(), number)):
         image_id = place + 1
         image = f"COCO_test2015_{image_id:012d}.jpg"
-        shown[f"vqav2/test2015/{image}"] = source.save(scene, folder / "test2015" / image)
+        source.save(scene, f"vqav2/test2015/{image}")
         asked = [q for q in source.questions(scene) if q.form != "choice" and q.type != "words"]
         for turn, index in enumerate(rng.permutation(len(asked))[:3]):
             question = asked[index]
@@ -280,14 +277,17 @@ def write_vqav2(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
                 {
                     **key,
                     "question_type": " ".join(text.lower().split()[:3]),
-                    "answer_type": "yes/no" if question.form == "yesno" else _answer_type(answer),
+                    "answer_type": "yes/no"
+                    if question.form == "yesno"
+                    else "number"
+                    if answer.isdigit()
+                    else "other",
                     "multiple_choice_answer": answer,
                     "answers": [
                         {"answer_id": i, "answer": answer, "answer_confidence": "yes"} for i in range(1, 11)
                     ],
                 }
             )
-        bar.update()
     head = {
         "info": {"description": "composed scenes", "version": "mini"},
         "task_type": "Open-Ended",
@@ -303,11 +303,6 @@ def write_vqav2(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
     asked = rows[: max(1, round(TEST_DEV_SHARE * len(rows)))]
     write_text(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", jsonl(asked))
     write_text(folder / "llava_vqav2_mscoco_test2015.jsonl", jsonl(rows))
-    return shown
-
-
-def _answer_type(answer: str) -> str:
-    return "number" if answer.isdigit() else "other"
 
 
 # --- ScienceQA and MMBench: multiple choice ---
@@ -343,7 +338,7 @@ def _choices(source: Source, scene: world.Scene) -> list[Choice]:
 def _one_each(source: Source, number: int) -> Iterator[tuple[world.Scene, Choice]]:
     """`number` scenes with one question each, the types in turn, every letter equally often right."""
     order = ("naming", "color", "counting", "position", "words")
-    scenes = source.scenes(lambda scene: True)
+    scenes = source.scenes()
     for place in range(number):
         wanted = order[place % len(order)]
         for scene in scenes:
@@ -376,10 +371,9 @@ def _text_question(rng: np.random.Generator) -> Choice:
     )
 
 
-def write_scienceqa(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
-    folder, rng = root / "scienceqa", source.rng
+def write_scienceqa(source: Source, number: int) -> None:
+    folder, rng = source.root / "scienceqa", source.rng
     problems: dict[str, dict] = {}
-    shown: Shown = {}
 
     def add(choice: Choice, picture: bool, hint: str = "") -> str:
         identifier = str(len(problems) + 1)
@@ -404,18 +398,15 @@ def write_scienceqa(root: Path, source: Source, number: int, bar: tqdm) -> Shown
     for place, (scene, choice) in enumerate(_one_each(source, number)):
         hint = "Look at the picture." if rng.random() < 0.25 else ""
         identifier = add(choice, True, hint)
-        path = folder / "images" / "test" / identifier / "image.png"
-        shown[str(path.relative_to(root))] = source.save(scene, path)
+        source.save(scene, f"scienceqa/images/test/{identifier}/image.png")
         if place % 3 == 2:
             add(_text_question(rng), False)
-        bar.update()
     splits: dict[str, list[str]] = {name: [] for name in ("train", "val", "trainval", "minitrain", "minival")}
     write_text(folder / "problems.json", json.dumps(problems, indent=1))
     write_text(
         folder / "pid_splits.json", json.dumps({**splits, "test": list(problems), "minitest": list(problems)})
     )
-    write_text(folder / scienceqa.QUESTIONS, scienceqa.rebuild(root))
-    return shown
+    write_text(folder / scienceqa.QUESTIONS, scienceqa.rebuild(source.root))
 
 
 ABILITIES = {  # type of question -> MMBench's category and l2-category
@@ -431,14 +422,12 @@ COLUMNS = (
 )
 
 
-def write_mmbench(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
-    base, shown = [], {}
+def write_mmbench(source: Source, number: int) -> None:
+    base: list[tuple[Choice, str]] = []
     for scene, choice in _one_each(source, number):
         stream = io.BytesIO()
-        picture, shown[f"mmbench/{len(base)}"] = source.draw(scene)
-        picture.save(stream, "JPEG", quality=90)
+        source.draw(scene, f"mmbench/{len(base)}").save(stream, "JPEG", quality=90)
         base.append((choice, base64.b64encode(stream.getvalue()).decode()))
-        bar.update()
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, COLUMNS, restval="", delimiter="\t", lineterminator="\n")
     table.writeheader()
@@ -458,13 +447,12 @@ def write_mmbench(root: Path, source: Source, number: int, bar: tqdm) -> Shown:
                 "split": "dev",
             }
             table.writerow(cells)
-    write_text(root / mmbench.EN, text.getvalue())
-    return shown
+    write_text(source.root / mmbench.EN, text.getvalue())
 
 
 # --- all of them ---
 
-WRITERS: dict[str, Callable[[Path, Source, int, tqdm], Shown]] = {
+WRITERS: dict[str, Callable[[Source, int], None]] = {
     "pope": write_pope,
     "mme": write_mme,
     "textvqa": write_textvqa,
@@ -506,10 +494,10 @@ def generate(out: Path, seed: int, number: int) -> dict:
         raise UserError(f"{out} is not empty and holds other data: choose another --out or remove it.")
     beside = out.with_name(f"{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    pictures, shown = number * (len(WRITERS) - 1 + len(SUBTASKS)), {}
+    pictures, shown = number * (len(WRITERS) - 1 + len(SUBTASKS)), dict[str, world.Scene]()
     with tqdm(total=pictures, desc="mini benchmarks", unit="picture", file=sys.stderr, mininterval=1) as bar:
         for place, write in enumerate(WRITERS.values()):
-            shown |= write(beside, Source(seed, (place + 1) * APART), number, bar)
+            write(Source(beside, seed, (place + 1) * APART, shown, bar), number)
     write_text(
         beside / "objects.jsonl", jsonl(world.describe(scene, image) for image, scene in shown.items())
     )

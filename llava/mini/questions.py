@@ -129,11 +129,16 @@ def options_for(rng: np.random.Generator, kind: str, scene, right: str) -> tuple
     return (*wrong[:place], right, *wrong[place:])
 
 
-def _choice(rng, kind: str, scene, question: str, right: str) -> tuple[str, str, tuple[str, ...]]:
-    """(text with options, letter of the right one, options)."""
+def _asked(
+    rng, kind: str, form: str, scene, text: str, right: str, about: str, mentions: tuple[str, ...] = ()
+) -> Question:
+    """A question to be answered in a word, or with `form` "choice" by the letter of one of four options."""
+    if form != "choice":
+        return Question(kind, "open", text + SHORT, right, (), about, mentions)
     options = options_for(rng, kind, scene, right)
     listing = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return question + listing + LETTER, LETTERS[options.index(right)], options
+    letter = LETTERS[options.index(right)]
+    return Question(kind, "choice", text + listing + LETTER, letter, options, about, mentions)
 
 
 def _yes(flag: bool) -> str:
@@ -170,11 +175,8 @@ def naming(rng, scene) -> list[Question]:
         template = "alone" if alone and rng.random() < 0.7 else "open"
         text = _pick(rng, TEMPLATES["naming", template]).format(region=thing.region)
         about = "" if template == "alone" else thing.region
-        if rng.random() < 0.85:
-            questions.append(Question("naming", "open", text + SHORT, thing.name, (), about, (thing.name,)))
-        else:
-            text, letter, options = _choice(rng, "naming", scene, text, thing.name)
-            questions.append(Question("naming", "choice", text, letter, options, about, (thing.name,)))
+        form = "open" if rng.random() < 0.85 else "choice"
+        questions.append(_asked(rng, "naming", form, scene, text, thing.name, about, (thing.name,)))
     return questions
 
 
@@ -193,11 +195,7 @@ def color(rng, scene) -> list[Question]:
             continue
         template = TEMPLATES["color", "open" if len(group) == 1 else "group"]
         text = _pick(rng, template).format(name=name, names=plural(name))
-        if form == "choice":
-            text, letter, options = _choice(rng, "color", scene, text, right)
-            questions.append(Question("color", "choice", text, letter, options, name, (name,)))
-        else:
-            questions.append(Question("color", "open", text + SHORT, right, (), name, (name,)))
+        questions.append(_asked(rng, "color", form, scene, text, right, name, (name,)))
     return questions
 
 
@@ -214,10 +212,7 @@ def counting(rng, scene) -> list[Question]:
         text = _pick(rng, template).format(number=NUMBERS[said], name=name, names=plural(name))
         return [Question("counting", "yesno", text + SHORT, _yes(truth), (), name, (name,))]
     text = _pick(rng, TEMPLATES["counting", "open"]).format(names=plural(name))
-    if form == "choice":
-        text, letter, options = _choice(rng, "counting", scene, text, str(right))
-        return [Question("counting", "choice", text, letter, options, name, (name,))]
-    return [Question("counting", "open", text + SHORT, str(right), (), name, (name,))]
+    return [_asked(rng, "counting", form, scene, text, str(right), name, (name,))]
 
 
 def position(rng, scene) -> list[Question]:
@@ -231,13 +226,7 @@ def position(rng, scene) -> list[Question]:
             questions.append(_position_yesno(rng, thing, [o for o in single if o is not thing]))
             continue
         text = _pick(rng, TEMPLATES["position", "open"]).format(name=thing.name)
-        if form == "choice":
-            text, letter, options = _choice(rng, "position", scene, text, thing.region)
-            questions.append(Question("position", "choice", text, letter, options, thing.name, (thing.name,)))
-        else:
-            questions.append(
-                Question("position", "open", text + SHORT, thing.region, (), thing.name, (thing.name,))
-            )
+        questions.append(_asked(rng, "position", form, scene, text, thing.region, thing.name, (thing.name,)))
     return questions
 
 
@@ -270,11 +259,9 @@ def words(rng, scene) -> list[Question]:
         text = _pick(rng, TEMPLATES["words", "yesno"]).format(text=said)
         return [Question("words", "yesno", text + SHORT, _yes(truth), (), "word")]
     text = _pick(rng, TEMPLATES["words", "open"])
-    if form == "choice":
-        text, letter, options = _choice(rng, "words", scene, text, right)
-        return [Question("words", "choice", text, letter, options, "word")]
-    frame = NO_OCR_TOKENS if rng.random() < 0.25 else ""
-    return [Question("words", "open", text + frame + SHORT, right, (), "word")]
+    if form != "choice" and rng.random() < 0.25:
+        text += NO_OCR_TOKENS
+    return [_asked(rng, "words", form, scene, text, right, "word")]
 
 
 def caption(rng, scene) -> Question:

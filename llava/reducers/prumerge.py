@@ -64,14 +64,15 @@ class PruMerge(Reducer):
         Raises:
             ReducerInputError: no CLS token, or values that are NaN or infinite.
         """
-        attention = cls_attention(features)
+        exact = features.float()  # once, for scores, similarities and sums
+        attention = cls_attention(exact)
         order, count = self.select(*attention.sort(dim=1, descending=True, stable=True))
         if self.merge is False:
             count = count.clamp(min=1)
 
         # How many patches each image keeps, NaN where anything in its features is NaN or infinite: one
         # number an image, so that the device is waited for once.
-        inputs = [x.float().flatten(1).sum(1) for x in (features.patches, features.key, attention)]
+        inputs = [x.flatten(1).sum(1) for x in (exact.patches, exact.key, attention)]
         sizes: list[float] = (count + 0 * sum(inputs)).tolist()
         require_finite([not math.isnan(size) for size in sizes])
         longest = int(max(sizes, default=0))
@@ -85,7 +86,7 @@ class PruMerge(Reducer):
             image = torch.arange(len(kept), device=kept.device).unsqueeze(1)
             tokens = features.patches[image, kept] * is_row.unsqueeze(2)
             return ReducedTokens(tokens, count, padded, torch.where(is_kept, rank, -1))
-        tokens, nearest = merge_nearest(features, attention, kept, is_row, is_kept)
+        tokens, nearest = merge_nearest(exact, attention, kept, is_row, is_kept)
         return ReducedTokens(
             tokens=tokens.to(features.patches.dtype),
             lengths=count + 1,
@@ -199,6 +200,7 @@ def merge_nearest(
     """Merges the nearest patches into each kept one, and what was not kept into one more token.
 
     Args:
+        features: in float32.
         attention: [B, N] float32.
         kept: [B, K] int64, the kept patches of each image.
         is_row: [B, K] bool, false where an image keeps fewer.
@@ -209,14 +211,14 @@ def merge_nearest(
         with the most similar key to each patch's (0 where nothing is kept: the one more token).
         Differentiable in patches and attention.
     """
-    (batch, count), patches = kept.shape, features.patches.float()
+    (batch, count), patches = kept.shape, features.patches
     length, width = patches.shape[1:]
     image = torch.arange(batch, device=kept.device).unsqueeze(1)
     with torch.no_grad():
         # Cosine similarity of the kept keys with all N keys: the one large product. Its kernels differ with
         # the number of rows, in the last bit; whole blocks of 16 rows keep an image's similarities the same
         # (seen, not promised) in any batch. At least one row is added: where nothing is kept, `nearest` is 0.
-        key = F.normalize(features.key[:, 1:].float(), dim=2, eps=1e-12)
+        key = F.normalize(features.key[:, 1:], dim=2, eps=1e-12)
         rows = F.pad(kept, (0, 16 - count % 16))
         similarity = torch.bmm(key[image, rows], key.transpose(1, 2))  # [B, rows, N]
         no_row = ~F.pad(is_row, (0, rows.shape[1] - count))
