@@ -480,18 +480,15 @@ def test_adapter_of_another_model(tiny: Family) -> None:
     file = tiny.lora / "adapter_model.bin"
     adapter = torch.load(file)
     first = next(iter(adapter))
-    for broken, says in (
-        ({**adapter, first: torch.zeros(RANK, 100)}, r"has shape \[4, 100\]"),
-        ({name: tensor for name, tensor in adapter.items() if name != first}, "lacks"),
-        (
-            {**adapter, "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": adapter[first]},
-            "no such layer",
-        ),
+    more = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"
+    for name, broken in (
+        (first, {**adapter, first: torch.zeros(RANK, 100)}),
+        (first, {name: tensor for name, tensor in adapter.items() if name != first}),
+        (more, {**adapter, more: adapter[first]}),
     ):
         torch.save(broken, file)
-        with pytest.raises(UserError, match=says) as error:
+        with pytest.raises(UserError, match=f"{file}: {name}"):
             load(tiny.lora, tiny.base)
-        assert str(file) in str(error.value)
 
 
 def test_adapter_targets_that_do_not_exist(tiny: Family) -> None:

@@ -19,10 +19,8 @@ from tiny_checkpoints import (
 )
 
 from llava.cli import main
-from llava.errors import UserError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints import inspect_checkpoint, read_model_weights, read_projector
-from llava.tools.delta import combine
 from llava.tools.whole import tower_name_from
 
 PROMPT = torch.tensor([[1, 270, 280, -200, 290, 300]])
@@ -338,57 +336,8 @@ def test_what_llava_hf_has_no_place_for(tiny: Family, capsys: pytest.CaptureFixt
         tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.base, "--out", tiny.root / "out")
         == 2
     )
-    assert "cannot see" in capsys.readouterr().err
+    assert "no projector" in capsys.readouterr().err
     assert not (tiny.root / "out").exists()
-
-
-# Deltas
-
-
-def test_delta_round_trip(tiny: Family) -> None:
-    """The model has an added token and a projector that its base has not."""
-    rows = tiny.vocab_size + 1
-    changed = {name: tensor + 0.25 for name, tensor in tiny.language_model.items()}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        changed[name] = torch.cat([changed[name], torch.full((1, 64), 0.5)])
-    single_safetensors(tiny.full, {**changed, **tiny.projector_weights})
-    edit_json(tiny.full / "config.json", vocab_size=rows)
-    delta, target = tiny.root / "delta", tiny.root / "target"
-    tool(
-        "tools",
-        "make-delta",
-        "--base-model-path",
-        tiny.base,
-        "--target-model-path",
-        tiny.full,
-        "--delta-path",
-        delta,
-    )
-    found = load_file(delta / "model.safetensors")
-    torch.testing.assert_close(found["model.norm.weight"], torch.full((64,), 0.25))
-    torch.testing.assert_close(found["lm_head.weight"][-1], torch.full((64,), 0.5))
-    tool(
-        "tools",
-        "apply-delta",
-        "--base-model-path",
-        tiny.base,
-        "--target-model-path",
-        target,
-        "--delta-path",
-        delta,
-    )
-    torch.testing.assert_close(logits(target), logits(tiny.full), atol=1e-5, rtol=0)
-
-
-def test_delta_of_another_base() -> None:
-    two, three = {"a": torch.zeros(2)}, {"a": torch.zeros(3)}
-    for base, other, says in (
-        (two, three, "wrong base"),
-        (two, {}, "not its delta"),
-        ({}, two, "wrong base"),
-    ):
-        with pytest.raises(UserError, match=says):
-            combine(base, other, 1, Path("delta"))
 
 
 # Doctor
@@ -447,8 +396,6 @@ def test_doctor_reads_the_values_if_asked(tiny: Family, capsys: pytest.CaptureFi
     ("name", "says"),
     [
         ("llava.model.consolidate", "--src"),
-        ("llava.model.apply_delta", "--delta-path"),
-        ("llava.model.make_delta", "--delta-path"),
         ("scripts/merge_lora_weights.py", "--save-model-path"),
         ("scripts/extract_mm_projector.py", "--output"),
     ],
