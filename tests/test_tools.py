@@ -41,6 +41,14 @@ def tool(*words: str | Path) -> int:
     return main([str(word) for word in words])
 
 
+def merge(path: Path, base: Path, out: Path, *more: str) -> int:
+    return tool("tools", "merge-lora", "--model-path", path, "--model-base", base, "--out", out, *more)
+
+
+def convert(to: str, path: Path, out: Path, *more: str) -> int:
+    return tool("tools", "convert", "--to", to, "--model-path", path, "--out", out, *more)
+
+
 def load(path: Path, base: Path | None = None):
     return load_pretrained_model(path, base, "any-name", device="cpu")
 
@@ -59,19 +67,7 @@ def logits(path: Path, base: Path | None = None) -> torch.Tensor:
 
 def test_merge_lora(tiny: Family) -> None:
     out = tiny.root / "out/merged"
-    assert (
-        tool(
-            "tools",
-            "merge-lora",
-            "--model-path",
-            tiny.lora,
-            "--model-base",
-            tiny.base,
-            "--save-model-path",
-            out,
-        )
-        == 0
-    )
+    assert merge(tiny.lora, tiny.base, out) == 0
     assert inspect_checkpoint(out).kind == "full"
     assert (out / "model.safetensors").is_file()
     torch.testing.assert_close(logits(out), logits(tiny.lora, tiny.base), atol=1e-6, rtol=0)
@@ -80,9 +76,8 @@ def test_merge_lora(tiny: Family) -> None:
 def test_merge_keeps_dtype_unless_told(tiny: Family) -> None:
     half = {name: tensor.half() for name, tensor in tiny.language_model.items()}
     torch.save(half, tiny.base / "pytorch_model.bin")
-    common = ("tools", "merge-lora", "--model-path", tiny.lora, "--model-base", tiny.base, "--out")
-    tool(*common, tiny.root / "a")
-    tool(*common, tiny.root / "b", "--dtype", "float32")
+    merge(tiny.lora, tiny.base, tiny.root / "a")
+    merge(tiny.lora, tiny.base, tiny.root / "b", "--dtype", "float32")
     for name, dtype in (("a", torch.float16), ("b", torch.float32)):
         assert {tensor.dtype for tensor in load_file(tiny.root / name / "model.safetensors").values()} == {
             dtype
@@ -93,16 +88,7 @@ def test_merge_keeps_dtype_unless_told(tiny: Family) -> None:
 
 
 def test_merge_projector_into_its_base(tiny: Family) -> None:
-    tool(
-        "tools",
-        "merge-lora",
-        "--model-path",
-        tiny.projector,
-        "--model-base",
-        tiny.base,
-        "--out",
-        tiny.root / "out",
-    )
+    merge(tiny.projector, tiny.base, tiny.root / "out")
     assert torch.equal(logits(tiny.root / "out"), logits(tiny.full))
 
 
@@ -110,9 +96,7 @@ def test_merge_adapter_of_a_plain_language_model(tiny: Family) -> None:
     for name in ("config.json", "non_lora_trainables.bin"):
         (tiny.lora / name).unlink()
     out = tiny.root / "out"
-    assert (
-        tool("tools", "merge-lora", "--model-path", tiny.lora, "--model-base", tiny.base, "--out", out) == 0
-    )
+    assert merge(tiny.lora, tiny.base, out) == 0
     assert inspect_checkpoint(out).kind == "plain_lm"
     ids = PROMPT[:, :3]
     expected = load(tiny.lora, tiny.base)[1](ids).logits
@@ -127,19 +111,7 @@ def test_nothing_to_merge(tiny: Family, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_failed_tool_leaves_nothing(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny.base / "pytorch_model.bin").write_bytes(b"PK torn")
-    assert (
-        tool(
-            "tools",
-            "merge-lora",
-            "--model-path",
-            tiny.lora,
-            "--model-base",
-            tiny.base,
-            "--out",
-            tiny.root / "out",
-        )
-        == 2
-    )
+    assert merge(tiny.lora, tiny.base, tiny.root / "out") == 2
     assert "pytorch_model.bin is damaged or cut off" in capsys.readouterr().err
     assert not list(tiny.root.glob("*out*"))
 
@@ -226,7 +198,7 @@ def test_to_llava_hf_is_transformers_llava(tiny: Family) -> None:
 
     edit_json(tiny.full / "config.json", mm_token_reducer="none")
     out = tiny.root / "hf"
-    assert tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", out) == 0
+    assert convert("llava-hf", tiny.full, out) == 0
     model, report = LlavaForConditionalGeneration.from_pretrained(
         out, dtype=torch.float32, output_loading_info=True
     )
@@ -247,13 +219,13 @@ def test_to_llava_hf_is_transformers_llava(tiny: Family) -> None:
 def test_llava_hf_round_trip(tiny: Family) -> None:
     edit_json(tiny.full / "config.json", mm_token_reducer="topk(tokens=5)", image_aspect_ratio="square")
     hf, back = tiny.root / "hf", tiny.root / "back"
-    tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", hf)
+    convert("llava-hf", tiny.full, hf)
     assert inspect_checkpoint(hf).kind == "llava_hf"
     expected = logits(tiny.full)
     assert torch.equal(logits(hf), expected)
 
     shutil.rmtree(tiny.root / "towers")
-    tool("tools", "convert", "--to", "llava", "--model-path", hf, "--out", back)
+    convert("llava", hf, back)
     assert inspect_checkpoint(back).kind == "full"
     found = read_model_weights(inspect_checkpoint(back)).tensors
     whole = {**tiny.language_model, **tiny.projector_weights}
@@ -265,7 +237,7 @@ def test_llava_hf_round_trip(tiny: Family) -> None:
     assert (model.reducer.spec, model.config.image_aspect_ratio) == ("topk(tokens=5)", "square")
 
     again = tiny.root / "again"
-    tool("tools", "convert", "--to", "llava-hf", "--model-path", back, "--out", again)
+    convert("llava-hf", back, again)
     first, second = load_file(hf / "model.safetensors"), load_file(again / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -275,7 +247,7 @@ def test_convert_golden_llava_hf(golden: Path, tmp_path: Path) -> None:
     """A 4.37-era directory becomes the released format's weights, and its tower the CLIP they came from."""
     ckpt = golden / "llava/ckpt"
     out = tmp_path / "llava"
-    tool("tools", "convert", "--to", "llava", "--model-path", ckpt / "llava-tiny-1.5-7b-hf", "--out", out)
+    convert("llava", ckpt / "llava-tiny-1.5-7b-hf", out)
     found = read_model_weights(inspect_checkpoint(out)).tensors
     expected = read_model_weights(inspect_checkpoint(ckpt / "llava-tiny-v1.5-7b")).tensors
     assert found.keys() == expected.keys()
@@ -293,7 +265,7 @@ def test_spellings_of_transformers_5_in_memory(tiny: Family) -> None:
     from transformers import LlavaForConditionalGeneration
 
     hf = tiny.root / "hf"
-    tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", hf)
+    convert("llava-hf", tiny.full, hf)
     state = LlavaForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).state_dict()
     assert "model.vision_tower.pre_layrnorm.weight" in state
     save_file({name: tensor.clone() for name, tensor in state.items()}, hf / "model.safetensors")
@@ -302,19 +274,8 @@ def test_spellings_of_transformers_5_in_memory(tiny: Family) -> None:
 
 def test_convert_with_a_named_tower(tiny: Family) -> None:
     hf, out = tiny.root / "hf", tiny.root / "out"
-    tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", hf)
-    tool(
-        "tools",
-        "convert",
-        "--to",
-        "llava",
-        "--model-path",
-        hf,
-        "--out",
-        out,
-        "--vision-tower",
-        "towers/clip-tiny",
-    )
+    convert("llava-hf", tiny.full, hf)
+    convert("llava", hf, out, "--vision-tower", "towers/clip-tiny")
     assert not (out / "vision_tower").exists()
     assert torch.equal(logits(out), logits(tiny.full))
 
@@ -327,15 +288,9 @@ def test_what_llava_hf_has_no_place_for(tiny: Family, capsys: pytest.CaptureFixt
         "model.mm_projector.bias": torch.zeros(64),
     }
     single_safetensors(tiny.full, weights)
-    assert (
-        tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", tiny.root / "out")
-        == 2
-    )
+    assert convert("llava-hf", tiny.full, tiny.root / "out") == 2
     assert "linear" in capsys.readouterr().err
-    assert (
-        tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.base, "--out", tiny.root / "out")
-        == 2
-    )
+    assert convert("llava-hf", tiny.base, tiny.root / "out") == 2
     assert "no projector" in capsys.readouterr().err
     assert not (tiny.root / "out").exists()
 
