@@ -183,6 +183,24 @@ def test_consolidate(tiny: Family) -> None:
     assert load_file(tiny.root / "with-tower/model.safetensors").keys() == whole.keys() | tower.keys()
 
 
+def test_a_tower_that_was_trained_along_is_merged_too(tiny: Family) -> None:
+    """LoRA on a LLaVA-1.6: its base carries a tower of its own."""
+    clip = torch.load(tiny.tower / "pytorch_model.bin")
+    own = {
+        f"model.vision_tower.vision_tower.{name}": 0.5 * tensor
+        for name, tensor in clip.items()
+        if name.startswith("vision_model.")
+    }
+    single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights, **own})
+    for directory in (tiny.full, tiny.lora):
+        edit_json(directory / "config.json", unfreeze_mm_vision_tower=True)
+    expected = logits(tiny.lora, tiny.full)
+    merge(tiny.lora, tiny.full, tiny.root / "merged")
+    torch.testing.assert_close(logits(tiny.root / "merged"), expected, atol=1e-5, rtol=0)
+    convert("llava-hf", tiny.root / "merged", tiny.root / "hf")
+    torch.testing.assert_close(logits(tiny.root / "hf"), expected, atol=1e-5, rtol=0)
+
+
 def test_consolidate_is_for_whole_models(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
     edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path="base-tiny")
     assert tool("tools", "consolidate", "--src", tiny.lora, "--dst", tiny.root / "out") == 2
