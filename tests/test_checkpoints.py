@@ -1,24 +1,28 @@
 """Formats on disk: recognised by content, read strictly, complained about in one sentence, written whole."""
 
-import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Family, edit_json, family, single_safetensors, write_json
 
 from llava.errors import UserError
 from llava.model import checkpoints
+from llava.model.builder import load_pretrained_model, load_tokenizer
 from llava.model.checkpoints import (
     canonical_name,
     check_weights,
     fit_vocabulary,
     inspect_checkpoint,
     llava_hf_name,
+    locate,
     read_model_weights,
     read_projector,
     read_tensors,
@@ -201,41 +205,54 @@ def test_no_such_directory(name: str) -> None:
         inspect_checkpoint(name)
 
 
-def test_hub_name_without_network() -> None:
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(UserError, match=r"nobody/nothing .*no network.*hf download nobody/nothing"):
-        inspect_checkpoint("nobody/nothing")
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_hub_out_of_reach(tmp_path: Path, offline: str) -> None:
+    """One sentence and status 2, whether or not HF_HUB_OFFLINE says that there is no network."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "llava.cli", "doctor", "checkpoint", "nobody/nothing"]
+    environment |= {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "hf download nobody/nothing" in done.stderr.strip().splitlines()[-1]
+
+
+def test_tokenizer_and_tower_of_a_hub_out_of_reach(tiny: Family) -> None:
+    with pytest.raises(UserError, match="nobody/nothing"):
+        load_tokenizer("nobody/nothing")
+    edit_json(tiny.full / "config.json", mm_vision_tower="nobody/nothing")
+    with pytest.raises(UserError, match=r"nobody/nothing.*--vision-tower"):
+        load_pretrained_model(tiny.full, device="cpu")
 
 
 def test_a_local_directory_wins_over_the_hub(tiny: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     (tiny.root / "liuhaotian").mkdir()
     tiny.full.rename(tiny.root / "liuhaotian/llava-v1.5-7b")
     monkeypatch.chdir(tiny.root)
-    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(locate, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
     assert inspect_checkpoint("liuhaotian/llava-v1.5-7b").kind == "full"
 
 
-@pytest.mark.parametrize(
-    ("remote", "skipped"), [(["model.safetensors"], True), (["pytorch_model.bin"], False)]
-)
+@pytest.mark.parametrize("has_safetensors", [True, False])
 def test_download_takes_one_format(
-    tiny: Family, monkeypatch: pytest.MonkeyPatch, remote: list[str], skipped: bool
+    tiny: Family, monkeypatch: pytest.MonkeyPatch, has_safetensors: bool
 ) -> None:
-    asked = {}
+    """Of a repository with model.safetensors and pytorch_model.bin, or with the latter only."""
+    remote = {"config.json", "mm_projector.bin", "pytorch_model.bin", "training_args.bin", "x/optimizer.bin"}
+    remote |= {"model.safetensors"} if has_safetensors else set()
+    downloaded = set()
 
-    class Hub:
-        def list_repo_files(self, name: str) -> list[str]:
-            return ["config.json", "mm_projector.bin", *remote]
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert name == "liuhaotian/llava-v1.5-7b"
+        found = filter_repo_objects(remote, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        downloaded.update(found)
+        return str(tiny.base if has_safetensors else tiny.full)
 
-    def download(name: str, **patterns) -> str:
-        asked.update(patterns, name=name)
-        return str(tiny.full)
-
-    monkeypatch.setattr(checkpoints, "HfApi", Hub)
-    monkeypatch.setattr(checkpoints, "snapshot_download", download)
-    assert inspect_checkpoint("liuhaotian/llava-v1.5-7b").path == tiny.full
-    assert asked["name"] == "liuhaotian/llava-v1.5-7b"
-    assert ("pytorch_model*.bin" in asked["ignore_patterns"]) is skipped
+    single_safetensors(tiny.base, tiny.language_model)
+    monkeypatch.setattr(locate, "snapshot_download", download)
+    inspect_checkpoint("liuhaotian/llava-v1.5-7b")
+    model = "model.safetensors" if has_safetensors else "pytorch_model.bin"
+    assert downloaded == {"config.json", "mm_projector.bin", model}
 
 
 def test_resolve_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,139 +354,50 @@ class Malicious:
         return (os.mkdir, ("executed",))
 
 
-def bad_config_bytes(tiny: Family) -> Path:
-    (tiny.full / "config.json").write_bytes(b'{"model_type": "ll\xe4va"}')
-    return tiny.full / "config.json"
+CONFIG, INDEX = "config.json", "pytorch_model.bin.index.json"
+FIRST, SECOND = (f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2))
+BAD_FILES = {
+    "not UTF-8": (CONFIG, lambda file: file.write_bytes(b'{"model_type": "ll\xe4va"}')),
+    "not JSON": (CONFIG, lambda file: file.write_text('{"model_type": "llava",')),
+    "a list": (CONFIG, lambda file: file.write_text("[]")),
+    "no config": (CONFIG, Path.unlink),
+    "truncated": (SECOND, truncate),
+    "empty": (FIRST, lambda file: file.write_bytes(b"")),
+    "an error page": (FIRST, lambda file: file.write_text("<html>Quota exceeded</html>")),
+    "a Git LFS pointer": (FIRST, lambda file: file.write_text("version https://git-lfs.github.com/spec/v1")),
+    "a missing shard": (FIRST, Path.unlink),
+    "no index": (INDEX, Path.unlink),
+    "an index without its table": (INDEX, lambda file: write_json(file, {"metadata": {}})),
+    "code": (SECOND, lambda file: torch.save({"model.norm.weight": Malicious()}, file)),
+    "no tensors": (SECOND, lambda file: torch.save({"model.norm.weight": 1}, file)),
+}
 
 
-def bad_config_json(tiny: Family) -> Path:
-    (tiny.full / "config.json").write_text('{"model_type": "llava",')
-    return tiny.full / "config.json"
-
-
-def config_is_a_list(tiny: Family) -> Path:
-    (tiny.full / "config.json").write_text("[]")
-    return tiny.full / "config.json"
-
-
-def no_config(tiny: Family) -> Path:
-    (tiny.full / "config.json").unlink()
-    return tiny.full
-
-
-def empty_directory(tiny: Family) -> Path:
-    shutil.rmtree(tiny.full)
-    tiny.full.mkdir()
-    return tiny.full
-
-
-def truncated_zip(tiny: Family) -> Path:
-    truncate(tiny.full / "pytorch_model-00002-of-00002.bin")
-    return tiny.full / "pytorch_model-00002-of-00002.bin"
-
-
-def truncated_safetensors(tiny: Family) -> Path:
-    single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights})
-    truncate(tiny.full / "model.safetensors")
-    return tiny.full / "model.safetensors"
-
-
-def empty_file(tiny: Family) -> Path:
-    (tiny.full / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
-    return tiny.full / "pytorch_model-00001-of-00002.bin"
-
-
-def html_instead_of_weights(tiny: Family) -> Path:
-    (tiny.full / "pytorch_model-00001-of-00002.bin").write_text("<html>Quota exceeded</html>")
-    return tiny.full / "pytorch_model-00001-of-00002.bin"
-
-
-def git_lfs_pointer(tiny: Family) -> Path:
-    file = tiny.full / "pytorch_model-00001-of-00002.bin"
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    return file
-
-
-def missing_shard(tiny: Family) -> Path:
-    (tiny.full / "pytorch_model-00001-of-00002.bin").unlink()
-    return tiny.full / "pytorch_model.bin.index.json"
-
-
-def missing_index(tiny: Family) -> Path:
-    (tiny.full / "pytorch_model.bin.index.json").unlink()
-    return tiny.full
-
-
-def missing_index_entry(tiny: Family) -> Path:
-    index = tiny.full / "pytorch_model.bin.index.json"
-    content = json.loads(index.read_text())
-    del content["weight_map"]["lm_head.weight"]
-    write_json(index, content)
-    return index
-
-
-def index_promises_too_much(tiny: Family) -> Path:
-    index = tiny.full / "pytorch_model.bin.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "pytorch_model-00001-of-00002.bin"
-    write_json(index, content)
-    return index
-
-
-def index_without_map(tiny: Family) -> Path:
-    write_json(tiny.full / "pytorch_model.bin.index.json", {"metadata": {}})
-    return tiny.full / "pytorch_model.bin.index.json"
-
-
-def pickle_that_runs_code(tiny: Family) -> Path:
-    torch.save({"model.norm.weight": Malicious()}, tiny.full / "pytorch_model-00002-of-00002.bin")
-    return tiny.full / "pytorch_model-00002-of-00002.bin"
-
-
-def no_weights_at_all(tiny: Family) -> Path:
-    for file in tiny.full.glob("pytorch_model*"):
-        file.unlink()
-    return tiny.full
-
-
-def another_llava(tiny: Family) -> Path:
-    edit_json(tiny.full / "config.json", architectures=["LlavaMptForCausalLM"])
-    return tiny.full
-
-
-BAD_FULL = [
-    (bad_config_bytes, "not UTF-8"),
-    (bad_config_json, "not valid JSON"),
-    (config_is_a_list, "not an object"),
-    (no_config, "no config.json"),
-    (empty_directory, "empty"),
-    (truncated_zip, "cut off"),
-    (truncated_safetensors, "cut off"),
-    (empty_file, "cut off"),
-    (html_instead_of_weights, "not a PyTorch weight file"),
-    (git_lfs_pointer, "git lfs pull"),
-    (missing_shard, "pytorch_model-00001-of-00002.bin is missing"),
-    (missing_index, "no pytorch_model.bin.index.json"),
-    (missing_index_entry, "lm_head.weight"),
-    (index_promises_too_much, "model.layers.9.mlp.up_proj.weight"),
-    (index_without_map, "no weight_map"),
-    (pickle_that_runs_code, "run code"),
-    (no_weights_at_all, "no weights"),
-    (another_llava, "LlavaMptForCausalLM"),
-]
-
-
-@pytest.mark.parametrize(("damage", "says"), BAD_FULL, ids=lambda value: getattr(value, "__name__", ""))
-def test_damaged_checkpoints(tiny: Family, damage, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", BAD_FILES)
+def test_damaged_files(tiny: Family, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence that names the file; nothing in a file is executed."""
     monkeypatch.chdir(tiny.root)
-    file = damage(tiny)
+    name, do = BAD_FILES[damage]
+    do(tiny.full / name)
     with pytest.raises(UserError) as error:
         read_model_weights(inspect_checkpoint(tiny.full))
-    message = str(error.value)
-    assert says in message
-    assert str(file) in message
-    assert "\n" not in message
+    assert str(tiny.full) in str(error.value) and name in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (tiny.root / "executed").exists()
+
+
+def test_truncated_safetensors(tiny: Family) -> None:
+    single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights})
+    truncate(tiny.full / "model.safetensors")
+    with pytest.raises(UserError, match=r"llava-tiny/model.safetensors"):
+        read_model_weights(inspect_checkpoint(tiny.full))
+
+
+def test_no_weights(tiny: Family) -> None:
+    for file in tiny.full.glob("pytorch_model*"):
+        file.unlink()
+    with pytest.raises(UserError, match=rf"{tiny.full}.*model.safetensors.*mm_projector.bin"):
+        inspect_checkpoint(tiny.full)
 
 
 def test_adapter_without_its_config(tiny: Family) -> None:

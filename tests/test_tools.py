@@ -19,10 +19,8 @@ from tiny_checkpoints import (
 )
 
 from llava.cli import main
-from llava.errors import UserError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints import inspect_checkpoint, read_model_weights, read_projector
-from llava.tools.delta import combine
 from llava.tools.whole import tower_name_from
 
 PROMPT = torch.tensor([[1, 270, 280, -200, 290, 300]])
@@ -43,6 +41,14 @@ def tool(*words: str | Path) -> int:
     return main([str(word) for word in words])
 
 
+def merge(path: Path, base: Path, out: Path, *more: str) -> int:
+    return tool("tools", "merge-lora", "--model-path", path, "--model-base", base, "--out", out, *more)
+
+
+def convert(to: str, path: Path, out: Path, *more: str) -> int:
+    return tool("tools", "convert", "--to", to, "--model-path", path, "--out", out, *more)
+
+
 def load(path: Path, base: Path | None = None):
     return load_pretrained_model(path, base, "any-name", device="cpu")
 
@@ -61,19 +67,7 @@ def logits(path: Path, base: Path | None = None) -> torch.Tensor:
 
 def test_merge_lora(tiny: Family) -> None:
     out = tiny.root / "out/merged"
-    assert (
-        tool(
-            "tools",
-            "merge-lora",
-            "--model-path",
-            tiny.lora,
-            "--model-base",
-            tiny.base,
-            "--save-model-path",
-            out,
-        )
-        == 0
-    )
+    assert merge(tiny.lora, tiny.base, out) == 0
     assert inspect_checkpoint(out).kind == "full"
     assert (out / "model.safetensors").is_file()
     torch.testing.assert_close(logits(out), logits(tiny.lora, tiny.base), atol=1e-6, rtol=0)
@@ -82,9 +76,8 @@ def test_merge_lora(tiny: Family) -> None:
 def test_merge_keeps_dtype_unless_told(tiny: Family) -> None:
     half = {name: tensor.half() for name, tensor in tiny.language_model.items()}
     torch.save(half, tiny.base / "pytorch_model.bin")
-    common = ("tools", "merge-lora", "--model-path", tiny.lora, "--model-base", tiny.base, "--out")
-    tool(*common, tiny.root / "a")
-    tool(*common, tiny.root / "b", "--dtype", "float32")
+    merge(tiny.lora, tiny.base, tiny.root / "a")
+    merge(tiny.lora, tiny.base, tiny.root / "b", "--dtype", "float32")
     for name, dtype in (("a", torch.float16), ("b", torch.float32)):
         assert {tensor.dtype for tensor in load_file(tiny.root / name / "model.safetensors").values()} == {
             dtype
@@ -95,16 +88,7 @@ def test_merge_keeps_dtype_unless_told(tiny: Family) -> None:
 
 
 def test_merge_projector_into_its_base(tiny: Family) -> None:
-    tool(
-        "tools",
-        "merge-lora",
-        "--model-path",
-        tiny.projector,
-        "--model-base",
-        tiny.base,
-        "--out",
-        tiny.root / "out",
-    )
+    merge(tiny.projector, tiny.base, tiny.root / "out")
     assert torch.equal(logits(tiny.root / "out"), logits(tiny.full))
 
 
@@ -112,9 +96,7 @@ def test_merge_adapter_of_a_plain_language_model(tiny: Family) -> None:
     for name in ("config.json", "non_lora_trainables.bin"):
         (tiny.lora / name).unlink()
     out = tiny.root / "out"
-    assert (
-        tool("tools", "merge-lora", "--model-path", tiny.lora, "--model-base", tiny.base, "--out", out) == 0
-    )
+    assert merge(tiny.lora, tiny.base, out) == 0
     assert inspect_checkpoint(out).kind == "plain_lm"
     ids = PROMPT[:, :3]
     expected = load(tiny.lora, tiny.base)[1](ids).logits
@@ -129,19 +111,7 @@ def test_nothing_to_merge(tiny: Family, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_failed_tool_leaves_nothing(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny.base / "pytorch_model.bin").write_bytes(b"PK torn")
-    assert (
-        tool(
-            "tools",
-            "merge-lora",
-            "--model-path",
-            tiny.lora,
-            "--model-base",
-            tiny.base,
-            "--out",
-            tiny.root / "out",
-        )
-        == 2
-    )
+    assert merge(tiny.lora, tiny.base, tiny.root / "out") == 2
     assert "pytorch_model.bin is damaged or cut off" in capsys.readouterr().err
     assert not list(tiny.root.glob("*out*"))
 
@@ -213,6 +183,24 @@ def test_consolidate(tiny: Family) -> None:
     assert load_file(tiny.root / "with-tower/model.safetensors").keys() == whole.keys() | tower.keys()
 
 
+def test_a_tower_that_was_trained_along_is_merged_too(tiny: Family) -> None:
+    """LoRA on a LLaVA-1.6: its base carries a tower of its own."""
+    clip = torch.load(tiny.tower / "pytorch_model.bin")
+    own = {
+        f"model.vision_tower.vision_tower.{name}": 0.5 * tensor
+        for name, tensor in clip.items()
+        if name.startswith("vision_model.")
+    }
+    single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights, **own})
+    for directory in (tiny.full, tiny.lora):
+        edit_json(directory / "config.json", unfreeze_mm_vision_tower=True)
+    expected = logits(tiny.lora, tiny.full)
+    merge(tiny.lora, tiny.full, tiny.root / "merged")
+    torch.testing.assert_close(logits(tiny.root / "merged"), expected, atol=1e-5, rtol=0)
+    convert("llava-hf", tiny.root / "merged", tiny.root / "hf")
+    torch.testing.assert_close(logits(tiny.root / "hf"), expected, atol=1e-5, rtol=0)
+
+
 def test_consolidate_is_for_whole_models(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
     edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path="base-tiny")
     assert tool("tools", "consolidate", "--src", tiny.lora, "--dst", tiny.root / "out") == 2
@@ -228,7 +216,7 @@ def test_to_llava_hf_is_transformers_llava(tiny: Family) -> None:
 
     edit_json(tiny.full / "config.json", mm_token_reducer="none")
     out = tiny.root / "hf"
-    assert tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", out) == 0
+    assert convert("llava-hf", tiny.full, out) == 0
     model, report = LlavaForConditionalGeneration.from_pretrained(
         out, dtype=torch.float32, output_loading_info=True
     )
@@ -249,13 +237,13 @@ def test_to_llava_hf_is_transformers_llava(tiny: Family) -> None:
 def test_llava_hf_round_trip(tiny: Family) -> None:
     edit_json(tiny.full / "config.json", mm_token_reducer="topk(tokens=5)", image_aspect_ratio="square")
     hf, back = tiny.root / "hf", tiny.root / "back"
-    tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", hf)
+    convert("llava-hf", tiny.full, hf)
     assert inspect_checkpoint(hf).kind == "llava_hf"
     expected = logits(tiny.full)
     assert torch.equal(logits(hf), expected)
 
     shutil.rmtree(tiny.root / "towers")
-    tool("tools", "convert", "--to", "llava", "--model-path", hf, "--out", back)
+    convert("llava", hf, back)
     assert inspect_checkpoint(back).kind == "full"
     found = read_model_weights(inspect_checkpoint(back)).tensors
     whole = {**tiny.language_model, **tiny.projector_weights}
@@ -267,7 +255,7 @@ def test_llava_hf_round_trip(tiny: Family) -> None:
     assert (model.reducer.spec, model.config.image_aspect_ratio) == ("topk(tokens=5)", "square")
 
     again = tiny.root / "again"
-    tool("tools", "convert", "--to", "llava-hf", "--model-path", back, "--out", again)
+    convert("llava-hf", back, again)
     first, second = load_file(hf / "model.safetensors"), load_file(again / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -277,7 +265,7 @@ def test_convert_golden_llava_hf(golden: Path, tmp_path: Path) -> None:
     """A 4.37-era directory becomes the released format's weights, and its tower the CLIP they came from."""
     ckpt = golden / "llava/ckpt"
     out = tmp_path / "llava"
-    tool("tools", "convert", "--to", "llava", "--model-path", ckpt / "llava-tiny-1.5-7b-hf", "--out", out)
+    convert("llava", ckpt / "llava-tiny-1.5-7b-hf", out)
     found = read_model_weights(inspect_checkpoint(out)).tensors
     expected = read_model_weights(inspect_checkpoint(ckpt / "llava-tiny-v1.5-7b")).tensors
     assert found.keys() == expected.keys()
@@ -295,7 +283,7 @@ def test_spellings_of_transformers_5_in_memory(tiny: Family) -> None:
     from transformers import LlavaForConditionalGeneration
 
     hf = tiny.root / "hf"
-    tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", hf)
+    convert("llava-hf", tiny.full, hf)
     state = LlavaForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).state_dict()
     assert "model.vision_tower.pre_layrnorm.weight" in state
     save_file({name: tensor.clone() for name, tensor in state.items()}, hf / "model.safetensors")
@@ -304,19 +292,8 @@ def test_spellings_of_transformers_5_in_memory(tiny: Family) -> None:
 
 def test_convert_with_a_named_tower(tiny: Family) -> None:
     hf, out = tiny.root / "hf", tiny.root / "out"
-    tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", hf)
-    tool(
-        "tools",
-        "convert",
-        "--to",
-        "llava",
-        "--model-path",
-        hf,
-        "--out",
-        out,
-        "--vision-tower",
-        "towers/clip-tiny",
-    )
+    convert("llava-hf", tiny.full, hf)
+    convert("llava", hf, out, "--vision-tower", "towers/clip-tiny")
     assert not (out / "vision_tower").exists()
     assert torch.equal(logits(out), logits(tiny.full))
 
@@ -329,66 +306,11 @@ def test_what_llava_hf_has_no_place_for(tiny: Family, capsys: pytest.CaptureFixt
         "model.mm_projector.bias": torch.zeros(64),
     }
     single_safetensors(tiny.full, weights)
-    assert (
-        tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.full, "--out", tiny.root / "out")
-        == 2
-    )
+    assert convert("llava-hf", tiny.full, tiny.root / "out") == 2
     assert "linear" in capsys.readouterr().err
-    assert (
-        tool("tools", "convert", "--to", "llava-hf", "--model-path", tiny.base, "--out", tiny.root / "out")
-        == 2
-    )
-    assert "cannot see" in capsys.readouterr().err
+    assert convert("llava-hf", tiny.base, tiny.root / "out") == 2
+    assert "no projector" in capsys.readouterr().err
     assert not (tiny.root / "out").exists()
-
-
-# Deltas
-
-
-def test_delta_round_trip(tiny: Family) -> None:
-    """The model has an added token and a projector that its base has not."""
-    rows = tiny.vocab_size + 1
-    changed = {name: tensor + 0.25 for name, tensor in tiny.language_model.items()}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        changed[name] = torch.cat([changed[name], torch.full((1, 64), 0.5)])
-    single_safetensors(tiny.full, {**changed, **tiny.projector_weights})
-    edit_json(tiny.full / "config.json", vocab_size=rows)
-    delta, target = tiny.root / "delta", tiny.root / "target"
-    tool(
-        "tools",
-        "make-delta",
-        "--base-model-path",
-        tiny.base,
-        "--target-model-path",
-        tiny.full,
-        "--delta-path",
-        delta,
-    )
-    found = load_file(delta / "model.safetensors")
-    torch.testing.assert_close(found["model.norm.weight"], torch.full((64,), 0.25))
-    torch.testing.assert_close(found["lm_head.weight"][-1], torch.full((64,), 0.5))
-    tool(
-        "tools",
-        "apply-delta",
-        "--base-model-path",
-        tiny.base,
-        "--target-model-path",
-        target,
-        "--delta-path",
-        delta,
-    )
-    torch.testing.assert_close(logits(target), logits(tiny.full), atol=1e-5, rtol=0)
-
-
-def test_delta_of_another_base() -> None:
-    two, three = {"a": torch.zeros(2)}, {"a": torch.zeros(3)}
-    for base, other, says in (
-        (two, three, "wrong base"),
-        (two, {}, "not its delta"),
-        ({}, two, "wrong base"),
-    ):
-        with pytest.raises(UserError, match=says):
-            combine(base, other, 1, Path("delta"))
 
 
 # Doctor
@@ -447,8 +369,6 @@ def test_doctor_reads_the_values_if_asked(tiny: Family, capsys: pytest.CaptureFi
     ("name", "says"),
     [
         ("llava.model.consolidate", "--src"),
-        ("llava.model.apply_delta", "--delta-path"),
-        ("llava.model.make_delta", "--delta-path"),
         ("scripts/merge_lora_weights.py", "--save-model-path"),
         ("scripts/extract_mm_projector.py", "--output"),
     ],

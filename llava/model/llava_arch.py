@@ -14,7 +14,7 @@ model:
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -77,12 +77,12 @@ class LlavaMetaConfig(PreTrainedConfig):
     mm_projector_type: str = "linear"
     mm_vision_select_layer: int = -2
     mm_vision_select_feature: str = "patch"
-    mm_patch_merge_type: str = "flat"
+    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
     image_aspect_ratio: str | None = None
     image_grid_pinpoints: list | str | None = None
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = True
-    tokenizer_padding_side: str = "right"
+    tokenizer_padding_side: Literal["left", "right"] = "right"
     tokenizer_model_max_length: int | None = None
     tune_mm_mlp_adapter: bool = False
     freeze_mm_mlp_adapter: bool = False
@@ -226,8 +226,7 @@ class LlavaMetaForCausalLM:
     def project(self, visual_tokens: Sequence[Tensor]) -> list[Tensor]:
         """The embeddings of visual tokens: [K_i, mm_hidden_size] each -> [K_i, hidden_size] each."""
         projector = self.model.mm_projector
-        if projector is None:
-            raise UserError("this model has no projector: load a LLaVA checkpoint, or call set_vision_tower")
+        assert projector is not None, "a model without projector: call set_vision_tower first"
         if not visual_tokens:
             return []
         # One call for all: under ZeRO-3 every rank must call each module equally often.
@@ -292,8 +291,6 @@ class LlavaMetaForCausalLM:
 
         With spatial_unpad the rows and columns that saw only padding go, and image_newline ends each row.
         """
-        if merge not in ("spatial", "spatial_unpad"):
-            raise UserError(f"unknown mm_patch_merge_type {merge!r}: flat, spatial or spatial_unpad")
         newline = self.model.image_newline if merge == "spatial_unpad" else None
         overview, tiles = crops[0], crops[1:]
         if not tiles:

@@ -38,7 +38,7 @@ from llava.model.checkpoints import (
     resolve_directory,
 )
 from llava.model.llava_arch import LANGUAGE_MODELS, LlavaMetaConfig, LlavaMetaForCausalLM, language_model_of
-from llava.model.tokenization import load_tokenizer
+from llava.model.tokenization import load_language_model_tokenizer, load_tokenizer
 from llava.model.vision_tower import VisionTower, load_vision_tower
 from llava.reducers import ReducerSpecError, build_reducer
 
@@ -100,17 +100,12 @@ def quantization(
 def tokenizer_of(
     info: CheckpointInfo, config: LlavaMetaConfig | None = None, **options: Any
 ) -> PreTrainedTokenizerFast:
-    """The checkpoint's own tokenizer, else its base's, with the tokens that the config says were added.
-
-    llava-hf's comes without `<image>` and `<pad>`, for which LLaVA has no embeddings.
-    """
+    """The checkpoint's own tokenizer, else its base's, with the tokens that the config says were added."""
     owner = next((one for one in (info, info.base) if one is not None and one.has_tokenizer), info)
-    tokenizer = load_tokenizer(owner.path, **options)
     if owner.kind == "llava_hf":
-        rows = hf_vocabulary(owner.config)
-        kept = {index: token for index, token in tokenizer.added_tokens_decoder.items() if index < rows}
-        pad = tokenizer.unk_token or tokenizer.eos_token
-        tokenizer = load_tokenizer(owner.path, **{"pad_token": pad, **options}, added_tokens_decoder=kept)
+        tokenizer = load_language_model_tokenizer(owner.path, hf_vocabulary(owner.config), **options)
+    else:
+        tokenizer = load_tokenizer(owner.path, **options)
     if config is not None and config.mm_use_im_patch_token:
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if config is not None and config.mm_use_im_start_end:

@@ -54,18 +54,11 @@ def split_padding(values: Tensor | Sequence[Tensor], attention_mask: Tensor | No
         attention_mask: [B, L], or None where every position counts.
     """
     if not isinstance(values, Tensor):
-        if attention_mask is not None:
-            raise UserError("a list of prompts takes no attention_mask: nothing in it is padded")
+        assert attention_mask is None, "a list of prompts takes no attention_mask: nothing in it is padded"
         return [value.cpu() for value in values]
-    if values.ndim != 2:
-        raise UserError(f"ids and labels are [samples, length], not {list(values.shape)}")
     rows = values.cpu().unbind()
     if attention_mask is None:
         return list(rows)
-    if attention_mask.shape != values.shape:
-        raise UserError(
-            f"attention_mask is {list(attention_mask.shape)} but the ids or labels are {list(values.shape)}"
-        )
     return [row[mask] for row, mask in zip(rows, attention_mask.bool().cpu(), strict=True)]
 
 
@@ -89,14 +82,11 @@ def lay_out(
     Raises:
         UserError: placeholders and visual blocks differ in number.
     """
-    if padding_side not in ("left", "right"):
-        raise UserError(f"tokenizer_padding_side is 'left' or 'right', not {padding_side!r}")
     placeholders = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in input_ids)
     if placeholders != len(visual_lengths):
         raise UserError(
-            f"{placeholders} <image> placeholder{'' if placeholders == 1 else 's'} in the prompt"
-            f"{'' if len(input_ids) == 1 else 's'} but {len(visual_lengths)} "
-            f"image{'' if len(visual_lengths) == 1 else 's'}: give one image for each placeholder"
+            f"the prompts have {placeholders} <image> placeholders but {len(visual_lengths)} images: give "
+            "one image for each"
         )
 
     num_text = sum(len(ids) for ids in input_ids) - placeholders

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.errors import UserError, first_line
@@ -61,6 +61,26 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def load_language_model_tokenizer(path: str | Path, rows: int, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """A llava-hf directory's tokenizer up to its language model's own `rows` tokens.
+
+    `<image>` and `<pad>` follow these, and LLaVA has no embeddings for them: padding is `load_tokenizer`'s.
+    Keywords as there.
+    """
+    whole = load_tokenizer(path, **kwargs)
+    backend = json.loads(whole.backend_tokenizer.to_str())
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["id"] < rows]
+    kept = {index: token for index, token in whole.added_tokens_decoder.items() if index < rows}
+    own = {
+        "pad_token": whole.unk_token or whole.eos_token,
+        "image_token": None,
+        "extra_special_tokens": {},
+        "added_tokens_decoder": kept,
+        "tokenizer_object": Tokenizer.from_str(json.dumps(backend)),
+    }
+    return load_tokenizer(path, **{**own, **kwargs})
 
 
 @contextmanager

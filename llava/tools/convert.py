@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 from llava.errors import UserError
-from llava.model.checkpoints import read_model_weights, save_full, write_llava_hf, write_tower
+from llava.model.checkpoints import write_llava_hf, write_tower
 from llava.model.load import tower_of
-from llava.tools.whole import add_dtype, inspect_llava, load_whole, tower_name_from
+from llava.tools.whole import add_dtype, inspect_model, load_whole, save_whole
 
 TOWER_FOLDER = "vision_tower"
 
@@ -30,25 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    info = inspect_llava(args.model_path, args.model_base)
+    info = inspect_model(args.model_path, args.model_base)
     if not info.is_llava:
         raise UserError(f"{info.path} has no projector: it is not a LLaVA checkpoint")
-    weights = read_model_weights(info)
-    tokenizer, model = load_whole(info, args.dtype, weights)
+    tokenizer, model, weights = load_whole(info, args.dtype)
     if args.to == "llava-hf":
         tower = tower_of(info, model.config, weights, args.vision_tower, dtype=model.dtype)
         write_llava_hf(model, tokenizer, tower, args.out)
-    else:
-        name, tower = args.vision_tower, None
-        if name is None and info.llava_config.kind == "llava_hf":
-            tower = tower_of(info, model.config, weights, dtype=model.dtype)
-            # With the directory's own name in front another folder called like that is not taken for it.
-            name = f"{args.out.absolute().name}/{TOWER_FOLDER}"
-        elif name is None:
-            name = tower_name_from(model.config.mm_vision_tower, info.llava_config.path, args.out)
-        model.config.mm_vision_tower = name
-        if tower is not None:
-            write_tower(tower, args.out / TOWER_FOLDER)
-        save_full(model, tokenizer, args.out)
-    print(args.out)
+        print(args.out)
+        return 0
+    if args.vision_tower is not None:
+        model.config.mm_vision_tower = args.vision_tower
+    elif info.llava_config.kind == "llava_hf":
+        tower = tower_of(info, model.config, weights, dtype=model.dtype)
+        write_tower(tower, args.out / TOWER_FOLDER)
+        # With the directory's own name in front another folder called like that is not taken for it.
+        model.config.mm_vision_tower = f"{args.out.absolute().name}/{TOWER_FOLDER}"
+    save_whole(model, tokenizer, info, weights, args.out)
     return 0

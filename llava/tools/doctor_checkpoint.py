@@ -6,7 +6,7 @@ Exit status 1 if something would keep the model from loading.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ from llava.model.checkpoints import (
 from llava.model.load import build_config, language_model_weights, tokenizer_of
 from llava.model.vision_tower import load_vision_tower
 
-PARTS = {"projector": PROJECTOR, "tower": TOWER}
+Facts = Iterator[tuple[str, str]]
+"""Names and values to print; a UserError ends them and is printed as a problem."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,143 +39,109 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report, problems = examine(args.path, args.model_base, deep=args.deep)
-    if args.json:
-        print(json.dumps({**report, "problems": problems}, indent=2))
-    else:
-        width = max(len(name) for name in report)
-        for name, value in report.items():
-            print(f"{name.ljust(width)}  {value}")
-        for problem in problems:
-            print(f"{'problem'.ljust(width)}  {problem}")
-        if not problems:
-            print(f"{'result'.ljust(width)}  nothing wrong found")
-    return 1 if problems else 0
-
-
-def examine(path: str, base: str | None = None, *, deep: bool = False) -> tuple[dict[str, str], list[str]]:
-    """What there is to say about a checkpoint, in order, and what is wrong with it.
-
-    Raises:
-        UserError: there is nothing to examine.
-    """
-    info = inspect_checkpoint(path, base)
-    report = {
-        "checkpoint": str(info.path),
-        "kind": f"{info.kind}: {KINDS[info.kind]}",
-        "files": ", ".join(f"{file.name} ({_size(file)})" for file in info.files),
-    }
+    info = inspect_checkpoint(args.path, args.model_base)
+    steps: list[Callable[[CheckpointInfo], Facts]] = [_files]
+    if info.needs_base:
+        steps.append(_base)
+    if info.kind == "vision_tower":
+        steps.append(_own_tower)
+    elif info.base is not None or not info.needs_base:
+        steps += [_tokenizer, *([_config, _tower] if info.is_llava else []), _weights]
+    report: dict[str, str] = {}
     problems: list[str] = []
-
-    def trying(step: Iterator[tuple[str, str]]) -> None:
+    for step in [*steps, *([_values] if args.deep else [])]:
         try:
-            report.update(step)
+            if step is not _values or not problems:
+                report.update(step(info))
         except UserError as error:
             problems.append(str(error))
 
-    if info.needs_base:
-        trying(_base(info))
-        if info.base is None:
-            return report, problems
-    if info.kind == "vision_tower":
-        trying(_own_tower(info))
+    if args.json:
+        print(json.dumps({**report, "problems": problems}, indent=2))
     else:
-        trying(_tokenizer(info))
-    if info.is_llava:
-        trying(_config(info))
-        trying(_tower(info))
-    if info.kind != "vision_tower":
-        trying(_weights(info))
-    if deep and not problems:
-        trying(_values(info))
-    return report, problems
+        lines = [*report.items(), *(("problem", problem) for problem in problems)]
+        if not problems:
+            lines.append(("result", "nothing wrong found"))
+        width = max(len(name) for name, _ in lines)
+        print("\n".join(f"{name.ljust(width)}  {value}" for name, value in lines))
+    return 1 if problems else 0
 
 
-def _base(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
+def _files(info: CheckpointInfo) -> Facts:
+    def size(file: Path) -> str:
+        return f"{file.stat().st_size / 1e6:,.1f} MB" if file.is_file() else "missing"
+
+    yield "checkpoint", str(info.path)
+    yield "kind", f"{info.kind}: {KINDS[info.kind]}"
+    yield "files", ", ".join(f"{file.name} ({size(file)})" for file in info.files)
+
+
+def _base(info: CheckpointInfo) -> Facts:
     base = info.require_base()
     yield "base", f"{base.path} ({base.kind}), trained on {info.declared_base or 'an unnamed one'}"
 
 
-def _tokenizer(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
+def _tokenizer(info: CheckpointInfo) -> Facts:
     tokenizer = tokenizer_of(info)
     of = "" if info.has_tokenizer else "the base's, "
     yield "tokenizer", f"{of}{type(tokenizer).__name__}, {len(tokenizer)} tokens, pad {tokenizer.pad_token}"
 
 
-def _config(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
+def _config(info: CheckpointInfo) -> Facts:
     raw = llava_config_dict(info)
     config = build_config(raw, info)
-    yield (
-        "language model",
-        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size}",
-    )
+    size = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size}"
+    yield "language model", f"{config.model_type}, {size}"
     yield "projector", f"{config.mm_projector_type}, {config.mm_hidden_size} -> {config.hidden_size}"
     yield "pictures", f"{config.image_aspect_ratio or 'cropped'}, layer {config.mm_vision_select_layer}"
     yield "reducer", raw.get("mm_token_reducer") or "not recorded: every visual token is used"
 
 
-def _tower(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
-    config = build_config(llava_config_dict(info), info)
+def _tower(info: CheckpointInfo) -> Facts:
     owner = info.llava_config
+    name = build_config(llava_config_dict(info), info).mm_vision_tower
     if owner.kind == "llava_hf":
         yield "vision tower", "inside"
-        return
-    if not config.mm_vision_tower:
+    elif not name:
         raise UserError(f"{owner.path / 'config.json'} names no vision tower: pass --vision-tower PATH")
-    path = resolve_directory(config.mm_vision_tower, beside=owner.path, remedy="--vision-tower PATH")
-    tower = inspect_checkpoint(path)
-    if tower.kind != "vision_tower":
-        raise UserError(f"{path} is {KINDS[tower.kind]}, not a vision tower")
-    yield "vision tower", f"{config.mm_vision_tower} ({tower.config['model_type']}, {path})"
+    else:
+        path = resolve_directory(name, beside=owner.path, remedy="--vision-tower PATH")
+        tower = inspect_checkpoint(path)
+        if tower.kind != "vision_tower":
+            raise UserError(f"{path} is {KINDS[tower.kind]}, not a vision tower")
+        yield "vision tower", f"{name} ({tower.config['model_type']}, {path})"
 
 
-def _own_tower(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
+def _own_tower(info: CheckpointInfo) -> Facts:
     tower = load_vision_tower(info.path)
     rows, columns = tower.grid
-    yield (
-        "patches",
-        f"{rows} x {columns} of an image {tower.image_size} wide, {tower.hidden_size} numbers each",
-    )
+    yield "patches", f"{rows} x {columns} of an image {tower.image_size} wide, {tower.hidden_size} wide each"
 
 
-def _weights(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
+def _weights(info: CheckpointInfo) -> Facts:
     found = read_model_weights(info)
     if info.is_llava:
         language_model_weights(info, build_config(llava_config_dict(info), info), found)
-    counts = dict.fromkeys(("language model", *PARTS), 0)
-    for name in found.tensors:
-        part = next((part for part, prefix in PARTS.items() if name.startswith(prefix)), "language model")
-        counts[part] += 1
+    names = list(found.tensors)
+    projector = sum(name.startswith(PROJECTOR) for name in names)
+    tower = sum(name.startswith(TOWER) for name in names)
+    counts = {"language model": len(names) - projector - tower, "projector": projector, "tower": tower}
     parts = ", ".join(f"{count} of the {part}" for part, count in counts.items() if count)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})
     total = sum(tensor.numel() for tensor in found.tensors.values())
     yield "weights", f"{parts}; {total / 1e6:.1f} M numbers, {' and '.join(dtypes)}"
     if info.kind == "lora":
-        adapter = read_adapter(info)
-        rank, alpha, targets = (
-            info.adapter_config.get(name) for name in ("r", "lora_alpha", "target_modules")
-        )
-        on = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
-        yield "adapter", f"{len(adapter)} tensors, rank {rank}, alpha {alpha}, on {on}"
+        settings = {name: info.adapter_config.get(name) for name in ("r", "lora_alpha", "target_modules")}
+        described = ", ".join(f"{name} {value}" for name, value in settings.items())
+        yield "adapter", f"{len(read_adapter(info))} tensors, {described}"
 
 
-def _values(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
+def _values(info: CheckpointInfo) -> Facts:
     found = read_model_weights(info)
-    if info.kind == "lora":
+    if info.adapter is not None:
         for name, tensor in read_adapter(info).items():
             found.set(name, tensor, info.adapter)
     for name, tensor in tqdm(found.tensors.items(), desc="values", unit="tensor", leave=False):
         if not torch.isfinite(tensor).all():
             raise UserError(f"{found.source[name]}: {name} holds NaN or infinity: download or train it again")
     yield "values", "finite"
-
-
-def _size(file: Path) -> str:
-    if not file.is_file():
-        return "missing"
-    size = float(file.stat().st_size)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

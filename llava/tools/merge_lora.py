@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 
 from llava.errors import UserError
-from llava.model.checkpoints import KINDS, save_full
-from llava.tools.whole import add_dtype, inspect_llava, load_whole, tower_name_from
+from llava.model.checkpoints import KINDS
+from llava.tools.whole import add_dtype, inspect_model, load_whole, save_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    info = inspect_llava(args.model_path, args.model_base)
+    info = inspect_model(args.model_path, args.model_base)
     if not info.needs_base:
         raise UserError(f"{info.path} is {KINDS[info.kind]}: there is nothing to merge")
-    tokenizer, model = load_whole(info, args.dtype)
-    if info.is_llava:
-        model.config.mm_vision_tower = tower_name_from(
-            model.config.mm_vision_tower, info.llava_config.path, args.save_model_path
-        )
-    save_full(model, tokenizer, args.save_model_path)
-    print(args.save_model_path)
+    tokenizer, model, weights = load_whole(info, args.dtype)
+    save_whole(model, tokenizer, info, weights, args.save_model_path)
     return 0

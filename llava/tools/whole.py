@@ -9,28 +9,28 @@ import torch
 from llava.errors import UserError
 from llava.model.checkpoints import (
     KINDS,
+    TOWER,
     CheckpointInfo,
     Weights,
     inspect_checkpoint,
     llava_config_dict,
     read_model_weights,
     resolve_beside,
+    save_full,
 )
 from llava.model.load import apply_lora, build_config, load_language_model, load_plain, tokenizer_of
-
-DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str = "auto") -> None:
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=("auto", "float16", "bfloat16", "float32"),
         default=default,
         help=f"of the weights written; auto: as read (default: {default})",
     )
 
 
-def inspect_llava(path: str, base: str | None) -> CheckpointInfo:
+def inspect_model(path: str, base: str | None = None) -> CheckpointInfo:
     """A checkpoint that is, perhaps with its base, a LLaVA or a language model.
 
     Raises:
@@ -44,31 +44,46 @@ def inspect_llava(path: str, base: str | None) -> CheckpointInfo:
     return info
 
 
-def load_whole(info: CheckpointInfo, dtype: str = "auto", weights: Weights | None = None):
-    """(tokenizer, model) of any kind of checkpoint, LoRA merged, without tower, on the CPU.
+def load_whole(info: CheckpointInfo, dtype: str):
+    """(tokenizer, model, weights as read) of any checkpoint, LoRA merged, without tower, on the CPU.
 
     Args:
         dtype: of the model; "auto": that of the files.
-        weights: `read_model_weights(info)` where it is known already.
     """
-    if not info.is_llava:
-        model = load_plain(info, dtype=_dtype(dtype), device_map={"": "cpu"})
-        tokenizer = tokenizer_of(info)
-    else:
-        weights = weights or read_model_weights(info)
-        read = weights.tensors["model.norm.weight"].dtype if dtype == "auto" else _dtype(dtype)
+    weights = read_model_weights(info)
+    options = {
+        "device_map": {"": "cpu"},
+        "dtype": weights.tensors["model.norm.weight"].dtype if dtype == "auto" else getattr(torch, dtype),
+    }
+    if info.is_llava:
         config = build_config(llava_config_dict(info), info)
         tokenizer = tokenizer_of(info, config)
-        options = {"num_tokens": len(tokenizer), "dtype": read, "device_map": {"": "cpu"}}
-        model = load_language_model(info, config, weights, **options)
+        model = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
+    else:
+        tokenizer, model = tokenizer_of(info), load_plain(info, **options)
     if info.kind == "lora":
         model = apply_lora(model, info, merge=True)
     model.config.name_or_path = str(info.path)
-    return tokenizer, model
+    return tokenizer, model, weights
 
 
-def _dtype(name: str) -> torch.dtype | str:
-    return name if name == "auto" else getattr(torch, name)
+def save_whole(model, tokenizer, info: CheckpointInfo, weights: Weights, out: Path) -> None:
+    """Write a model in LLaVA's format, with the tower that the checkpoint carries where it was trained along.
+
+    Args:
+        model, tokenizer, weights: what `load_whole(info)` returned.
+    """
+    state = model.state_dict()
+    if info.is_llava:
+        config = model.config
+        config.mm_vision_tower = tower_name_from(config.mm_vision_tower, info.llava_config.path, out)
+        if config.unfreeze_mm_vision_tower:
+            tower = {name: tensor for name, tensor in weights.tensors.items() if name.startswith(TOWER)}
+            # As LLaVA names them: CLIP's below vision_model, DINOv2's (encoder.layer) without such a level.
+            level = "vision_tower." if any(".layer." in n for n in tower) else "vision_tower.vision_model."
+            state |= {TOWER + level + n.removeprefix(TOWER): t.to(model.dtype) for n, t in tower.items()}
+    save_full(model, tokenizer, out, state_dict=state)
+    print(out)
 
 
 def tower_name_from(name: str | None, old: Path, new: Path) -> str | None:

@@ -1,30 +1,15 @@
-"""The only reader and writer of checkpoints on disk.
+"""The only reader and writer of checkpoints on disk; what other packages import of it.
 
 locate: where one is; inspect: what it is; names: what weights are called; read, write: the files;
 llava_hf: the format of transformers' own LLaVA classes.
 """
 
+# ruff: noqa: F401
 from llava.files import write_json
-from llava.model.checkpoints.inspect import (
-    KINDS,
-    CheckpointInfo,
-    inspect_checkpoint,
-    read_json,
-)
-from llava.model.checkpoints.llava_hf import (
-    hf_vocabulary,
-    llava_config_dict,
-    write_llava_hf,
-    write_tower,
-)
+from llava.model.checkpoints.inspect import KINDS, CheckpointInfo, inspect_checkpoint, read_json
+from llava.model.checkpoints.llava_hf import hf_vocabulary, llava_config_dict, write_llava_hf, write_tower
 from llava.model.checkpoints.locate import resolve_beside, resolve_directory
-from llava.model.checkpoints.names import (
-    EMBEDDINGS,
-    PROJECTOR,
-    TOWER,
-    canonical_name,
-    llava_hf_name,
-)
+from llava.model.checkpoints.names import EMBEDDINGS, PROJECTOR, TOWER, canonical_name, llava_hf_name
 from llava.model.checkpoints.read import (
     MAX_ADDED_TOKENS,
     Weights,
@@ -37,48 +22,10 @@ from llava.model.checkpoints.read import (
     read_weights,
 )
 from llava.model.checkpoints.write import (
-    config_for_disk,
     replacing,
     save_full,
     save_lora,
     save_projector,
     save_tokenizer,
     write_tensors,
-    write_weights,
 )
-
-__all__ = [
-    "EMBEDDINGS",
-    "KINDS",
-    "MAX_ADDED_TOKENS",
-    "PROJECTOR",
-    "TOWER",
-    "CheckpointInfo",
-    "Weights",
-    "canonical_name",
-    "check_weights",
-    "config_for_disk",
-    "fit_vocabulary",
-    "hf_vocabulary",
-    "inspect_checkpoint",
-    "llava_config_dict",
-    "llava_hf_name",
-    "read_adapter",
-    "read_json",
-    "read_model_weights",
-    "read_projector",
-    "read_tensors",
-    "read_weights",
-    "replacing",
-    "resolve_beside",
-    "resolve_directory",
-    "save_full",
-    "save_lora",
-    "save_projector",
-    "save_tokenizer",
-    "write_json",
-    "write_llava_hf",
-    "write_tensors",
-    "write_tower",
-    "write_weights",
-]

@@ -116,9 +116,11 @@ def save_full(
     out: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
-    include_tower: bool = True,
 ) -> None:
     """A whole model: config.json, generation_config.json, safetensors shards and the tokenizer.
+
+    The tower's weights are saved if the model has them, as LLaVA's training does. They are read back only if
+    the config says `unfreeze_mm_vision_tower`.
 
     Args:
         model: a LLaVA, or a language model without vision.
@@ -126,11 +128,9 @@ def save_full(
         out: the directory.
         state_dict: the model's weights where they had to be gathered (ZeRO-3), named as in
             `model.state_dict()`.
-        include_tower: with the tower's weights, as LLaVA's training saves them. They are read back only if
-            the config says `unfreeze_mm_vision_tower`.
     """
     state = model.state_dict() if state_dict is None else state_dict
-    tensors = {name: tensor.detach() for name, tensor in state.items() if include_tower or TOWER not in name}
+    tensors = {name: tensor.detach() for name, tensor in state.items()}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     with replacing(out) as directory:
