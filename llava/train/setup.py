@@ -46,6 +46,15 @@ Say = Callable[[str], None]
 NOT_LANGUAGE_MODEL = r".*(vision_tower|mm_projector|image_newline).*"
 """Names LoRA and quantization stay away from."""
 
+DEFAULTS = {
+    "mm_projector_type": "linear",
+    "mm_vision_select_layer": -1,
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_token_reducer": "none",
+}
+"""What these flags of LLaVA's mean where neither the command line nor the checkpoint says."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -138,20 +147,9 @@ def _config(
         "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": training.model_max_length,
     }
-    defaults = ModelArguments()
-    for name in (
-        "mm_projector_type",
-        "mm_vision_select_layer",
-        "mm_vision_select_feature",
-        "mm_patch_merge_type",
-        "mm_token_reducer",
-    ):
-        asked, recorded = getattr(model, name), content.get(name)
-        if info.is_llava and recorded is not None and asked == getattr(defaults, name):
-            if recorded != asked and asked is not None:
-                say(f"{name} {recorded}: the checkpoint's (pass --{name} to change it)")
-            asked = recorded
-        chosen[name] = "none" if asked is None else asked
+    for name, default in DEFAULTS.items():
+        asked, recorded = getattr(model, name), content.get(name) if info.is_llava else None
+        chosen[name] = asked if asked is not None else recorded if recorded is not None else default
     if info.is_llava and content.get("mm_projector_type", "linear") != chosen["mm_projector_type"]:
         raise UserError(
             f"--mm_projector_type {chosen['mm_projector_type']}: the checkpoint's projector is "
