@@ -245,11 +245,6 @@ def test_a_process_lets_go_of_rows_it_has_read(
     assert len(tables) > 1
 
 
-def test_image_names_are_the_column(write: Callable[..., Path]) -> None:
-    data = table.open_table(write(rows_of_every_kind() * 500))
-    assert list(table.image_names(data)) == data[:]["image"]
-
-
 def _rows(file: Path) -> int:
     return len(table.open_table(file))
 
@@ -302,12 +297,6 @@ def test_images_come_in_the_order_of_their_placeholders(
         assert torch.equal(got, expected)
     assert (batch["input_ids"] == -200).sum(dim=1).tolist() == [1, 0, 2, 0, 1]
     assert "images" not in samples[1] and "images" not in samples[3]
-
-
-def test_text_only_batches_have_no_images(write: Callable[..., Path], tokenizer: object) -> None:
-    dataset = LazySupervisedDataset(write([sample("a", "b"), sample("c d", "e")]), tokenizer)
-    batch = DataCollatorForSupervisedDataset(tokenizer)([dataset[0], dataset[1]])
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
 
 
 @pytest.mark.parametrize(

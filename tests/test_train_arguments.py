@@ -14,10 +14,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llava import hardware
 from llava.errors import UserError
-from llava.train.arguments import (
-    parse,
-    split_global_batch,
-)
+from llava.train.arguments import parse
+from llava.train.decisions import split_global_batch
 
 
 @pytest.fixture(autouse=True)

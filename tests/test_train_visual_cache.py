@@ -1,5 +1,6 @@
 """Visual tokens on disk: the ones the model would have made, and never any other."""
 
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -37,6 +38,9 @@ def llava(tiny: Tiny) -> LlavaLlamaForCausalLM:
         str(tiny.models.full), None, "llava", device="cpu", reducer="prumerge"
     )
     return model.float()
+
+
+FORK = multiprocessing.get_context("fork")
 
 
 def refuse(problem: str) -> None:
@@ -162,22 +166,20 @@ def test_a_kill_loses_only_what_was_not_written(
 ) -> None:
     """SIGKILL in the third batch of a process of its own, then again from here."""
     monkeypatch.setattr(visual_cache, "ROWS_PER_FILE", 1)
-    files = pictures(tiny)
-    process = os.fork()
-    if process == 0:
-        original, calls = llava.encode_images, []
+    files, calls, original = pictures(tiny), [], llava.encode_images
 
-        def killed(pixels: Tensor) -> list[Tensor]:
-            calls.append(len(pixels))
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(pixels)
+    def killed(pixels: Tensor) -> list[Tensor]:
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(pixels)
 
-        llava.encode_images = killed
-        fill(llava, tmp_path, files, batch_size=2)
-        os._exit(0)
-    _, status = os.waitpid(process, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    with monkeypatch.context() as patch:
+        patch.setattr(llava, "encode_images", killed)
+        process = FORK.Process(target=fill, args=(llava, tmp_path, files), kwargs={"batch_size": 2})
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     cache, count = fill(llava, tmp_path, files)
     assert count == 2
     assert_right(cache, llava, files)
@@ -185,12 +187,11 @@ def test_a_kill_loses_only_what_was_not_written(
 
 def test_two_processes_fill_one_folder(llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path) -> None:
     files = pictures(tiny)
-    process = os.fork()
-    if process == 0:
-        fill(llava, tmp_path, files[:4], batch_size=1)
-        os._exit(0)
+    process = FORK.Process(target=fill, args=(llava, tmp_path, files[:4]), kwargs={"batch_size": 1})
+    process.start()
     fill(llava, tmp_path, files[2:], batch_size=1)
-    assert os.waitpid(process, 0)[1] == 0
+    process.join()
+    assert process.exitcode == 0
     cache = VisualCache(tmp_path, recipe_of(llava))
     for file in files:
         torch.testing.assert_close(cache[digest_of(file)].float(), encoded(llava, file), atol=2e-3, rtol=2e-3)
