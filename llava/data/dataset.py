@@ -4,6 +4,7 @@ A sample is tokenised and its images opened when it is asked for, in the loader'
 image carry none: the model takes batches with fewer images than rows, so nothing stands in for them.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ class LazySupervisedDataset(Dataset):
         if self.on_bad_sample == "error":
             return self.sample(index)
         kind = self._words[index] > 0
-        for candidate in (*range(index, len(self)), *range(index)):
+        for candidate in itertools.chain(range(index, len(self)), range(index)):
             if self.bad[candidate] or (self._words[candidate] > 0) != kind:
                 continue
             try:
