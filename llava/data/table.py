@@ -138,6 +138,7 @@ def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Datase
             features=Features(columns),
             cache_dir=str(directory),
             gen_kwargs={"path": path},
+            writer_batch_size=2_000,
             fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
         )
     except DatasetGenerationError as error:
