@@ -152,13 +152,6 @@ def test_broken_json_is_noticed_before_the_end_of_the_file(tmp_path: Path) -> No
         next(table.read_rows(file))
 
 
-def test_paths_that_are_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data file"):
-        table.open_table(tmp_path / "nothing.json")
-    with pytest.raises(UserError, match="no data file"):
-        table.open_table(tmp_path)
-
-
 def test_rows_have_one_schema(write: Callable[..., Path]) -> None:
     data = table.open_table(write(rows_of_every_kind()))
     assert data["id"][:] == ["7", "text", "000000000139", "", "None"]
@@ -337,19 +330,6 @@ def test_a_bad_sample_is_one_sentence_from_a_worker_too(
         list(loader)
     assert str(caught.value).startswith(f"{file} row 1 (id odd): ")
     assert "\n" not in str(caught.value)
-
-
-def test_skips_are_told_a_few_times_and_counted_always(
-    write: Callable[..., Path], tokenizer: object, caplog: pytest.LogCaptureFixture
-) -> None:
-    bad = [sample(f"<image> {number}", "x") for number in range(9)]
-    data = LazySupervisedDataset(write([*bad, sample("a", "b")]), tokenizer, on_bad_sample="skip")
-    for index in range(10):
-        data[index]
-    assert data.bad.nonzero().flatten().tolist() == list(range(9))
-    told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-    assert len(told) == dataset.SKIPS_SAID
-    assert "only counted" in told[-1]
 
 
 def test_several_tags_in_one_turn_are_one_image(

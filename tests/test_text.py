@@ -440,13 +440,6 @@ def test_conversations_that_cannot_be_encoded(
         encode_conversation(conversation, tokenizer, version)
 
 
-def test_a_masked_sample_says_so_once(tokenizer: LlamaTokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        _, labels = encode_conversation(turns("a", "b </s> c"), tokenizer, has_image=False)
-    assert (labels == -100).all()
-    assert len(caplog.messages) == 1 and "markers" in caplog.messages[0]
-
-
 def test_offsets_of_a_decoder_with_bytes_do_not_split_answers() -> None:
     """A byte-level vocabulary of single bytes: every character of several bytes is several tokens."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()

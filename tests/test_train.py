@@ -117,15 +117,6 @@ def test_gradient_checkpointing_changes_nothing_even_with_a_frozen_projector(
 # What trains
 
 
-def test_lora_is_on_the_language_model_alone(tiny: Tiny, tmp_path: Path) -> None:
-    prepared, _ = prepare(tiny, tmp_path, STAGES["lora"])
-    adapted = {name.split(".lora_")[0] for name, _ in prepared.model.named_parameters() if ".lora_" in name}
-    layers = {name.split("layers.")[1] for name in adapted}
-    linears = [f"self_attn.{k}_proj" for k in "qkvo"] + [f"mlp.{k}_proj" for k in ("gate", "up", "down")]
-    assert layers == {f"{layer}.{linear}" for layer in (0, 1) for linear in linears}
-    assert not any("vision_tower" in name or "projector" in name or "lm_head" in name for name in adapted)
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_trains_is_float32_under_mixed_precision(stage: str, tiny: Tiny, tmp_path: Path) -> None:
     prepared, _ = prepare(tiny, tmp_path, f"{STAGES[stage]} --bf16 True")
@@ -538,18 +529,6 @@ def test_unusable_samples_are_reported_at_the_end(
     report = "unusable samples met and replaced by others: 1 (rows 3)"
     assert report in capsys.readouterr().err
     assert report in json.loads((tmp_path / "run/run.json").read_text())["notes"]
-
-
-def test_a_sequence_no_longer_than_an_image_is_warned_of(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = f"{STAGES['projector']} --max_steps 1 --save_strategy no"
-    for name, more, warned in (
-        ("short", "--model_max_length 16", True),
-        ("reduced", "--model_max_length 16 --reducer prumerge", False),
-    ):
-        tiny.train(tmp_path / name, f"{flags} {more}")
-        assert ("--model_max_length 16 cuts off" in capsys.readouterr().err) == warned
 
 
 def test_a_log_cut_short_is_read_and_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
