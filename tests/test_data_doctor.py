@@ -24,7 +24,7 @@ FLAWED: list[tuple[object, str | None, str]] = [
     (sample("<image>\nfine", "yes", id=0, image="a.png"), None, ""),
     (sample("fine", "too", id="1"), None, ""),
     (sample("<image> or <image>", "fine", image=["a.png", "b.png"]), None, ""),
-    (sample("x", "dropped", "fine")["conversations"], "row", "a list"),
+    (sample("x", "dropped", "fine")["conversations"], "row", "object"),
     (sample("<image>", "x", image="gone.png"), "image", "gone.png: no such image file"),
     (sample("<image>", "y", image="torn.png"), "image", "torn.png is damaged"),
     (sample("<image>", "z", image="torn.png"), "image", "torn.png is damaged"),
@@ -37,7 +37,7 @@ FLAWED: list[tuple[object, str | None, str]] = [
         "turns",
         "turn 2 is from human",
     ),
-    ({"conversations": [{"from": "system", "value": "a"}]}, "turns", "neither human nor gpt"),
+    ({"conversations": [{"from": "system", "value": "a"}]}, "turns", "system"),
     (sample("a", " \n"), "empty", "turn 2, of gpt"),
     (sample("", "a"), "empty", "turn 1, of human"),
     (sample("fine", "too", id="other"), "duplicate", "row 1"),
@@ -57,15 +57,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_flaw_is_found_and_nothing_else(
-    workers: int, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if workers:  # few rows are looked at without processes
-        monkeypatch.setattr(doctor, "BATCH", {"rows": 2, "images": 1})
-    report = doctor.examine(
-        folder / "flawed.json", image_folder=folder, tokenizer_path=TOKENIZER, workers=workers
-    )
+def test_every_flaw_is_found_and_nothing_else(folder: Path) -> None:
+    report = doctor.examine(folder / "flawed.json", image_folder=folder, tokenizer_path=TOKENIZER)
     found = {(finding.row, finding.kind): finding.reason for finding in report.findings}
     assert sorted(found) == [(i, kind) for i, (_, kind, _) in enumerate(FLAWED) if kind]
     for i, (_, kind, says) in enumerate(FLAWED):
@@ -85,12 +78,22 @@ def test_visual_tokens_count_towards_the_length(folder: Path) -> None:
     assert (2, "too-long") not in kinds(64)
 
 
+def test_many_rows_are_looked_at_by_processes(folder: Path) -> None:
+    rows = [row for row, _, _ in FLAWED] * 8
+    (folder / "many.json").write_text(json.dumps(rows))
+    alone, together = (
+        doctor.examine(folder / "many.json", image_folder=folder, tokenizer_path=TOKENIZER, workers=workers)
+        for workers in (0, 2)
+    )
+    assert together == alone and len(alone.findings) > len(rows)
+
+
 def test_lines_and_exit_status(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(folder / "flawed.json")
     assert cli.main(["doctor", "data", file, "--image-folder", str(folder)]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("row 3 (id ): row: ")
-    assert "row 4 (id ): image: gone.png: no such image file; check the path and the image folder" in out
+    assert any(line.startswith("row 4 (id ): image: gone.png") for line in out)
     assert out[-1].startswith(f"{file}: {len(FLAWED)} rows, 4 images looked at: 1 row, 3 turns, 2 empty, ")
     assert not any("too-long" in line or "masked" in line for line in out)  # they take a tokenizer
 
@@ -112,10 +115,9 @@ def test_a_sound_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{file}: 4 rows, 2 images looked at: nothing wrong\n"
 
 
-def test_wrong_paths_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_paths_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "data", str(folder / "no.json")]) == 2
-    assert "there is no data file" in capsys.readouterr().err
-    assert (
-        cli.main(["doctor", "data", str(folder / "flawed.json"), "--image-folder", str(folder / "no")]) == 2
-    )
-    assert "there is no image folder" in capsys.readouterr().err
+    assert "no.json" in capsys.readouterr().err
+    flags = ["--image-folder", str(folder / "no")]
+    assert cli.main(["doctor", "data", str(folder / "flawed.json"), *flags]) == 2
+    assert "--image-folder" in capsys.readouterr().err

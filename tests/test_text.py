@@ -1,6 +1,7 @@
 """Tokenizers and labels: against the reference, against sentencepiece itself, and against LLaVA's own way of
 counting tokens, written out plainly."""
 
+import dataclasses
 import json
 import logging
 import pickle
@@ -15,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from llava.conversation import conv_templates
+from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.data import encode_conversation
 from llava.data.text import training_template
 from llava.errors import UserError
@@ -333,18 +334,52 @@ def learnt(tokenizer: PreTrainedTokenizerFast, labels: torch.Tensor) -> str:
     return tokenizer.decode(labels[labels != -100], skip_special_tokens=False)
 
 
-def test_smollm2_learns_answers_and_their_end(chatml: PreTrainedTokenizerFast) -> None:
-    conversation = turns("<image>\nHow many?", "Two, ask <why>.", "Why?", " Because\n\nof it.")
-    ids, labels = encode_conversation(conversation, chatml, "smollm2")
-    assert learnt(chatml, labels) == "Two, ask <why>.<|im_end|> Because\n\nof it.<|im_end|>"
-    assert (ids == -200).sum() == 1
-    text_only = turns(*(turn["value"].removeprefix("<image>\n") for turn in conversation))
-    ids, labels = encode_conversation(text_only, chatml, "smollm2", has_image=False)
-    rendered = conv_templates["smollm2"].copy()
-    for i, turn in enumerate(text_only):
-        rendered.append_message(rendered.roles[i % 2], turn["value"])
-    assert ids.tolist() == chatml(rendered.get_prompt()).input_ids  # nothing is tokenised piece by piece
-    assert learnt(chatml, labels) == "Two, ask <why>.<|im_end|> Because\n\nof it.<|im_end|>"
+ROLES = "<|start_header_id|>{}<|end_header_id|>\n\n"
+LLAMA_3 = Conversation(
+    ROLES.format("system") + "You answer.", (ROLES.format("user"), ROLES.format("assistant")),
+    [], 0, SeparatorStyle.MPT, "<|eot_id|>", None, "llama_3",
+)  # fmt: skip
+QWEN_2 = dataclasses.replace(
+    conv_templates["smollm2"], system="<|im_start|>system\nYou are a helpful assistant.", version="qwen_2"
+)
+
+
+@pytest.mark.parametrize("has_image", [True, False])
+@pytest.mark.parametrize("version", ["smollm2", "chatml_direct", "mpt", "qwen_2", "llama_3"])
+def test_answers_and_their_end_are_learnt_whatever_the_template(
+    version: str, has_image: bool, chatml: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the text put together piece by piece, each piece learnt as a whole or not at all."""
+    for name, template in (("qwen_2", QWEN_2), ("llama_3", LLAMA_3)):
+        if name not in conv_templates:
+            monkeypatch.setitem(conv_templates, name, template)
+    chatml.add_special_tokens(
+        {"additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]}
+    )
+    template = conv_templates[version]
+    texts = ["How many?", "Two, ask <why>.", "Why?", " Because\n\nof it.", "日本?", "é"]
+    if has_image:
+        texts[0] = "<image>\nHow many?"
+    pieces = [(template.system + template.sep, False)]
+    for i, text in enumerate(texts):
+        pieces += [(template.roles[i % 2], False), (text + template.sep, i % 2 == 1)]
+    expected_ids, expected = [], []
+    for piece, is_learnt in pieces:
+        ids = tokenizer_image_token(piece, chatml)
+        expected_ids += ids
+        expected += ids if is_learnt else [-100] * len(ids)
+    ids, labels = encode_conversation(turns(*texts), chatml, version, has_image=has_image)
+    assert ids.tolist() == expected_ids
+    assert labels.tolist() == expected
+    assert learnt(chatml, labels) == "".join(text + template.sep for text in texts[1::2])
+
+
+@pytest.mark.parametrize("texts", [("a", "b <|im_end|> c"), ("a", ""), ("a", "", "b", "c"), ("a", "b", "c")])
+def test_chatml_is_masked_where_its_turns_cannot_be_told_apart(
+    texts: tuple[str, ...], chatml: PreTrainedTokenizerFast
+) -> None:
+    _, labels = encode_conversation(turns(*texts), chatml, "smollm2", has_image=False)
+    assert (labels == -100).all()
 
 
 @pytest.mark.parametrize("version", ["v1", "llava_llama_2"])
@@ -404,13 +439,6 @@ def test_conversations_that_cannot_be_encoded(
 ) -> None:
     with pytest.raises(UserError, match=says):
         encode_conversation(conversation, tokenizer, version)
-
-
-def test_a_masked_sample_says_so_once(tokenizer: LlamaTokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        _, labels = encode_conversation(turns("a", "b </s> c"), tokenizer, has_image=False)
-    assert (labels == -100).all()
-    assert len(caplog.messages) == 1 and "markers" in caplog.messages[0]
 
 
 def test_offsets_of_a_decoder_with_bytes_do_not_split_answers() -> None:

@@ -1,6 +1,7 @@
 """Two processes on the CPU take the steps one process takes with the same global batch: DDP, ZeRO, FSDP."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -121,52 +122,50 @@ FILES = {"full": "model.safetensors", "lora": "non_lora_trainables.bin", "projec
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_take_the_steps_of_one(case: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
+    """LoRA runs do so with visual tokens from a cache that both fill, and go on from a checkpoint."""
     stage, flags = CASES[case]
     if "zero" in case:
         pytest.importorskip("deepspeed")
+    fsdp, resumes = "fsdp" in case, stage == "lora"
     flags = f"{STAGES[stage].replace('--group_by_modality_length True', '')} {STEPS} {flags}"
-    theirs = single(tiny, tmp_path / "one", flags.split("--deepspeed")[0])
-    ours = launch(root, tiny, tmp_path / "two", flags, fsdp="fsdp" in case)
-    assert_same(ours, theirs, 2e-4)
-    one, two = (read_tensors(tmp_path / name / FILES[stage]) for name in ("one", "two"))
+    if resumes:
+        flags += " --save_strategy steps --save_steps 2"
+    theirs = single(tiny, tmp_path / "one", re.sub(r"--deepspeed \S+", "", flags))
+    if resumes:
+        flags += f" --visual_cache {tmp_path / 'tokens'}"
+    ours = launch(root, tiny, tmp_path / "two", flags, fsdp=fsdp)
+    assert_same(ours, theirs, 1e-3 if resumes else 2e-4)  # cached tokens are float16
+    assert_same_weights(tmp_path / "two" / FILES[stage], tmp_path / "one" / FILES[stage], 1e-3)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    if resumes:
+        part = tmp_path / "part"
+        part.mkdir()
+        (tmp_path / "two" / "checkpoint-2").rename(part / "checkpoint-2")
+        assert any("fsdp" in path.name for path in (part / "checkpoint-2").iterdir()) == fsdp
+        again = launch(root, tiny, part, flags, fsdp=fsdp)
+        assert [row["step"] for row in again] == [3, 4]
+        assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in ours[2:]], abs=1e-6)
+        assert_same_weights(part / FILES[stage], tmp_path / "two" / FILES[stage], 1e-5)
+
+
+def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
+    one, two = read_tensors(ours), read_tensors(theirs)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3)
-    extra = {"run.json", "log.jsonl"}
-    assert {p.name for p in (tmp_path / "two").iterdir()} - extra == {
-        p.name for p in (tmp_path / "one").iterdir()
-    } - extra
+        torch.testing.assert_close(two[name], tensor, atol=tolerance, rtol=tolerance)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("stage", ["lora", "full"])
 def test_zero3_in_bfloat16(stage: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
-    """The first loss is that of one process, the steps are those of ZeRO-2. Both round the weights themselves
-    to bfloat16; one process trains float32 weights under autocast, so its later losses differ a little."""
+    """The weights themselves are rounded to bfloat16; one process trains float32 weights under autocast, so
+    losses after the first differ a little."""
     pytest.importorskip("deepspeed")
     flags = f"{STAGES[stage].replace('--group_by_modality_length True', '')} {STEPS} --bf16 True"
     one = single(tiny, tmp_path / "one", flags)
-    two, three = (
-        launch(root, tiny, tmp_path / zero, f"{flags} --deepspeed scripts/{zero}.json")
-        for zero in ("zero2", "zero3")
-    )
-    assert three[0]["loss"] == pytest.approx(one[0]["loss"], abs=0.01)
-    assert_same(three, two, 0.02)
-
-
-@pytest.mark.parametrize("case", ["ddp", "zero2", "zero3", "fsdp"])
-def test_a_run_of_two_processes_goes_on(case: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
-    flags = f"{STAGES['lora']} --max_steps 4 --save_steps 2 --visual_cache {tmp_path / 'tokens'}"
-    if "zero" in case:
-        pytest.importorskip("deepspeed")
-        flags += f" --deepspeed scripts/{case}.json"
-    whole = launch(root, tiny, tmp_path / "whole", flags, fsdp=case == "fsdp")
-    part = tmp_path / "part"
-    (part / "checkpoint-2").parent.mkdir()
-    (tmp_path / "whole" / "checkpoint-2").rename(part / "checkpoint-2")
-    assert any("fsdp" in path.name for path in (part / "checkpoint-2").iterdir()) == (case == "fsdp")
-    again = launch(root, tiny, part, flags, fsdp=case == "fsdp")
-    assert [row["step"] for row in again] == [3, 4]
-    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in whole[2:]], abs=1e-6)
-    ours, theirs = (read_tensors(folder / "non_lora_trainables.bin") for folder in (part, tmp_path / "whole"))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-5)
+    two = launch(root, tiny, tmp_path / "two", f"{flags} --deepspeed scripts/zero3.json")
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=0.01)
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=0.05)

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
+from tiny_training import silent, trainer
 
-from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.errors import UserError
 from llava.model.checkpoints import read_tensors
 from llava.train.arguments import parse
 from llava.train.setup import build
 from llava.train.train import train
-from llava.train.trainer import LlavaTrainer, parameter_groups
+from llava.train.trainer import parameter_groups
 
 VISION = (
     "--vision_tower ckpt/clip-tiny-336 --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 "
@@ -33,10 +32,6 @@ def reference(golden: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def silent(line: str) -> None:
-    pass
-
-
 STEPS = {
     "projector": "--version plain --tune_mm_mlp_adapter True --image_aspect_ratio square",
     "full": "--version v1 --image_aspect_ratio pad",
@@ -45,7 +40,9 @@ STEPS = {
 
 
 @pytest.mark.parametrize("stage", STEPS)
-def test_four_steps_are_the_references(stage: str, reference: Path, tmp_path: Path) -> None:
+def test_four_steps_are_the_references(
+    stage: str, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = json.loads((reference / "train/steps.json").read_text())[stage]
     final = np.load(reference / "train/steps.npz")
     argv = shlex.split(
@@ -54,23 +51,11 @@ def test_four_steps_are_the_references(stage: str, reference: Path, tmp_path: Pa
         "--max_steps 4 --lr_scheduler_type constant --per_device_train_batch_size 2 --max_grad_norm 0 "
         "--train_sampling_strategy sequential --save_strategy no"
     )
-    model_args, data_args, training_args = parse(argv, silent)
-    prepared = build(model_args, data_args, training_args, silent)
-    dataset = LazySupervisedDataset(
-        data_args.data_path,
-        prepared.tokenizer,
-        prepared.llava.get_vision_tower().image_processor,
-        image_folder=data_args.image_folder,
-        version=model_args.version,
-        image_aspect_ratio=data_args.image_aspect_ratio,
-        cache_dir=tmp_path / "data",
-    )
-    order = [row for batch in expected["batches"] for row in batch]
-    collator = DataCollatorForSupervisedDataset(prepared.tokenizer)
-    trainer = LlavaTrainer(prepared, training_args, Subset(dataset, order), collator)
-    trainer.train()
+    monkeypatch.setenv("LLAVA_CACHE", str(tmp_path / "cache"))
+    prepared, run = trainer(argv, [row for batch in expected["batches"] for row in batch])
+    run.train()
 
-    rows = [row for row in trainer.state.log_history if "loss" in row]
+    rows = [row for row in run.state.log_history if "loss" in row]
     assert [row["loss"] for row in rows] == pytest.approx(expected["losses"], abs=1e-4)
     assert [row["grad_norm"] for row in rows] == pytest.approx(expected["grad_norms"], abs=1e-3)
     weights = prepared.llava.state_dict()
@@ -85,7 +70,7 @@ def test_four_steps_are_the_references(stage: str, reference: Path, tmp_path: Pa
     assert compared == (4 if stage == "projector" else 6)
 
     with torch.no_grad():
-        batch = collator([dataset[row] for row in expected["batches"][0]])
+        batch = run.data_collator([run.train_dataset[row] for row in range(len(expected["batches"][0]))])
         loss = prepared.llava.eval()(**batch).loss
     assert loss.item() == pytest.approx(expected["loss_batch0_after"], abs=1e-4)
 

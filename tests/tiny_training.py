@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tiny_checkpoints import Family, family
+from torch.utils.data import Subset
 
+from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.train.arguments import parse
 from llava.train.plot import read_log
+from llava.train.setup import Prepared, build
 from llava.train.train import train
+from llava.train.trainer import LlavaTrainer
 
 FLAGS = (
     "--version v1 --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False "
@@ -42,6 +48,32 @@ class Tiny:
         """Run to the end; the log lines that carry a loss."""
         train(argv=self.argv(out, flags))
         return losses(out)
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def trainer(argv: list[str], order: list[int] | None = None) -> tuple[Prepared, LlavaTrainer]:
+    """The model and the trainer of a command line, before the first step; `order`: the samples it gets."""
+    model_args, data_args, training_args = parse(argv, silent)
+    torch.manual_seed(0)
+    prepared = build(model_args, data_args, training_args, silent)
+    dataset = LazySupervisedDataset(
+        data_args.data_path,
+        prepared.tokenizer,
+        prepared.llava.get_vision_tower().image_processor,
+        image_folder=data_args.image_folder,
+        version=model_args.version,
+        image_aspect_ratio=data_args.image_aspect_ratio,
+    )
+    samples = dataset if order is None else Subset(dataset, order)
+    collator = DataCollatorForSupervisedDataset(prepared.tokenizer)
+    return prepared, LlavaTrainer(prepared, training_args, samples, collator)
+
+
+def prepare(tiny: Tiny, out: Path, flags: str = "") -> tuple[Prepared, LlavaTrainer]:
+    return trainer(tiny.argv(out, flags))
 
 
 def losses(run: Path) -> list[dict]:

@@ -4,8 +4,9 @@ A sample is tokenised and its images opened when it is asked for, in the loader'
 image carry none: the model takes batches with fewer images than rows, so nothing stands in for them.
 """
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +24,8 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_MAPPING = 256
 """Each row read brings some ten pieces of 64 KiB of the mapped file into the process; without renewal the
-whole file would in time count as every worker's memory. This many rows are at most some 200 MB, and mapping
-anew costs 0.15 ms a row, a small part of tokenising it and opening its image."""
-
+whole file would in time count as every worker's memory. Mapping anew after so many rows costs little beside
+tokenising them and opening their images."""
 
 SKIPS_SAID = 5
 """So many skipped samples are told with their reason when they are met."""
@@ -45,12 +45,13 @@ class LazySupervisedDataset(Dataset):
     data_path: JSON list, JSON lines or parquet, see `llava.data.table`.
     image_folder: what the names in `image` are relative to.
     image_processor: the tower's. Needed for rows with images unless `load_visual` is given.
-    version, is_multimodal, mm_use_im_start_end: see `encode_conversation`.
+    version, mm_use_im_start_end: see `encode_conversation`.
     image_aspect_ratio: "pad" or "square", see `process_images`.
     load_visual: takes a name in `image` and returns that image's cached visual tokens [K, mm_hidden];
         images are then not opened.
     on_bad_sample: "error" raises `BadSample`; "skip" gives the next good sample of the same kind (with or
         without image) in its place and marks it in `bad`, a bool per row.
+    cache_dir: where the copy of the file lies, see `open_table`.
 
     A sample is `input_ids`, `labels` (int64 [n]), and with images one of `images` (list of float32 [3, S, S])
     and `visual_tokens` (list of [K, mm_hidden]), in the order of the placeholders in `input_ids`.
@@ -65,18 +66,11 @@ class LazySupervisedDataset(Dataset):
         image_folder: str | Path | None = None,
         version: str = "v1",
         image_aspect_ratio: str = "square",
-        is_multimodal: bool = True,
         mm_use_im_start_end: bool = False,
         load_visual: Callable[[str], torch.Tensor] | None = None,
         on_bad_sample: str = "error",
         cache_dir: str | Path | None = None,
     ):
-        if on_bad_sample not in ("error", "skip"):
-            raise UserError(f'--on_bad_sample is "error" or "skip", not {on_bad_sample!r}.')
-        if image_aspect_ratio not in ("pad", "square"):
-            raise UserError(
-                f'--image_aspect_ratio is "pad" or "square" in training, not {image_aspect_ratio!r}.'
-            )
         self.data_path = Path(data_path)
         self.table = open_table(data_path, cache_dir)
         self._rows_read = 0
@@ -85,7 +79,6 @@ class LazySupervisedDataset(Dataset):
         self.image_folder = Path(image_folder) if image_folder else None
         self.version = version
         self.image_aspect_ratio = image_aspect_ratio
-        self.is_multimodal = is_multimodal
         self.mm_use_im_start_end = mm_use_im_start_end
         self.load_visual = load_visual
         self.on_bad_sample = on_bad_sample
@@ -106,38 +99,23 @@ class LazySupervisedDataset(Dataset):
         """Words of each sample, and 128 for the image of those that have one."""
         return (self._words.abs() + 128 * (self._words > 0)).tolist()
 
-    @property
-    def bad_rows(self) -> list[int]:
-        """Rows skipped so far, by this process and its workers."""
-        return self.bad.nonzero().flatten().tolist()
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.on_bad_sample == "error":
             return self.sample(index)
-        for candidate in self._from(index):
-            if self.bad[candidate]:
+        kind = self._words[index] > 0
+        for candidate in itertools.chain(range(index, len(self)), range(index)):
+            if self.bad[candidate] or (self._words[candidate] > 0) != kind:
                 continue
             try:
                 return self.sample(candidate)
             except BadSample as error:
                 self.bad[candidate] = True
-                self._say_skipped(error)
+                if (count := int(self.bad.sum())) <= SKIPS_SAID:
+                    more = "; the next ones are only counted" if count == SKIPS_SAID else ""
+                    logger.warning("skipped: %s%s", str(error).rstrip("."), more)
         raise UserError(
             f"{self.data_path}: no sample of the kind of row {index} is usable; `llava doctor data` says why."
         )
-
-    def _say_skipped(self, error: BadSample) -> None:
-        count = int(self.bad.sum())
-        if count <= SKIPS_SAID:
-            more = "; the next ones are only counted" if count == SKIPS_SAID else ""
-            logger.warning("skipped: %s%s", str(error).rstrip("."), more)
-
-    def _from(self, index: int) -> Iterator[int]:
-        """The index, then those after it of the same kind, round to the start."""
-        with_image = bool(self._words[index] > 0)
-        for candidate in range(index, index + len(self)):
-            if bool(self._words[candidate % len(self)] > 0) == with_image:
-                yield candidate % len(self)
 
     def sample(self, index: int) -> dict[str, Any]:
         """Sample `index` itself, whatever `on_bad_sample` says. Raises BadSample."""
@@ -148,7 +126,7 @@ class LazySupervisedDataset(Dataset):
             raise BadSample(f"{self.data_path} row {index} (id {row['id']}): {error}") from None
 
     def row(self, index: int) -> dict[str, Any]:
-        """Row `index` of the table, see `llava.data.table.Row`."""
+        """Row `index` of the table, see `llava.data.table.table_row`."""
         self._rows_read += 1
         if self._rows_read % ROWS_PER_MAPPING == 0:
             self.table = mapped_anew(self.table)
@@ -158,21 +136,17 @@ class LazySupervisedDataset(Dataset):
         if row["problem"]:
             raise UserError(f"{row['problem']}.")
         names = row["image"]
-        if names and not self.is_multimodal:
-            raise UserError("it has an image, but the run has no vision tower; give --vision_tower.")
         input_ids, labels = encode_conversation(
             row["conversations"],
             self.tokenizer,
             self.version,
             has_image=bool(names),
-            is_multimodal=self.is_multimodal,
             mm_use_im_start_end=self.mm_use_im_start_end,
             several_images=len(names) > 1,
         )
+        placeholders = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+        check_placeholders(row["conversations"], len(names), placeholders)
         sample: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
-        if self.is_multimodal:
-            placeholders = int((input_ids == IMAGE_TOKEN_INDEX).sum())
-            check_placeholders(row["conversations"], len(names), placeholders)
         if not names:
             return sample
         if self.load_visual is not None:

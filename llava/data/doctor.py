@@ -1,22 +1,17 @@
 """`llava doctor data FILE --image-folder DIR`: looks at every row and every image before a run does.
 
-Each finding is a row, a kind and a reason. Kinds: `row` (not a sample at all), `turns` (who speaks, in which
-order), `empty` (a turn without text), `image-count` (`<image>` and images do not match), `image` (missing or
-damaged), `duplicate` (an earlier row says the same); with `--tokenizer` also `too-long` (cut at
---model-max-length) and `masked` (nothing to learn: a text holds the template's own markers).
-
-Exit status 0: nothing found; 1: something was.
+Each finding is a row, a kind (see `KINDS`) and a reason. Exit status 0: nothing found; 1: something was.
 """
 
 import argparse
 import hashlib
 import json
-import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +21,16 @@ from llava.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-KINDS = ("row", "turns", "empty", "image-count", "image", "duplicate", "too-long", "masked")
-BATCH = {"rows": 256, "images": 16}
-"""How many a process looks at before it reports."""
+KINDS = {
+    "row": "not a sample at all",
+    "turns": "who speaks, in which order",
+    "empty": "a turn without text",
+    "image-count": "<image> and images do not match",
+    "image": "missing or damaged",
+    "duplicate": "an earlier row says the same",
+    "too-long": "with --tokenizer: cut at --model-max-length",
+    "masked": "with --tokenizer: nothing to learn, a text holds the template's own markers",
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -39,28 +41,26 @@ class Finding:
     reason: str
 
 
+@dataclass(frozen=True)
+class Report:
+    """rows, images: how many were looked at (an image used by several rows once)."""
+
+    rows: int
+    images: int
+    findings: list[Finding]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("file", type=Path, metavar="FILE", help="JSON, JSONL or parquet")
     parser.add_argument("--image-folder", type=Path, help="without it, images are not looked at")
-    parser.add_argument(
-        "--tokenizer", metavar="MODEL", help="also encode every row with this model's tokenizer"
-    )
-    parser.add_argument("--version", default="v1", help="template, as in training (default: %(default)s)")
-    parser.add_argument("--model-max-length", type=int, default=2048, help="default: %(default)s")
-    parser.add_argument(
-        "--visual-tokens", type=int, default=576, help="an image takes, for too-long (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--ignore",
-        action="append",
-        default=[],
-        choices=KINDS,
-        metavar="KIND",
-        help=f"one of {', '.join(KINDS)}",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
-    )
+    parser.add_argument("--tokenizer", metavar="MODEL", help="encode every row with this model's tokenizer")
+    parser.add_argument("--version", default="v1", help="template, as in training")
+    parser.add_argument("--model-max-length", type=int, default=2048, help="for too-long")
+    parser.add_argument("--visual-tokens", type=int, default=576, help="an image takes, for too-long")
+    kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items())
+    parser.add_argument("--ignore", action="append", default=[], choices=KINDS, metavar="KIND", help=kinds)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--json", action="store_true", help="one object instead of lines")
 
 
@@ -93,15 +93,6 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-@dataclass(frozen=True)
-class Report:
-    """rows, images: how many were looked at (an image used by several rows once)."""
-
-    rows: int
-    images: int
-    findings: list[Finding]
-
-
 def examine(
     file: Path,
     *,
@@ -114,122 +105,61 @@ def examine(
 ) -> Report:
     """All findings of a data file, by row. Progress bars go to stderr."""
     from llava.data.table import image_names, open_table
+    from llava.model.tokenization import load_tokenizer
 
     table = open_table(file)
-    tokenizer = None
+    check = partial(check_row, table)
     if tokenizer_path is not None:
-        from llava.model.tokenization import load_tokenizer
-
         tokenizer = load_tokenizer(tokenizer_path, model_max_length=int(1e9))  # lengths are judged here
-    checks = RowChecks(table, tokenizer, version, max_length, visual_tokens)
-
+        check = partial(check, encoder=partial(check_ids, tokenizer, version, max_length, visual_tokens))
     findings: list[Finding] = []
     first_with: dict[bytes, int] = {}
-    for row, (identity, digest, found) in enumerate(_in_parallel(checks, workers, "rows")):
+    for row, (identity, digest, found) in enumerate(_in_parallel(check, len(table), workers, "rows")):
         findings += [Finding(row, identity, kind, reason) for kind, reason in found]
-        if digest:
-            first = first_with.setdefault(digest, row)
-            if first != row:
-                findings.append(Finding(row, identity, "duplicate", f"the same as row {first}"))
+        first = first_with.setdefault(digest, row)
+        if digest and first != row:
+            findings.append(Finding(row, identity, "duplicate", f"the same as row {first}"))
 
-    names: list[str] = []
+    rows_of: dict[str, list[int]] = {}
     if image_folder is not None:
-        rows_of: dict[str, list[int]] = {}
         for row, images in enumerate(image_names(table)):
             for name in images:
                 rows_of.setdefault(name, []).append(row)
         names = list(rows_of)
-        reasons = _in_parallel(ImageChecks(image_folder, names), workers, "images")
-        for name, reason in zip(names, reasons, strict=True):
+        check = partial(check_image, image_folder, names)
+        for name, reason in zip(names, _in_parallel(check, len(names), workers, "images"), strict=True):
             if reason:
                 findings += [Finding(row, table[row]["id"], "image", reason) for row in rows_of[name]]
-    return Report(len(table), len(names), sorted(findings))
+    return Report(len(table), len(rows_of), sorted(findings))
 
 
-def _in_parallel(checks: Sequence[Any], workers: int, what: str) -> Iterator[Any]:
-    """`checks[0], checks[1], ...`, made by torch's loader processes, with a progress bar."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    batch = BATCH[what]
-    few = len(checks) <= 4 * batch  # starting processes would take longer
-    loader = DataLoader(
-        checks, batch_size=batch, num_workers=0 if few else workers, collate_fn=list, prefetch_factor=None
-    )
-    text = logging.getLogger("llava.data.text")  # says of each masked row what becomes a finding here
-    level = text.level
-    text.setLevel(logging.ERROR)
-    try:
-        with tqdm(total=len(checks), desc=f"checking {what}", unit=f" {what}", delay=1) as bar:
-            for results in loader:
-                yield from results
-                bar.update(len(results))
-    finally:
-        text.setLevel(level)
-
-
-class RowChecks:
-    """Checks of the text: item i is (id, digest of the content, [(kind, reason), ...]) of row i."""
-
-    def __init__(self, table: "Dataset", tokenizer: Any, version: str, max_length: int, visual_tokens: int):
-        self.table = table
-        self.tokenizer = tokenizer
-        self.version = version
-        self.max_length = max_length
-        self.visual_tokens = visual_tokens
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> tuple[str, bytes, list[tuple[str, str]]]:
-        row = self.table[index]
-        if row["problem"]:
-            return row["id"], b"", [("row", row["problem"])]
-        content = json.dumps([row["image"], row["conversations"]], sort_keys=True).encode()
-        found = list(check_turns(row["conversations"])) + list(
-            check_image_count(row["conversations"], len(row["image"]))
-        )
-        if not found and self.tokenizer is not None:
-            found = list(self._encoded(row))
-        return row["id"], hashlib.blake2b(content, digest_size=16).digest(), found
-
-    def _encoded(self, row: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        from llava.data.text import encode_conversation
-
-        images = len(row["image"])
-        try:
-            ids, labels = encode_conversation(
-                row["conversations"],
-                self.tokenizer,
-                self.version,
-                has_image=images > 0,
-                several_images=images > 1,
-            )
-        except UserError as error:
-            yield "turns", str(error).rstrip(".")
-            return
-        if (labels == IGNORE_INDEX).all():
-            yield "masked", f"none of its tokens is learnt: a text holds a marker of version {self.version}"
-        length = len(ids) + images * (self.visual_tokens - 1)
-        if length > self.max_length:
-            yield "too-long", f"{length} tokens, the last {length - self.max_length} are cut off"
+def check_row(
+    table: "Dataset", index: int, encoder: Callable[[dict[str, Any]], Iterator[tuple[str, str]]] | None = None
+) -> tuple[str, bytes, list[tuple[str, str]]]:
+    """(id, digest of the content, [(kind, reason), ...]) of a row; only one without findings is encoded."""
+    row = table[index]
+    if row["problem"]:
+        return row["id"], b"", [("row", row["problem"])]
+    turns, images = row["conversations"], row["image"]
+    found = [*check_turns(turns), *check_image_count(turns, len(images))]
+    if not found and encoder is not None:
+        found = list(encoder(row))
+    content = json.dumps([images, turns], sort_keys=True).encode()
+    return row["id"], hashlib.blake2b(content, digest_size=16).digest(), found
 
 
 def check_turns(turns: Sequence[dict[str, str]]) -> Iterator[tuple[str, str]]:
-    """Who speaks and whether they say something. A first turn from gpt is dropped in training."""
+    """Who speaks and whether they say something."""
+    from llava.data.text import checked_turn, taking_turns
+
+    try:
+        if taking_turns([checked_turn(turn) for turn in turns])[-1][0] == "human":
+            yield "turns", "it does not end with an answer from gpt"
+    except UserError as error:
+        yield "turns", str(error).rstrip(".")
     for i, turn in enumerate(turns, 1):
-        if turn["from"] not in ("human", "gpt"):
-            yield "turns", f"turn {i} is from {turn['from']!r}, neither human nor gpt"
-        elif not turn["value"].strip():
+        if not turn["value"].strip():
             yield "empty", f"turn {i}, of {turn['from']}, is empty"
-    speakers = [turn["from"] for turn in turns]
-    skipped = speakers[:1] == ["gpt"]
-    for i, speaker in enumerate(speakers[skipped:]):
-        if speaker in ("human", "gpt") and speaker != ("human", "gpt")[i % 2]:
-            yield "turns", f"turn {i + 1 + skipped} is from {speaker}: human and gpt have to take turns"
-            return
-    if speakers[-1] == "human" or len(speakers) == skipped:
-        yield "turns", "it does not end with an answer from gpt"
 
 
 def check_image_count(turns: Sequence[dict[str, str]], images: int) -> Iterator[tuple[str, str]]:
@@ -245,21 +175,62 @@ def check_image_count(turns: Sequence[dict[str, str]], images: int) -> Iterator[
         yield "image-count", str(error).removesuffix("; make them match.")
 
 
-class ImageChecks:
-    """Checks of the files: item i is what is wrong with image i, or None."""
+def check_ids(
+    tokenizer: Any, version: str, max_length: int, visual_tokens: int, row: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """What a row is for the model: too long, or nothing to learn."""
+    from llava.data import text
 
-    def __init__(self, folder: Path, names: list[str]):
-        self.folder = folder
-        self.names = names
+    images = len(row["image"])
+    text.logger.disabled = True  # it says of each masked row what becomes a finding here
+    try:
+        ids, labels = text.encode_conversation(
+            row["conversations"], tokenizer, version, has_image=images > 0, several_images=images > 1
+        )
+    except UserError as error:
+        yield "turns", str(error).rstrip(".")
+        return
+    finally:
+        text.logger.disabled = False
+    if (labels == IGNORE_INDEX).all():
+        yield "masked", f"none of its tokens is learnt: a text holds a marker of version {version}"
+    length = len(ids) + images * (visual_tokens - 1)
+    if length > max_length:
+        yield "too-long", f"{length} tokens, the last {length - max_length} are cut off"
+
+
+def check_image(folder: Path, names: list[str], index: int) -> str | None:
+    """What is wrong with an image file, or None."""
+    from llava.mm_utils import load_image
+
+    try:
+        load_image(folder / names[index], name=names[index])
+    except UserError as error:
+        return str(error).rstrip(".")
+    return None
+
+
+class _Calls:
+    """`function(0), function(1), ...` as torch's loader asks for them."""
+
+    def __init__(self, function: Callable[[int], Any], count: int):
+        self.function, self.count = function, count
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.count
 
-    def __getitem__(self, index: int) -> str | None:
-        from llava.mm_utils import load_image
+    def __getitem__(self, index: int) -> Any:
+        return self.function(index)
 
-        try:
-            load_image(self.folder / self.names[index], name=self.names[index])
-        except UserError as error:
-            return str(error).rstrip(".")
-        return None
+
+def _in_parallel(function: Callable[[int], Any], count: int, workers: int, what: str) -> Iterator[Any]:
+    """The results of all calls in order, made by torch's loader processes, with a progress bar."""
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    workers = 0 if count <= 100 else workers  # starting processes would take longer than a few calls
+    loader = DataLoader(_Calls(function, count), batch_size=16, num_workers=workers, collate_fn=list)
+    with tqdm(total=count, desc=f"checking {what}", unit=f" {what}", delay=1) as bar:
+        for results in loader:
+            yield from results
+            bar.update(len(results))

@@ -1,15 +1,15 @@
 """A conversation as ids and labels: what the model reads, and the part of it that is learnt.
 
-Only answers (and the token that ends them) are learnt; every other label is IGNORE_INDEX. LLaVA's rules are
-kept to the letter, because the released weights and everyone's results stand on them, including that a sample
-whose text holds the template's own markers is masked as a whole. The way there differs: LLaVA re-tokenises
-each round by itself and corrects the counts for what its one vocabulary does at the seams; here answers are
-found as character spans of the whole text, and a token belongs to the span its first character lies in. That
-gives the same labels and holds for any vocabulary, with or without BOS.
+Only answers (and the token that ends them) are learnt; every other label is IGNORE_INDEX. An answer is what a
+prompt gains when its open turn is filled, so any template's answers are found by rendering it turn by turn; a
+token belongs to the characters its first one lies in, which holds for any vocabulary, with or without BOS.
+
+LLaVA re-tokenises each round by itself and corrects the counts for what its one vocabulary does at the seams.
+Its rules are kept to the letter, as the released weights and everyone's results stand on them: a sample whose
+text holds the template's own markers is masked as a whole.
 """
 
 import dataclasses
-import itertools
 import logging
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ def encode_conversation(
     template's markers is fully masked, with a warning in the log.
     """
     template = training_template(version)
-    turns = [_checked(turn) for turn in conversations]
+    turns = [checked_turn(turn) for turn in conversations]
     if has_image and is_multimodal:
         wrapped = mm_use_im_start_end, "mmtag" in template.version
         turns = [(who, _place_image(text, *wrapped, several_images)) for who, text in turns]
@@ -74,26 +74,29 @@ def encode_conversation(
     if template.sep_style is SeparatorStyle.SINGLE:
         return _encode_headed(turns, tokenizer, template, has_image)
 
-    text = _render(turns, template)
+    messages = [[template.roles[i % 2], said] for i, (_, said) in enumerate(taking_turns(turns))]
+    text = _render(template, messages)
     ids, starts = _tokenise(text, tokenizer, has_image)
-    spans, parsed_to = _answer_spans(text, template)
-    labels = _labels(ids, starts, spans)
+    labels = _labels(ids, starts, answer_spans(template, messages))
+    limit = tokenizer.model_max_length
+    understood = bisect_left(starts, _understood_to(text, template, messages))
     problem = None
-    if template.sep_style is SeparatorStyle.MPT and not _is_one_token(template.sep, tokenizer):
+    if template.sep_style is SeparatorStyle.MPT and len(tokenizer.tokenize(template.sep)) != 1:
         problem = f"the tokenizer does not know {template.sep}"
-    elif parsed_to != len(text) and bisect_left(starts, parsed_to) < tokenizer.model_max_length:
+    elif understood < min(len(ids), limit):
         problem = "it has an empty turn, or a text that holds the template's own markers"
     if problem:
         logger.warning("a conversation takes no part in the loss: %s (%.80r)", problem, turns[0][1])
-        labels = [IGNORE_INDEX] * len(ids)
-    end = None if has_image else tokenizer.model_max_length
+        understood = 0
+    labels[understood:] = [IGNORE_INDEX] * (len(labels) - understood)
+    end = None if has_image else limit
     return torch.tensor(ids[:end], dtype=torch.long), torch.tensor(labels[:end], dtype=torch.long)
 
 
 # ------------------------------------------------------------------------------------------------- turns
 
 
-def _checked(turn: Mapping[str, str]) -> Turn:
+def checked_turn(turn: Mapping[str, str]) -> Turn:
     who, text = turn.get("from"), turn.get("value")
     if who not in ("human", "gpt"):
         raise UserError(f'a turn is from {who!r}; "from" is "human" or "gpt".')
@@ -115,7 +118,8 @@ def _place_image(text: str, im_start_end: bool, mmtag: bool, several: bool) -> s
     return text.replace(DEFAULT_IMAGE_TOKEN, tag)
 
 
-def _render(turns: list[Turn], template: Conversation) -> str:
+def taking_turns(turns: list[Turn]) -> list[Turn]:
+    """The turns, a first one from gpt left out. Raises UserError unless human and gpt take turns."""
     if turns and turns[0][0] == "gpt":
         turns = turns[1:]
     if not turns:
@@ -123,7 +127,10 @@ def _render(turns: list[Turn], template: Conversation) -> str:
     for i, (who, _) in enumerate(turns):
         if who != ("human", "gpt")[i % 2]:
             raise UserError(f"turn {i + 1} is from {who}; human and gpt have to take turns, human first.")
-    messages = [[template.roles[i % 2], text] for i, (_, text) in enumerate(turns)]
+    return turns
+
+
+def _render(template: Conversation, messages: list[list[Any]]) -> str:
     try:
         return dataclasses.replace(template, messages=messages).get_prompt()
     except ValueError as error:
@@ -160,37 +167,32 @@ def _labels(ids: list[int], starts: list[int], spans: list[tuple[int, int]]) -> 
     return labels
 
 
-def _answer_spans(text: str, template: Conversation) -> tuple[list[tuple[int, int]], int]:
-    """Character spans of the answers with the separator that ends them, and how far the text was understood.
+def answer_spans(template: Conversation, messages: list[list[str]]) -> list[tuple[int, int]]:
+    """Characters [begin, end) of each answer, with the separator that ends it, in the prompt of `messages`.
 
-    The text is cut into rounds at the separator and each round into question and answer at the marker between
-    them. A round without exactly one marker ends the reading: the spans so far stand.
+    An answer begins where the prompt that asks for it ends. The blank after `ASSISTANT:` thus belongs to it,
+    as it is tokenised as a part of the answer's first word.
     """
-    if template.sep_style is SeparatorStyle.MPT:
-        end = template.sep
-        parts = text.split(end)
-        # A turn ends with the separator too; the system text belongs to the first round.
-        cuts = [0, *range(3, len(parts) + 1, 2), len(parts)]
-        rounds = [end.join(parts[a:b]) for a, b in itertools.pairwise(cuts)]
-        marker = answer_from = end + template.roles[1]
-    else:
-        end = template.sep2
-        rounds = text.split(end)
-        marker = "[/INST] " if template.sep_style is SeparatorStyle.LLAMA_2 else f" {template.roles[1]}: "
-        answer_from = marker.rstrip()  # the blank is tokenised as a part of the answer's first word
-    spans = []
+    asked = [[*messages[:i], [messages[i][0], None]] for i in range(1, len(messages), 2)]
+    return [
+        (len(_render(template, turns)), len(_render(template, messages[: len(turns)]))) for turns in asked
+    ]
+
+
+def _understood_to(text: str, template: Conversation, messages: list[list[str]]) -> int:
+    """How many characters of a prompt can be cut into its turns again by the template's markers alone."""
+    if template.sep_style is SeparatorStyle.MPT:  # each turn ends with the separator
+        whole = _render(template, [[role, "x"] for role in template.roles] * ((len(messages) + 1) // 2))
+        return len(text) if text.count(template.sep) == whole.count(template.sep) else 0
+    # LLaVA's reading: rounds end with sep2, and in each the marker stands once between question and answer.
+    llama_2 = template.sep_style is SeparatorStyle.LLAMA_2
+    marker = "[/INST] " if llama_2 else f"{template.sep}{template.roles[1]}: "
     position = 0
-    for one in rounds:
+    for one in text.split(template.sep2):
         if one.count(marker) != 1:
             break
-        begin = position + one.index(marker) + len(answer_from)
-        position += len(one) + len(end)
-        spans.append((begin, position))
-    return spans, position
-
-
-def _is_one_token(text: str, tokenizer: Any) -> bool:
-    return len(tokenizer(text, add_special_tokens=False).input_ids) == 1
+        position += len(one) + len(template.sep2)
+    return position
 
 
 # ------------------------------------------------------------------------------- the two other formats

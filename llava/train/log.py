@@ -1,4 +1,4 @@
-"""What a run tells about itself: the meter, log.jsonl, and the line on the terminal.
+"""What a run tells about itself: run.json, log.jsonl, and the lines on the terminal.
 
 `Meter` counts what goes through the model between two log lines. `JsonlLog` writes every line to
 RUN/log.jsonl, which `llava plot` draws; a run that is resumed rewrites the lines after its checkpoint, so the
@@ -7,11 +7,13 @@ file reads as if nothing had happened. `Console` is the progress bar with the ti
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import resource
 import sys
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,24 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from llava.files import write_json, write_text
+from llava.train.arguments import Arguments
 from llava.train.plot import LOG_FILE, read_log
+
+
+def write_run_file(run: Path, arguments: Arguments, notes: list[str]) -> None:
+    """RUN/run.json: all arguments, the versions, and the decisions taken for the user (`notes`)."""
+    model, data, training = arguments
+    packages = ("llava", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
+    content = {
+        "model": dataclasses.asdict(model),
+        "data": dataclasses.asdict(data),
+        "training": training.to_dict(),
+        "processes": training.world_size,
+        "versions": {name: version(name) for name in packages if find_spec(name)},
+        "notes": notes,
+    }
+    write_json(run / "run.json", content)
 
 
 class Meter:
@@ -95,9 +114,7 @@ def drop_after(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = [row for row in read_log(file) if row["step"] <= step and "train_runtime" not in row]
-    beside = file.with_name(file.name + ".partial")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(beside, file)
+    write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class Console(TrainerCallback):

@@ -1,26 +1,25 @@
 """Checkpoints of a run: written whole or not at all, and only whole ones are resumed.
 
 `write_model` puts a stage's weights where LLaVA puts them (in the formats of `llava.model.checkpoints`),
-gathering them first where DeepSpeed or FSDP have cut them up. `last_checkpoint` finds the newest checkpoint-N
-that is complete. `read_model` puts an intermediate checkpoint's weights back, bit for bit.
+gathering them first where DeepSpeed or FSDP have sharded them. `checkpoint_to_resume` finds the newest
+checkpoint-N that is complete. `read_model` puts an intermediate checkpoint's weights back, bit for bit.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-import struct
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from llava.errors import UserError
+from llava.files import read_json, write_json
 from llava.model.checkpoints import (
     TOWER,
     inspect_checkpoint,
@@ -37,7 +36,8 @@ from llava.train.setup import Prepared, compute_dtype, gathered
 STAGING = ".saving-"
 """Prefix of the folder a checkpoint is written in before it is renamed to checkpoint-N."""
 
-DOOMED = ".deleting-"
+FILE_LIST = "files.json"
+"""In each checkpoint: its files and their sizes in bytes, written last."""
 
 
 # Writing
@@ -57,7 +57,10 @@ def write_model(trainer: Trainer, prepared: Prepared, out: Path, *, final: bool)
     config = prepared.llava.config
     config.use_cache = True  # Trainer turns it off for training; a saved model is for generation
     if prepared.stage == "projector":
-        save_projector(prepared.model, out, state_dict=state, file=_projector_aside(out) if final else None)
+        # LLaVA's habit: a run whose folder is called checkpoint-X leaves its projector in ../mm_projector/.
+        aside = final and out.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        file = out.parent / "mm_projector" / f"{out.name}.bin" if aside else None
+        save_projector(prepared.model, out, state_dict=state, file=file)
         return
     if prepared.stage == "lora":
         lora = {name: tensor for name, tensor in state.items() if "lora_" in name}
@@ -73,155 +76,96 @@ def write_model(trainer: Trainer, prepared: Prepared, out: Path, *, final: bool)
         torch.save(trainer.args, out / "training_args.bin")
 
 
-def _projector_aside(out: Path) -> Path | None:
-    """LLaVA's habit: a run whose folder is called checkpoint-X leaves its projector in ../mm_projector/."""
-    if out.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-        return out.parent / "mm_projector" / f"{out.name}.bin"
-    return None
-
-
 def gather_state(trainer: Trainer, prepared: Prepared) -> dict[str, Tensor]:
     """What a stage saves, on the CPU, under `model.state_dict()`'s names; collective, only the main process
     gets it. For LoRA and adapter tuning that is what trains and the projector in any case, else everything.
     """
+    saved_anyway = {"projector": ["mm_projector."], "lora": ["mm_projector.", "lora_"], "full": [""]}
+    parts = saved_anyway[prepared.stage]
+    if prepared.stage == "projector" and prepared.llava.config.mm_use_im_start_end:
+        parts.append("embed_tokens")
+
+    def belongs(name: str) -> bool:
+        return any(part in name for part in parts)
+
     if trainer.is_fsdp_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model)
-        return {name: t for name, t in state.items() if _belongs(name, prepared)} if state else {}
-    named = list(prepared.model.named_parameters(remove_duplicate=False))
+        return {name: tensor for name, tensor in (state or {}).items() if belongs(name)}
     keep = trainer.args.should_save
     state = {}
-    for name, parameter in named:
-        if not (parameter.requires_grad or _belongs(name, prepared)):
-            continue
-        with gathered([parameter]):  # one at a time: a whole model may not fit beside the training
-            if keep:
-                whole = parameter.detach().cpu()
-                state[name] = whole.clone() if hasattr(parameter, "ds_id") else whole
+    parameters = dict(prepared.model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if parameter.requires_grad or belongs(name):
+            with gathered([parameter]):  # one at a time: a whole model may not fit beside the training
+                if keep:
+                    whole = parameter.detach().cpu()
+                    state[name] = whole.clone() if hasattr(parameter, "ds_id") else whole
     if keep and prepared.stage == "full":
-        for name, buffer in prepared.model.state_dict().items():
-            if name not in state and name not in dict(named):
-                state[name] = buffer.cpu()
+        buffers = prepared.model.state_dict().items()
+        state |= {name: buffer.cpu() for name, buffer in buffers if name not in parameters}
     return state
 
 
-def _belongs(name: str, prepared: Prepared) -> bool:
-    """Whether a stage saves a weight that does not train."""
-    if prepared.stage == "full":
-        return True
-    if prepared.stage == "projector":
-        return "mm_projector." in name or (
-            prepared.llava.config.mm_use_im_start_end and "embed_tokens" in name
-        )
-    return "mm_projector." in name or "lora_" in name
-
-
 def publish(staging: Path, target: Path) -> None:
-    """Let a finished checkpoint appear under its name, by one rename; an older one of that name goes."""
+    """Let a finished checkpoint appear under its name by one rename, with a list of its files and sizes, by
+    which a copy that was cut short is recognised later."""
+    files = [path for path in staging.rglob("*") if path.is_file()]
+    write_json(staging / FILE_LIST, {str(path.relative_to(staging)): path.stat().st_size for path in files})
     if target.exists():
-        discard(target)
+        target.rename(staging.with_name("replaced"))
     staging.rename(target)
-
-
-def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint so that a kill in the middle does not leave a part of it under its name."""
-    doomed = checkpoint.with_name(DOOMED + checkpoint.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def rotate(run: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit` (None or 0: keep all)."""
-    if limit:
-        for checkpoint in checkpoints(run)[:-limit]:
-            discard(checkpoint)
+    shutil.rmtree(staging.parent)
 
 
 def clean(run: Path) -> None:
     """Delete what a killed run left unfinished."""
-    for prefix in (STAGING, DOOMED):
-        for left_over in run.glob(f"{prefix}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+    for left_over in run.glob(f"{STAGING}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 # Resuming
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint-N folders of a run, oldest first, complete or not."""
-    if not run.is_dir():
-        return []
-    found = [path for path in run.iterdir() if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
-    return sorted(
-        (path for path in found if path.is_dir()), key=lambda path: int(path.name.rpartition("-")[2])
-    )
+def checkpoint_to_resume(asked: str | None, run: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from: the one asked for, else the newest complete one of the run's folder.
+
+    Raises:
+        UserError: the one asked for is not complete.
+    """
+    if asked not in (None, "True", "true"):
+        if (problem := what_is_missing(Path(asked))) is not None:
+            raise UserError(f"--resume_from_checkpoint {asked}: {problem}.")
+        return Path(asked)
+    checkpoint = last_checkpoint(run, say)
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint}")
+    return checkpoint
 
 
-def last_checkpoint(run: Path, say=lambda text: None) -> Path | None:
+def last_checkpoint(run: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
     """The newest complete checkpoint of a run; says which ones it passes over, and why."""
-    for checkpoint in reversed(checkpoints(run)):
-        if (flaw := what_is_missing(checkpoint)) is None:
-            return checkpoint
-        say(f"{checkpoint} is not resumed: {flaw}")
+    for checkpoint in reversed(sort_checkpoints(str(run))):
+        if (problem := what_is_missing(Path(checkpoint))) is None:
+            return Path(checkpoint)
+        say(f"{checkpoint} is not resumed: {problem}")
     return None
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed, or None if it can.
-
-    Ours appear whole; this guards against copies cut short and folders from elsewhere. No weight is read: a
-    safetensors file tells its length in its header, a file of torch.save ends with its table of contents.
-    """
+    """Why a checkpoint cannot be resumed, or None. (Without a list of files it is another program's.)"""
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return f"it has no {TRAINER_STATE_NAME}"
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "it has no trainer_state.json"
-    except (ValueError, OSError):
-        return "its trainer_state.json is cut short"
-    if "global_step" not in state:
-        return "its trainer_state.json has no global_step"
-    files = {path.name: path for path in checkpoint.iterdir()}
-    weights = (
-        "mm_projector.bin",
-        "adapter_model.safetensors",
-        "model.safetensors",
-        "model.safetensors.index.json",
-    )
-    if not any(name in files for name in weights) and not any("pytorch_model_fsdp" in name for name in files):
-        return "it has no weights"
-    if "adapter_model.safetensors" in files and "non_lora_trainables.bin" not in files:
-        return "it has no projector (non_lora_trainables.bin)"
-    has_optimizer = any(name.startswith("optimizer") for name in files)
-    if not has_optimizer and "latest" not in files:
-        return "it has no optimizer state"
-    if has_optimizer and "scheduler.pt" not in files:
-        return "it has no scheduler state"
-    if "model.safetensors.index.json" in files:
-        shards = set(json.loads(files["model.safetensors.index.json"].read_text())["weight_map"].values())
-        if lost := sorted(shards - files.keys()):
-            return f"{lost[0]} is missing"
-    for path in sorted(checkpoint.rglob("*")):
-        if not _is_whole(path):
-            return f"{path.relative_to(checkpoint)} is cut short"
+        sizes = read_json(checkpoint / FILE_LIST) if (checkpoint / FILE_LIST).exists() else {}
+    except UserError as error:
+        return str(error)
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} is cut short"
     return None
-
-
-def _is_whole(path: Path) -> bool:
-    if path.suffix == ".safetensors":
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            if len(head) < 8 or size < 8 + (length := struct.unpack("<Q", head)[0]):
-                return False
-            try:
-                header = json.loads(file.read(length))
-            except ValueError:
-                return False
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return size == 8 + length + max(ends, default=0)
-    if path.suffix in (".pt", ".pth", ".bin"):
-        return zipfile.is_zipfile(path)
-    return True
 
 
 def read_model(prepared: Prepared, checkpoint: Path) -> None:
@@ -232,22 +176,15 @@ def read_model(prepared: Prepared, checkpoint: Path) -> None:
     """
     if prepared.stage == "projector":
         weights = read_projector(checkpoint / "mm_projector.bin").tensors
-        _copy(prepared, weights, checkpoint)
-        return
-    info = inspect_checkpoint(checkpoint)
-    if info.kind != prepared.stage:
-        raise UserError(
-            f"{checkpoint} is a {info.kind} checkpoint, this run is {prepared.stage}: another --output_dir?"
-        )
-    if isinstance(prepared.model, PeftModel):
-        set_peft_model_state_dict(prepared.model, read_adapter(info))
-        weights = read_projector(checkpoint / "non_lora_trainables.bin").tensors
     else:
-        weights = {n: t for n, t in read_model_weights(info).tensors.items() if not n.startswith(TOWER)}
-    _copy(prepared, weights, checkpoint)
-
-
-def _copy(prepared: Prepared, weights: dict[str, Tensor], checkpoint: Path) -> None:
+        info = inspect_checkpoint(checkpoint)
+        if info.kind != prepared.stage:
+            raise UserError(f"{checkpoint} is {info.kind}, this run {prepared.stage}: another --output_dir?")
+        if isinstance(prepared.model, PeftModel):
+            set_peft_model_state_dict(prepared.model, read_adapter(info))
+            weights = read_projector(checkpoint / "non_lora_trainables.bin").tensors
+        else:
+            weights = {n: t for n, t in read_model_weights(info).tensors.items() if not n.startswith(TOWER)}
     own = dict(prepared.llava.named_parameters())
     with torch.no_grad():
         for name, tensor in weights.items():

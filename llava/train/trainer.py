@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data import length_grouped_order
@@ -44,14 +45,9 @@ class EpochSampler(Sampler[int]):
         batch_size: int = 1,
         world_size: int = 1,
     ):
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-        self.lengths = lengths
-        self.shuffle = shuffle
-        self.by_modality = by_modality
-        self.batch_size = batch_size
-        self.world_size = world_size
+        self.size, self.seed, self.epoch = size, seed, 0
+        self.lengths, self.shuffle, self.by_modality = lengths, shuffle, by_modality
+        self.batch_size, self.world_size = batch_size, world_size
 
     def __len__(self) -> int:
         return self.size
@@ -74,7 +70,7 @@ class _SetEpoch(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        # After a resumption in the middle of an epoch `state.epoch` is fractional.
+        # After a resumption in the middle of an epoch `state.epoch` is a fraction.
         self.trainer.sampler.epoch = int((state.epoch or 0) + 1e-6)
 
 
@@ -113,18 +109,13 @@ class LlavaTrainer(Trainer):
         for callback in (Console(), JsonlLog(Path(args.output_dir)), _SetEpoch(self)):
             self.add_callback(callback)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.meter = Meter()
-        return super().train(*args, **kwargs)
-
     # Order of the samples
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
-        by_modality = args.group_by_modality_length
         lengths = None
-        if by_modality:
+        if by_modality := args.group_by_modality_length:
             lengths = dataset.modality_lengths
         elif args.train_sampling_strategy == "group_by_length":
             lengths = dataset.lengths
@@ -141,21 +132,15 @@ class LlavaTrainer(Trainer):
 
     # Optimizer
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """LLaVA's groups: weights with decay, norms and biases without; the projector apart where it has a
-        learning rate of its own. A group may be empty (LoRA has no norms)."""
-        if self.optimizer is not None:
-            return self.optimizer
-        model = self.model if model is None else model
-        cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        if self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_offload():
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: nn.Module | None = None):
+        """What `create_optimizer` makes the optimizer of: its class, its options, and LLaVA's groups."""
+        cls, options = super().get_optimizer_cls_and_kwargs(args, model)
+        options.setdefault("params", parameter_groups(model, args))
+        if self.is_deepspeed_enabled and args.hf_deepspeed_config.is_offload():
             from deepspeed.ops.adam import DeepSpeedCPUAdam as cls  # vectorised, where the states now lie
 
             options.pop("fused", None)
-        self.optimizer = cls(parameter_groups(model, self.args), **options)
-        if options.get("optim_bits") == 8:
-            _keep_embeddings_in_32_bit(model)
-        return self.optimizer
+        return cls, options
 
     # Loss
 
@@ -196,25 +181,17 @@ class LlavaTrainer(Trainer):
         save.write_model(self, self.prepared, out, final=not _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoint-N is created: while it is written, a folder of its own."""
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    _staging: Path | None = None
+        """Where Trainer makes checkpoint-N: a folder of its own, until it is complete."""
+        return f"{self.args.output_dir}/{save.STAGING}checkpoint-{self.state.global_step}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint aside and rename it when it is complete; then delete the oldest ones."""
-        run = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self._staging = run / f"{save.STAGING}{name}"
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            staging, self._staging = self._staging, None
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            save.publish(staging / name, run / name)
-            staging.rmdir()
-            save.rotate(run, self.args.save_total_limit)
+            run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+            save.publish(Path(self._get_output_dir(trial)) / name, run / name)
+            rotate_checkpoints(str(run), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -222,16 +199,6 @@ class LlavaTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             save.read_model(self.prepared, Path(resume_from_checkpoint))
-
-
-def _keep_embeddings_in_32_bit(model: nn.Module) -> None:
-    """Embedding rows get rare, large gradients, which an 8-bit optimizer state does not hold well."""
-    import bitsandbytes
-
-    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[str, Any]]:

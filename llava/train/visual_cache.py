@@ -1,288 +1,229 @@
 """Visual tokens kept on disk: tower and reducer are frozen, so each image needs them only once.
 
-A cache folder has one subfolder per way of making tokens (`Recipe`: the tower's weights, the reducer, how
-pictures become pixels, the dtype), and in it entries by the content of the image file. So nothing in it can
-be stale: a changed image, tower, reducer or preprocessing is another key. Against changes of the program
-itself a few synthetic pictures are encoded at each start and compared with what the cache was begun with.
+A cache folder has one subfolder per way of making tokens (tower's weights, layer, reducer, preprocessing,
+dtype), and in it entries by the content of the image file. So nothing in it can be stale: a changed image,
+tower, reducer or preprocessing is another key. Against changes of the program itself (a reducer that is being
+worked on) a few synthetic pictures are encoded at each start and compared with the first ones.
 
-On disk, per writing process: `<name>.tokens`, float16 rows [C] one after the other, and `<name>.index`, one
-line `digest first_row rows` per image, written after the rows. A killed process leaves at most rows without
-a line. Several processes may fill one folder at a time; reading takes all files together, memory-mapped.
+On disk: safetensors files of some hundred images, each with `tokens` (float16 [rows, C], image after image),
+`digests` (uint8 [images, 16], of the image files) and `lengths` (int64 [images], rows of each). A file
+appears whole, by a rename; a killed process loses what it had not written yet. Several processes may fill
+one folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from llava.data.table import image_names
 from llava.errors import UserError
+from llava.files import replacing_file, write_json
 from llava.mm_utils import load_image, process_images
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.train.setup import Prepared, gathered
 
-Encode = Callable[[Tensor], list[Tensor]]
-"""Pixels [B, 3, H, W] -> B tensors [K_i, C], such as `LlavaLlamaForCausalLM.encode_images`."""
+if TYPE_CHECKING:
+    from llava.data import LazySupervisedDataset
+    from llava.train.arguments import DataArguments, TrainingArguments
 
-DIGEST = "S32"  # 32 hexadecimal digits: 128 bits of SHA-256
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides what tokens an image becomes.
-
-    Attributes:
-        tower: SHA-256 over names and values of the tower's weights.
-        select_layer, select_feature: see `llava.model.vision_tower`.
-        reducer: its spec.
-        preprocessing: the image processor's settings and the aspect ratio mode.
-        dtype: the tower computes in.
-        width: C, values per token.
-    """
-
-    tower: str
-    select_layer: int
-    select_feature: str
-    reducer: str
-    preprocessing: str
-    dtype: str
-    width: int
-
-    @property
-    def key(self) -> str:
-        """Name of the recipe's folder."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+ROWS_PER_FILE = 1 << 15
+"""Tokens after which a file is written: 64 MiB for CLIP-L, 57 images with every token or 450 with 73."""
 
 
-def recipe_of(llava: LlavaLlamaForCausalLM) -> Recipe:
-    """The recipe of a model as it is set up now."""
+def recipe_of(llava: LlavaLlamaForCausalLM) -> dict[str, Any]:
+    """All that decides what tokens an image becomes, as the model is set up now."""
     tower = llava.get_vision_tower()
-    settings = {
+    weights = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return {
+        "tower": weights.hexdigest(),
+        "select_layer": tower.select_layer,
+        "select_feature": tower.select_feature,
+        "reducer": llava.reducer.spec,
         "processor": tower.image_processor.to_dict(),
         "aspect": llava.config.image_aspect_ratio,
         "pinpoints": llava.config.image_grid_pinpoints,
+        "dtype": str(tower.dtype),
     }
-    return Recipe(
-        tower=fingerprint(tower),
-        select_layer=tower.select_layer,
-        select_feature=tower.select_feature,
-        reducer=llava.reducer.spec,
-        preprocessing=json.dumps(settings, sort_keys=True, default=str),
-        dtype=str(tower.dtype),
-        width=tower.hidden_size,
-    )
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a module's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def digest_of(file: Path) -> bytes:
-    """The key of an image file: its content's, whatever it is called. b"" if it cannot be read."""
+    """The key of an image file: 128 bits of its content's SHA-256. b"" if it cannot be read."""
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:32].encode()
+        return hashlib.sha256(file.read_bytes()).digest()[:16]
     except OSError:
         return b""
 
 
 class VisualCache:
-    """The entries of one recipe, read-only; `fill` adds the ones that are missing.
+    """The entries of one recipe. `cache[digest]` is a float16 tensor [K, C]; KeyError where there is none."""
 
-    Indexable by entry number, which `find` gives: `cache[i]` is a float16 tensor [K_i, C].
-    """
-
-    def __init__(self, folder: str | Path, recipe: Recipe):
-        self.folder = Path(folder) / recipe.key
+    def __init__(self, folder: str | Path, recipe: dict[str, Any]):
+        content = json.dumps(recipe, sort_keys=True, default=str)
+        self.folder = Path(folder) / hashlib.sha256(content.encode()).hexdigest()[:16]
         self.recipe = recipe
-        self._maps: dict[int, np.ndarray] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_recipe()
         self.reload()
 
-    def _write_recipe(self) -> None:
-        beside = self.folder / f".recipe.{os.getpid()}"
-        beside.write_text(json.dumps(asdict(self.recipe), indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self.folder / "recipe.json")
-
     def reload(self) -> None:
-        """Read the indices of all files, those of other processes included."""
-        self._maps.clear()
-        self._shards = sorted(self.folder.glob("*.tokens"))
-        row_bytes = 2 * self.recipe.width
-        digests: list[bytes] = []
-        places: list[tuple[int, int, int]] = []
-        for number, shard in enumerate(self._shards):
-            rows = shard.stat().st_size // row_bytes
-            index = shard.with_suffix(".index")
-            for line in index.read_bytes().splitlines(keepends=True) if index.exists() else []:
-                fields = line.split()
-                if not line.endswith(b"\n") or len(fields) != 3:
-                    continue  # cut short by a kill
-                first, count = int(fields[1]), int(fields[2])
-                if first + count <= rows:
-                    digests.append(fields[0])
-                    places.append((number, first, count))
-        keys = np.array(digests, dtype=DIGEST)
-        order = np.argsort(keys, kind="stable")
-        self._digests = keys[order]
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)[order]
+        """Read which entries there are, those of other processes included. A torn file is left aside."""
+        write_json(self.folder / "recipe.json", self.recipe)
+        self._open: dict[int, Any] = {}
+        self._files = sorted(self.folder.glob("tokens-*.safetensors"))
+        digests, places = [np.empty(0, "S16")], [np.empty((0, 3), np.int64)]
+        for number, file in enumerate(self._files):
+            try:
+                with safe_open(file, "numpy") as content:
+                    lengths = content.get_tensor("lengths")
+                    digests.append(content.get_tensor("digests").view("S16")[:, 0])
+            except SafetensorError:
+                logger.warning("%s is cut short: its images are encoded anew", file)
+                continue
+            ends = lengths.cumsum()
+            places.append(np.stack([np.full_like(ends, number), ends - lengths, ends], axis=1))
+        # Sorted arrays, as a dictionary of 558K images would take 100 MB in each loader process.
+        self._digests, self._places = np.concatenate(digests), np.concatenate(places)
+        order = np.argsort(self._digests, kind="stable")
+        self._digests, self._places = self._digests[order], self._places[order]
 
     def __len__(self) -> int:
         return len(self._digests)
 
-    def find(self, digests: Sequence[bytes]) -> np.ndarray:
-        """Entry numbers of image digests, int64; -1 where there is none."""
-        wanted = np.array(digests, dtype=DIGEST)
-        if not len(self):
-            return np.full(len(wanted), -1)
-        spots = np.searchsorted(self._digests, wanted).clip(max=len(self) - 1)
-        return np.where(self._digests[spots] == wanted, spots, -1)
+    def __contains__(self, digest: bytes) -> bool:
+        spot = np.searchsorted(self._digests, np.bytes_(digest))
+        return digest != b"" and spot < len(self) and self._digests[spot] == np.bytes_(digest)
 
-    def __getitem__(self, entry: int) -> Tensor:
-        shard, first, count = self._places[entry]
-        if shard not in self._maps:
-            # Opened where it is used first: a data loader's worker maps for itself.
-            file, width = self._shards[shard], self.recipe.width
-            rows = file.stat().st_size // (
-                2 * width
-            )  # of a killed writer's last row there may be only a part
-            self._maps[shard] = np.memmap(file, dtype=np.float16, mode="r", shape=(rows, width))
-        return torch.from_numpy(np.array(self._maps[shard][first : first + count]))
+    def __getitem__(self, digest: bytes) -> Tensor:
+        if digest not in self:
+            raise KeyError(digest)
+        number, first, end = self._places[np.searchsorted(self._digests, np.bytes_(digest))].tolist()
+        if number not in self._open:
+            self._open[number] = safe_open(self._files[number], "pt").get_slice("tokens")  # memory-mapped
+        return self._open[number][first:end].clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_open": {}}  # a data loader's worker maps for itself
 
     # Filling
 
-    def check_program(self, process: Callable[[Image.Image], Tensor], encode: Encode) -> bool:
+    def check_program(self, llava: LlavaLlamaForCausalLM) -> bool:
         """Whether the program still makes of a few synthetic pictures what it made when the cache was begun.
 
         If not, the entries are deleted: tower or reducer have changed in a way their settings do not show.
         """
-        probe = self.folder / "probe.npz"
-        now = [
-            tokens.float().cpu().numpy() for tokens in encode(torch.stack([process(p) for p in _pictures()]))
-        ]
-        if probe.exists():
-            with np.load(probe) as stored:
-                before = [stored[name] for name in sorted(stored.files)]
-            if len(before) == len(now) and all(
-                a.shape == b.shape and np.allclose(a, b, rtol=0.02, atol=0.02 * np.abs(a).max())
-                for a, b in zip(before, now, strict=True)
-            ):
+        file = self.folder / "probe.safetensors"
+        pixels = process_images(list(_pictures()), llava.get_vision_tower().image_processor, llava.config)
+        now = {str(i): one.float().cpu().contiguous() for i, one in enumerate(llava.encode_images(pixels))}
+        if file.exists():
+            pairs = [(one, now[key]) for key, one in load_file(file).items()]
+            if all(a.shape == b.shape and (a - b).abs().max() <= 0.04 * a.abs().max() for a, b in pairs):
                 return True
             shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True)
-            self._write_recipe()
             self.reload()
-        beside = self.folder / f".probe.{os.getpid()}.npz"
-        np.savez(beside, **{f"{number:03}": tokens for number, tokens in enumerate(now)})
-        os.replace(beside, probe)
+        with replacing_file(file) as partial:
+            save_file(now, partial)
         return False
 
     def fill(
         self,
         files: Sequence[Path],
-        digests: Sequence[bytes],
-        process: Callable[[Image.Image], Tensor],
-        encode: Encode,
+        llava: LlavaLlamaForCausalLM,
         *,
         batch_size: int = 16,
         workers: int = 0,
-        on_error: Callable[[Path, str], None],
+        on_error: Callable[[str], None],
         show: bool = True,
     ) -> int:
-        """Encode the images that have no entry yet.
+        """Encode the images that have no entry yet; equal files once.
 
         Args:
-            files, digests: the images and their `digest_of`; equal digests are encoded once.
-            process: PIL image -> pixels [3, H, W].
-            on_error: called with a file that is no readable image, and why; it then has no entry.
+            on_error: called with what is wrong with an image that cannot be read; it then has no entry.
             workers: processes that read and prepare images.
+            show: progress bars on stderr.
 
         Returns:
             How many images were encoded.
         """
-        missing: dict[bytes, Path] = {}
-        for file, digest, entry in zip(files, digests, self.find(digests), strict=True):
-            if entry < 0 and digest:
-                missing.setdefault(digest, file)
-        if not missing:
-            return 0
-        pixels = DataLoader(
-            _Pixels(list(missing.items()), process),
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=list,
-        )
-        name = self.folder / uuid.uuid4().hex
-        done = 0
-        with (
-            tqdm(total=len(missing), unit="image", desc="visual cache", disable=not show) as bar,
-            name.with_suffix(".tokens").open("wb") as tokens_file,
-            name.with_suffix(".index").open("wb") as index_file,
-        ):
-            row = 0
-            for batch in pixels:
-                for _, file, problem in batch:
-                    if isinstance(problem, str):
-                        on_error(file, problem)
-                good = [(digest, value) for digest, _, value in batch if isinstance(value, Tensor)]
-                lines = []
-                for (digest, _), tokens in zip(
-                    good, _encode_batch(encode, [value for _, value in good]), strict=True
-                ):
-                    tokens_file.write(tokens.to("cpu", torch.float16).contiguous().numpy().tobytes())
-                    lines.append(b"%s %d %d\n" % (digest, row, len(tokens)))
-                    row += len(tokens)
-                tokens_file.flush()
-                index_file.write(b"".join(lines))
-                index_file.flush()
-                done += len(good)
-                bar.update(len(batch))
+        files = list(dict.fromkeys(files))
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            found = pool.map(digest_of, files, chunksize=64)
+            digests = list(tqdm(found, "reading images", len(files), unit="file", disable=not show))
+        for file, digest in zip(files, digests, strict=True):
+            if not digest:
+                on_error(f"{file} cannot be read")
+        missing = {d: file for d, file in zip(digests, files, strict=True) if d and d not in self}
+        images = _Images(list(missing.items()), llava)
+        loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
+        done: list[tuple[bytes, Tensor]] = []  # not on disk yet
+        count = 0
+        try:
+            for batch in tqdm(loader, "visual cache", disable=not show):
+                for problem in (found for _, found in batch if isinstance(found, str)):
+                    on_error(problem)
+                good = [(digest, pixels) for digest, pixels in batch if isinstance(pixels, Tensor)]
+                if good:
+                    tokens = llava.encode_images(torch.stack([pixels for _, pixels in good]))
+                    done += zip((digest for digest, _ in good), tokens, strict=True)
+                    count += len(good)
+                if sum(len(one) for _, one in done) >= ROWS_PER_FILE:
+                    self._write(done)
+                    done = []
+        finally:
+            self._write(done)  # also after Ctrl-C
         self.reload()
-        return done
+        return count
+
+    def _write(self, entries: list[tuple[bytes, Tensor]]) -> None:
+        if not entries:
+            return
+        digests = np.frombuffer(b"".join(digest for digest, _ in entries), np.uint8).reshape(-1, 16).copy()
+        content = {
+            "digests": torch.from_numpy(digests),
+            "lengths": torch.tensor([len(tokens) for _, tokens in entries]),
+            "tokens": torch.cat([tokens for _, tokens in entries]).to("cpu", torch.float16),
+        }
+        with replacing_file(self.folder / f"tokens-{uuid.uuid4().hex}.safetensors") as partial:
+            save_file(content, partial)
 
 
-def _encode_batch(encode: Encode, pixels: list[Tensor]) -> list[Tensor]:
-    return encode(torch.stack(pixels)) if pixels else []
+class _Images(Dataset):
+    """(digest, pixels or what is wrong with the file) of image files."""
 
-
-class _Pixels(Dataset):
-    """(digest, file, pixels or what is wrong with the file)."""
-
-    def __init__(self, items: list[tuple[bytes, Path]], process: Callable[[Image.Image], Tensor]):
+    def __init__(self, items: list[tuple[bytes, Path]], llava: LlavaLlamaForCausalLM):
         self.items = items
-        self.process = process
+        self.processor, self.config = llava.get_vision_tower().image_processor, llava.config
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, row: int) -> tuple[bytes, Path, Tensor | str]:
+    def __getitem__(self, row: int) -> tuple[bytes, Tensor | str]:
         digest, file = self.items[row]
         try:
-            return digest, file, self.process(load_image(file))
+            return digest, process_images([load_image(file)], self.processor, self.config)[0]
         except UserError as error:
-            return digest, file, str(error)
+            return digest, str(error)
 
 
 def _pictures() -> Iterator[Image.Image]:
@@ -295,26 +236,59 @@ def _pictures() -> Iterator[Image.Image]:
         yield Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
-def hash_files(files: Sequence[Path], *, show: bool = True) -> list[bytes]:
-    """`digest_of` each file, several at a time; a file named often is read once."""
-    unique = list(dict.fromkeys(files))
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        found = tqdm(
-            pool.map(digest_of, unique, chunksize=64),
-            total=len(unique),
-            unit="file",
-            desc="reading images",
-            disable=not show,
+# In a run
+
+
+def cached_tokens(
+    prepared: Prepared,
+    dataset: LazySupervisedDataset,
+    data: DataArguments,
+    training: TrainingArguments,
+    say: Callable[[str], None],
+) -> Callable[[str], Tensor]:
+    """Encode every image of the data that is not in the cache yet; each process takes its share.
+
+    Returns:
+        The dataset's `load_visual`: the name of an image -> its visual tokens [K, C], float32.
+    """
+    llava = prepared.llava
+    folder = Path(data.image_folder or "")
+    names = sorted({name for images in image_names(dataset.table) for name in images})
+
+    def on_error(problem: str) -> None:
+        if data.on_bad_sample == "error":
+            raise UserError(problem)
+        logger.warning("left out: %s", problem)
+
+    with gathered(list(llava.get_vision_tower().parameters())):
+        llava.get_vision_tower().to(training.device)
+        cache = VisualCache(data.visual_cache, recipe_of(llava))
+        with training.main_process_first(local=False):  # the others wait until the entries are checked
+            if training.process_index == 0:
+                had = len(cache)
+                if not cache.check_program(llava) and had:
+                    say("visual cache: the program makes other tokens than before, so it is filled anew")
+        cache.reload()
+        encoded = cache.fill(
+            [folder / name for name in names[training.process_index :: training.world_size]],
+            llava,
+            batch_size=data.visual_cache_batch_size,
+            workers=training.dataloader_num_workers,
+            on_error=on_error,
+            show=training.process_index == 0,
         )
-        known = dict(zip(unique, found, strict=True))
-    return [known[file] for file in files]
+    if training.world_size > 1:
+        torch.distributed.barrier()
+        cache.reload()
+    say(f"visual cache {cache.folder}: {encoded:,} images encoded, {len(cache):,} there")
+    return partial(load_cached, cache, folder)
 
 
-def pixels_of(image: Image.Image, processor: Any, config: Any) -> Tensor:
-    """[3, H, W] (or [tiles, 3, H, W]): what the dataset would make of the image."""
-    return process_images([image], processor, config)[0]
-
-
-def processing(llava: LlavaLlamaForCausalLM) -> Callable[[Image.Image], Tensor]:
-    """How this model's pictures become pixels."""
-    return partial(pixels_of, processor=llava.get_vision_tower().image_processor, config=llava.config)
+def load_cached(cache: VisualCache, folder: Path, name: str) -> Tensor:
+    """The visual tokens [K, C] of an image, by its file's content: they are never stale."""
+    file = folder / name
+    try:
+        return cache[digest_of(file)].float()  # a CPU's autocast does not know float16
+    except KeyError:
+        load_image(file)  # says what is wrong with it
+        raise UserError(f"{file} has changed since the visual cache was filled: start again") from None
