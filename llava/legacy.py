@@ -2,7 +2,7 @@
 
 `python -m llava.eval.model_vqa_loader`, `model_vqa`, `model_vqa_science`, `model_vqa_mmbench`, `run_llava`
 and `llava.serve.cli` take the flags they always took and write the files they always wrote. Two things are
-new: a killed run goes on where it was, and an answers file of another run is refused (`--overwrite` begins anew).
+new: a killed run goes on where it was, and an answers file of another run is refused (or --overwrite).
 """
 
 import argparse
