@@ -285,25 +285,3 @@ def test_the_old_name(tiny: Family, session: Chat, pictures, images, capsys, mon
     assert llava_cli.main(flags) == 0
     prompt = prompt_of(f"<image>\n{question}", None, template="llava_v0")  # "llava-tiny" names no version
     assert capsys.readouterr().out == plain_answer(session, prompt, images[:1]).split("###")[0].strip() + "\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("reducer", "tokens"), [("none", 576), ("prumerge+", None)])
-def test_the_shipped_model(root: Path, reducer: str, tokens: int | None, capsys, monkeypatch) -> None:
-    if not (root / "checkpoints/mini-lora").is_dir() or not (root / "checkpoints/mini-base").is_dir():
-        pytest.skip("the small model is not built (llava mini prepare)")
-    monkeypatch.chdir(root)
-    flags = ["--model-path", "checkpoints/mini-lora", "--model-base", "checkpoints/mini-base"]
-    flags += [
-        "--image-file",
-        "playground/pictures/chelsea.jpg",
-        "--reducer",
-        reducer,
-        "--max-new-tokens",
-        "8",
-    ]
-    assert cli.main(["chat", *flags, "--device", "cpu", "--query", "Is there a cat?"]) == 0
-    out, err = capsys.readouterr()
-    assert out.strip()
-    seen = int(err.split(" visual tokens")[0].split("(")[-1])
-    assert seen == tokens if tokens else 20 < seen < 576

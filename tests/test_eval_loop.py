@@ -25,7 +25,7 @@ from llava import cli
 from llava.engine import ModelSource, Request
 from llava.errors import UserError
 from llava.eval import benchmarks, loop, run, run_llava
-from llava.eval.provenance import Files, short_uuid
+from llava.eval.provenance import Files
 from llava.legacy import MODEL_VQA, MODEL_VQA_LOADER, MODEL_VQA_MMBENCH, MODEL_VQA_SCIENCE
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import prefix
@@ -90,10 +90,6 @@ class ScriptedModel:
         said = torch.cat([start.layers[0][0].expand(len(blocks), -1), said], dim=1)
         return prefix.Prefix(((said, said),), said != 0)
 
-    def join(self, prefixes):
-        (one,) = prefixes
-        return one
-
     def answer(self, _, beginnings, ids, rows, **arguments):
         said = [beginnings.layers[0][0][row][beginnings.mask[row]] for row in rows]
         prompts = [text(begin) + text(rest) for begin, rest in zip(said, ids, strict=True)]
@@ -133,7 +129,7 @@ def test_runner_cases(case, golden, tmp_path, monkeypatch):
     root, upstream = golden / "eval/playground/data/eval", case["upstream"]
     outputs = dict(zip(upstream["model_inputs"], case["scripted_outputs"], strict=False))
     model, processor = ScriptedModel(outputs), RecordingProcessor()
-    for name in ("begin", "extend", "join", "answer"):
+    for name in ("begin", "extend", "answer"):
         monkeypatch.setattr(prefix, name, getattr(model, name))
     monkeypatch.setattr(loop, "fingerprint", lambda path, base: "scripted")
     monkeypatch.setattr(
@@ -267,11 +263,6 @@ def test_shares_are_whole_images_and_all_of_them(world):
         for key in images[1:5]
     ]
     assert all(len(ranks) == 1 for ranks in holders)
-
-
-def test_short_uuid():
-    made = {short_uuid() for _ in range(100)}
-    assert len(made) == 100 and all(len(one) == 22 and not set(one) & set("01IOl") for one in made)
 
 
 # --- the command ---
