@@ -469,7 +469,7 @@ class LocalEngine:
         prompt = conversation.get_prompt()
         places, count = prompt.count(DEFAULT_IMAGE_TOKEN), len(request.images)
         if places != count:
-            there = "is 1 image" if count == 1 else f"are {count or 'no'} images"
+            there = "is 1 picture" if count == 1 else f"are {count or 'no'} pictures"
             raise UserError(
                 f"the question has {places} {DEFAULT_IMAGE_TOKEN} but there {there}: write one for each, "
                 "where it belongs, or leave them out."

@@ -127,7 +127,7 @@ def test_pictures_go_where_the_first_turn_says(session: Chat, images, monkeypatc
 @pytest.mark.parametrize("text", ["<image> <image> <image>", "<image>"])
 def test_a_slip_leaves_the_conversation_as_it_was(session: Chat, images, text: str) -> None:
     session.look_at(images)
-    with pytest.raises(UserError, match="2 images"):
+    with pytest.raises(UserError, match="2 pictures"):
         ask_quietly(session, text)
     assert session.messages == []
     reply = ask_quietly(session, "Two?")

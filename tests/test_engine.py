@@ -265,7 +265,7 @@ def test_what_is_wrong_with_one_request_ends_no_other(engine, pictures, tmp_path
         "missing.png": replace(first, images=[tmp_path / "missing.png"]),
         "base64": replace(first, images=["data:image/png;base64,no base64!"]),
         "<image>": replace(first, text="<image> what is <image>?"),
-        "no images": replace(first, text="what is <image>?", images=[]),
+        "no pictures": replace(first, text="what is <image>?", images=[]),
         "user": replace(first, messages=[{"role": "assistant", "content": "Hi"}]),
         "tokens long": replace(first, text="long " * 600),
     }

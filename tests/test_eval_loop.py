@@ -422,7 +422,7 @@ def test_run_llava(tiny, tmp_path, capsys):
     assert run_llava.eval_model(args) == 0
     assert capsys.readouterr().out.strip() == plain("<image> and <image>?", images)
     args.query = "<image-placeholder>?"
-    with pytest.raises(UserError, match="2 images"):
+    with pytest.raises(UserError, match="2 pictures"):
         run_llava.eval_model(args)
 
 

@@ -65,7 +65,8 @@ def answer(job: Job, *, workers: int | None = None, overwrite: bool = False) -> 
     if overwrite and world > 1:
         raise UserError(f"--overwrite and several processes of a launcher: delete {job.answers} yourself.")
     if overwrite:
-        files.remove()
+        with AnswersFile(job.answers, job.lines):  # not under another process that writes it
+            files.remove()
     if not job.requests:  # a chunk beyond the last question
         job.answers.parent.mkdir(parents=True, exist_ok=True)
         job.answers.touch()
