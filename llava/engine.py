@@ -45,7 +45,7 @@ from llava.pixels import Decoding, Pixels, Source, decode, in_workers
 CPU_BATCH_TOKENS = 8192
 IMAGES_AT_ONCE = 32
 CHUNK_IMAGES, CHUNK_QUESTIONS = 32, 128
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 16_384
 """More than this in one forward pass makes no device faster, and takes memory."""
 
 ImageSource = Source | Tensor
@@ -314,11 +314,12 @@ class LocalEngine:
         shared = [ids[0] for ids in alike]
         waiting = {number: replace(p, ids=p.ids[len(shared) :]) for number, p in enumerate(prompts)}
         while waiting:
+            # What cannot be answered if memory runs out now, and whether no smaller step is possible.
+            tried, smallest = list(waiting), True
             seen = start = None
             try:
                 start = self._begin(shared)
                 for openings in self._openings(waiting, start):
-                    # What cannot be answered if memory runs out now, and whether a smaller step is possible.
                     tried, smallest = openings[0], len(openings) == 1
                     seen = self._extend(start, [waiting[opening[0]] for opening in openings])
                     for batch in self._batches(waiting, openings, seen):
@@ -332,10 +333,11 @@ class LocalEngine:
                     raise
             seen = start = None  # here the error, and what its frames held, is gone
             free_memory()
-            self.batch_tokens = max(1, self.batch_tokens // 2)
-            if smallest:
-                for number in tried:
-                    yield waiting.pop(number).answer(problem="its prompt does not fit in memory")
+            if not smallest:
+                self.batch_tokens = max(1, self.batch_tokens // 2)
+                continue
+            for number in tried:
+                yield waiting.pop(number).answer(problem="its prompt does not fit in memory")
 
     def _openings(self, waiting: dict[int, _Prompt], start: prefix.Prefix) -> Iterator[list[list[int]]]:
         """Prompts, by number, grouped by their opening; as many openings together as fit half of the budget.
@@ -346,16 +348,17 @@ class LocalEngine:
         groups: dict[Hashable, list[int]] = {}
         for number, prompt in waiting.items():
             groups.setdefault((prompt.keys, *prompt.opening), []).append(number)
-        ordered = sorted(groups.values(), key=lambda group: -waiting[group[0]].columns)
-        columns = [start.length + waiting[group[0]].columns for group in ordered]
-        about_images = sum(bool(waiting[group[0]].visual) for group in ordered)
-        done = 0
-        while done < about_images:
-            count = max(1, self.batch_tokens // 2 // columns[done])
-            yield ordered[done : min(done + count, about_images)]
-            done += count
-        if about_images < len(ordered):
-            yield ordered[about_images:]
+        text_only = [group for group in groups.values() if not waiting[group[0]].visual]
+        about_images = [group for group in groups.values() if waiting[group[0]].visual]
+        about_images.sort(key=lambda group: -waiting[group[0]].columns)
+
+        def fits(count: int, longest: int) -> bool:
+            return count * (start.length + longest) <= self.batch_tokens // 2
+
+        for part in batches([waiting[group[0]].columns for group in about_images], fits):
+            yield about_images[part]
+        if text_only:
+            yield text_only
 
     def _batches(
         self, waiting: dict[int, _Prompt], openings: Sequence[Sequence[int]], seen: prefix.Prefix
@@ -405,14 +408,10 @@ class LocalEngine:
 
     @torch.inference_mode()
     def _extend(self, start: prefix.Prefix, prompts: Sequence[_Prompt]) -> prefix.Prefix:
-        """A row per opening of these prompts, which are in descending order of length: little is padding."""
+        """A row per prompt: its opening after `start`; `start` itself where there are no images."""
         if not prompts[0].visual:
             return start
-        blocks = [self._splice(prompt) for prompt in prompts]
-        parts = batches([len(block) for block in blocks], lambda rows, longest: True)
-        return prefix.join(
-            [prefix.extend(self.model, start, blocks[part], [0] * len(blocks[part])) for part in parts]
-        )
+        return prefix.extend(self.model, start, [self._splice(one) for one in prompts], [0] * len(prompts))
 
     def _splice(self, prompt: _Prompt) -> Tensor:
         """[columns, hidden]: the opening's embeddings, an image's in place of each IMAGE_TOKEN_INDEX."""
@@ -470,7 +469,7 @@ class LocalEngine:
         prompt = conversation.get_prompt()
         places, count = prompt.count(DEFAULT_IMAGE_TOKEN), len(request.images)
         if places != count:
-            there = "is 1 image" if count == 1 else f"are {count or 'no'} images"
+            there = "is 1 picture" if count == 1 else f"are {count or 'no'} pictures"
             raise UserError(
                 f"the question has {places} {DEFAULT_IMAGE_TOKEN} but there {there}: write one for each, "
                 "where it belongs, or leave them out."

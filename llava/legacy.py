@@ -2,7 +2,7 @@
 
 `python -m llava.eval.model_vqa_loader`, `model_vqa`, `model_vqa_science`, `model_vqa_mmbench`, `run_llava`
 and `llava.serve.cli` take the flags they always took and write the files they always wrote. Two things are
-new: a killed run goes on where it was, and an answers file of another run is refused (`--overwrite` begins anew).
+new: a killed run goes on where it was, and an answers file of another run is refused (or --overwrite).
 """
 
 import argparse
@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from llava.errors import UserError, exit_status
 
@@ -23,49 +21,19 @@ Asked = Iterator[tuple[str, Any, dict[str, Any]]]
 # --- the four runners ---
 
 
-class LoaderRow(msgspec.Struct):
-    """A row of LLaVA's question files."""
-
-    question_id: int | str
-    image: str
-    text: str
-
-
-class Turn(msgspec.Struct):
-    """A turn of a conversation."""
-
-    value: str
-
-
-class ScienceRow(msgspec.Struct):
-    """An entry of LLaVA's question file for ScienceQA."""
-
-    id: int | str
-    conversations: list[Turn]
-    image: str | None = None
-
-
 def ask_rows(args: argparse.Namespace) -> Asked:
-    from llava.eval.reading import read_rows
+    from llava.eval.questions import read_questions
 
-    for _, row in read_rows(Path(args.question_file), LoaderRow):
-        line = {"question_id": row.question_id, "prompt": row.text, "text": ""}
-        yield row.text, Path(args.image_folder) / row.image, line
+    for sample in read_questions(Path(args.question_file), Path(args.image_folder)):
+        yield sample.text, sample.image, {"question_id": sample.id, "prompt": sample.text, "text": ""}
 
 
 def ask_science(args: argparse.Namespace) -> Asked:
-    from llava.eval.benchmarks.base import LETTER
-    from llava.eval.reading import read_json
+    from llava.eval.questions import LETTER, read_conversations, with_tag
 
-    for row in read_json(Path(args.question_file), list[ScienceRow]):
-        text = row.conversations[0].value.replace("<image>", "").strip()
-        text += LETTER if args.single_pred_prompt else ""
-        image = Path(args.image_folder) / row.image if row.image is not None else None
-        yield (
-            text,
-            image,
-            {"question_id": row.id, "prompt": f"<image>\n{text}" if image else text, "text": ""},
-        )
+    for sample in read_conversations(Path(args.question_file), Path(args.image_folder)):
+        text = sample.text + (LETTER if args.single_pred_prompt else "")
+        yield text, sample.image, {"question_id": sample.id, "prompt": with_tag(sample, text), "text": ""}
 
 
 def ask_mmbench(args: argparse.Namespace) -> Asked:

@@ -1,4 +1,4 @@
-"""Answers files under fire: kills at any byte, processes that die and others that take over, other runs."""
+"""Answers files under fire: kills at any byte, several processes, torn lines, other runs."""
 
 import json
 import os
@@ -12,58 +12,45 @@ from pathlib import Path
 import pytest
 
 from llava.errors import UserError
-from llava.eval.store import Question, Store, unit_size, units_of
+from llava.eval.provenance import Files
+from llava.eval.store import AnswersFile
 
-QUESTIONS = [Question(n // 2 if n % 5 else "v1", f"question {n // 3}", n // 4) for n in range(60)]
-"""Ids that repeat, of two types, prompts that repeat, units of four; some differ only in their order."""
+LINES = [
+    {"question_id": n // 2 if n % 5 else "v1", "prompt": f"question {n // 3}", "text": ""} for n in range(60)
+]
+"""Ids that repeat, of two types, prompts that repeat; some questions differ only in their order."""
 
 RUN = {"model": "m", "reducer": "prumerge+", "generation": {"temperature": 0.0}}
 
 
-def text_of(question):
-    return f"answer {question.id} {question.prompt}"
+def row(index: int) -> dict:
+    line = LINES[index]
+    text = f"answer {line['question_id']} {line['prompt']}"
+    return {**line, "text": text, "answer_id": random.Random(time.time_ns()).getrandbits(64)}
 
 
-def row(index):
-    question = QUESTIONS[index]
-    return {
-        "question_id": question.id,
-        "prompt": question.prompt,
-        "text": f"answer {question.id} {question.prompt}",
-    }
+def work(answers: Path, rank: int = 0, world: int = 1, pause: float = 0.0) -> None:
+    """What a process of a run does: its share of what has no answer yet."""
+    with AnswersFile(answers, LINES, None if world == 1 else rank) as file:
+        Files(answers).agree(RUN)
+        done = file.answered()
+        for index in range(rank, len(LINES), world):
+            if index not in done:
+                time.sleep(pause * random.random())
+                file.append(row(index))
 
 
-def work(store, on_unit=lambda unit: None):
-    while store.open_questions:
-        for unit in store.claims():
-            for index in store.pending(unit):
-                store.write({index: row(index)})
-            on_unit(unit)
-            store.release(unit)
-        if store.open_questions:
-            store.wait()
+def merge(answers: Path) -> None:
+    with AnswersFile(answers, LINES) as file:
+        file.merge()
 
 
-def check(answers, questions=QUESTIONS):
-    """Every question once, every line whole."""
+def check(answers: Path) -> None:
+    """Every question once, every line whole, no part left."""
     text = answers.read_text()
-    assert text.endswith("\n")
+    assert text.endswith("\n") and Files(answers).parts == []
     got = sorted((str(r["question_id"]), r["prompt"], r["text"]) for r in map(json.loads, text.splitlines()))
-    assert got == sorted((str(q.id), q.prompt, text_of(q)) for q in questions)
-
-
-def test_units_hold_whole_groups():
-    generator = random.Random(0)
-    for _ in range(200):
-        groups = [str(generator.randrange(12)) for _ in range(generator.randrange(1, 60))]
-        size = generator.randrange(1, 20)
-        units = units_of(groups, size)
-        assert len({(g, u) for g, u in zip(groups, units, strict=True)}) == len(set(groups))
-        sizes = [units.count(unit) for unit in range(max(units) + 1)]
-        largest = max(map(groups.count, groups))
-        assert all(size <= n < size + largest for n in sizes[:-1]) and sizes[-1] > 0
-    assert [unit_size(n) for n in (1, 2_374, 8_910, 107_394)] == [32, 37, 139, 256]
-    assert [unit_size(n, 8) for n in (1, 60, 2_374, 8_910, 107_394)] == [1, 1, 37, 139, 256]
+    assert got == sorted((str(r["question_id"]), r["prompt"], r["text"]) for r in map(row, range(len(LINES))))
 
 
 class Killed(BaseException):
@@ -71,11 +58,11 @@ class Killed(BaseException):
 
 
 def test_a_thousand_kills(tmp_path, monkeypatch):
-    """The process dies after any number of bytes it wrote, wherever to; then starts again."""
+    """The process dies after any number of bytes it wrote, or before a file is deleted; then starts again, as
+    one of one, two or three processes."""
     generator = random.Random(1)
-    write, replace = os.write, os.replace
-    kills = finished = 0
-    left = 0  # bytes until death
+    write, unlink = os.write, os.unlink
+    kills = finished = left = 0
 
     def dying_write(descriptor, data):
         nonlocal left
@@ -85,168 +72,146 @@ def test_a_thousand_kills(tmp_path, monkeypatch):
         left -= len(data)
         return write(descriptor, data)
 
-    def dying_replace(source, target):
+    def dying_unlink(path, **options):
         nonlocal left
-        if left < 30:
+        left -= 50
+        if left < 0:
             raise Killed
-        replace(source, target)
+        unlink(path, **options)
 
     monkeypatch.setattr(os, "write", dying_write)
-    monkeypatch.setattr(os, "replace", dying_replace)
-    folder = tmp_path / "0"
+    monkeypatch.setattr(os, "unlink", dying_unlink)
+    answers = tmp_path / "0" / "a.jsonl"
     while kills < 1000:
-        left = generator.choice([1, 20, 200, 2000]) + generator.randrange(300)
-        store = None
+        left = generator.choice([1, 20, 200, 2000, 9000]) + generator.randrange(300)
+        world = generator.choice([1, 2, 3])
         try:
-            store = Store(folder / "a.jsonl", QUESTIONS, RUN)
-            work(store, lambda unit, store=store: store.note({"unit": unit}))
+            for rank in range(world):
+                work(answers, rank, world)
+            merge(answers)
+            check(answers)
             finished += 1
-            check(folder / "a.jsonl")
-            folder = tmp_path / str(finished)
+            answers = tmp_path / str(finished) / "a.jsonl"
         except Killed:
             kills += 1
-        finally:
-            if store is not None:
-                store.close()
     assert finished > 20
 
 
 WORKER = f"""
-import sys, random, time
+import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from llava.eval.store import Store
-from test_eval_store import QUESTIONS, RUN, row
-store = Store(Path(sys.argv[1]), QUESTIONS, RUN)
-while store.open_questions:
-    for unit in store.claims():
-        for index in store.pending(unit):
-            time.sleep(random.random() * 0.02)
-            store.write({{index: row(index)}})
-        store.release(unit)
-    if store.open_questions:
-        store.wait()
+from test_eval_store import work
+work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), pause=0.03)
 """
 
 
-def start(answers):
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(answers)])
+def start(answers: Path, rank: int, world: int) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", WORKER, str(answers), str(rank), str(world)])
 
 
 def test_real_kills_of_processes_that_share_the_work(tmp_path):
-    """Three at a time; twenty of them die of SIGKILL, and what they had claimed goes to the others."""
-    answers, generator = tmp_path / "a.jsonl", random.Random(2)
-    running, kills, rounds = [], 0, 0
-    while kills < 20:
-        rounds += 1
-        answers = tmp_path / str(rounds) / "a.jsonl"
-        running = [start(answers) for _ in range(3)]
-        while kills < 20 and any(process.poll() is None for process in running):
-            time.sleep(generator.random() * 0.15)
-            lines = answers.read_bytes().count(b"\n") if answers.exists() else 0
-            alive = [process for process in running if process.poll() is None]
-            if lines > 3 and lines < 50 and alive:
-                victim = generator.choice(alive)
-                victim.send_signal(signal.SIGKILL)
-                victim.wait()
-                kills += 1
-                running[running.index(victim)] = start(answers)
-        assert [process.wait() for process in running] == [0, 0, 0]
+    """SIGKILL, some or all processes of a run; the next command has another number of them."""
+    generator = random.Random(2)
+    kills, runs = 0, 0
+    while kills < 12:
+        runs += 1
+        answers = tmp_path / str(runs) / "a.jsonl"
+        finished = False
+        while not finished:
+            world = generator.choice([1, 2, 3])
+            running = [start(answers, rank, world) for rank in range(world)]
+            before = lines_of(answers)
+            until = before + generator.randrange(3, 40)
+            while lines_of(answers) < until and any(process.poll() is None for process in running):
+                time.sleep(0.01)
+            if kills < 12:
+                for victim in running[: generator.randrange(1, world + 1)]:
+                    kills += victim.poll() is None
+                    victim.send_signal(signal.SIGKILL)
+            finished = [process.wait() for process in running] == [0] * world
+        merge(answers)
         check(answers)
 
 
-def test_torn_last_line_is_cut(tmp_path):
+def lines_of(answers: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in [answers, *Files(answers).parts] if file.exists())
+
+
+def test_a_torn_last_line_is_cut(tmp_path):
     answers = tmp_path / "a.jsonl"
-    work(first := Store(answers, QUESTIONS, RUN))
-    first.close()
-    whole = answers.read_bytes()
-    answers.write_bytes(whole[:-20])
-    second = Store(answers, QUESTIONS, RUN)
-    assert second.open_questions == 1
-    work(second)
-    second.close()
+    work(answers)
+    answers.write_bytes(answers.read_bytes()[:-20])
+    with AnswersFile(answers, LINES) as file:
+        assert len(file.answered()) == len(LINES) - 1
+    work(answers)
     check(answers)
 
 
-def test_torn_line_of_another_process_is_cut_before_one_writes(tmp_path):
+def test_a_merge_that_was_killed_before_it_deleted_the_parts(tmp_path):
     answers = tmp_path / "a.jsonl"
-    store = Store(answers, QUESTIONS, RUN)
-    with open(answers, "ab") as other:  # a process that dies in the middle of its line
-        other.write(json.dumps(row(7)).encode()[:30])
-    work(store)
-    store.close()
+    for rank in range(2):
+        work(answers, rank, 2)
+    parts = {part: part.read_bytes() for part in Files(answers).parts}
+    assert len(parts) == 2
+    merge(answers)
+    for part, content in parts.items():
+        part.write_bytes(content)
+    merge(answers)
     check(answers)
 
 
-def test_what_others_wrote_is_not_written_again(tmp_path):
+def test_a_question_two_processes_answered_counts_once(tmp_path):
     answers = tmp_path / "a.jsonl"
-    store = Store(answers, QUESTIONS, RUN)
-    assert next(claims := store.claims()) == 0
-    with open(answers, "a") as other:
-        other.writelines(json.dumps(row(index)) + "\n" for index in store.units[0])
-    store.write({index: row(index) for index in store.units[0]})
-    assert answers.read_text().count("\n") == len(store.units[0])
-    assert next(claims) == 1
-    store.close()
+    work(answers, 0, 2)
+    with AnswersFile(answers, LINES, 7) as other:  # of another command, at the same time
+        other.append(*map(row, range(20)))
+    work(answers, 1, 2)
+    merge(answers)
+    check(answers)
+
+
+def test_a_file_that_another_process_writes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(AnswersFile, "WAIT_SECONDS", 0.2)
+    answers = tmp_path / "a.jsonl"
+    for part in (None, 0):
+        with AnswersFile(answers, LINES, part), pytest.raises(UserError, match=r"a\.(jsonl|part0)"):
+            AnswersFile(answers, LINES, part)
+        with AnswersFile(answers, LINES, part) as file:  # and taken when that one has ended
+            assert file.answered() == {}
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
         ({"reducer": "none"}, "reducer: 'prumerge+' there, 'none' now"),
-        ({"generation": {"temperature": 0.2}}, "(generation.temperature: 0.0 there, 0.2 now)"),
+        ({"generation": {"temperature": 0.2}}, "generation.temperature: 0.0 there, 0.2 now"),
         ({"protocol": "crop"}, "protocol: None there, 'crop' now"),
-        (
-            {"model": "n", "reducer": "topk"},
-            "model: 'm' there, 'n' now; reducer: 'prumerge+' there, 'topk' now",
-        ),
     ],
 )
 def test_another_run_is_refused_with_the_difference(tmp_path, change, words):
-    answers = tmp_path / "a.jsonl"
-    Store(answers, QUESTIONS, RUN).close()
-    with pytest.raises(UserError, match="belongs to another run") as error:
-        Store(answers, QUESTIONS, RUN | change)
+    files = Files(tmp_path / "a.jsonl")
+    files.agree(RUN)
+    with pytest.raises(UserError) as error:
+        files.agree(RUN | change)
     assert words in str(error.value)
-    Store(answers, QUESTIONS, dict(reversed(RUN.items()))).close()
+    files.agree(dict(reversed(RUN.items())))
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
     answers = tmp_path / "a.jsonl"
     answers.write_text(json.dumps(row(0)) + "\n")
-    with pytest.raises(UserError, match=r"no a\.provenance\.json"):
-        Store(answers, QUESTIONS, RUN)
-    answers.unlink()
-    Store(answers, QUESTIONS, RUN).close()
-    for text, words in (
-        ('{"question_id": 999, "prompt": "x", "text": "y"}\n', ":1: question 999 is not asked in this run"),
-        (2 * (json.dumps(row(9)) + "\n"), None),
-        (4 * (json.dumps(row(1)) + "\n"), "is answered twice"),
-        (json.dumps(row(1)) + '\n{"question_id": 1, "pro\n' + json.dumps(row(9)) + "\n", ":2: "),
+    with pytest.raises(UserError, match=r"a\.provenance\.json"):
+        Files(answers).agree(RUN)
+    once = next(n for n, line in enumerate(LINES) if LINES.count(line) == 1)
+    for content, where in (
+        ('{"question_id": 999, "prompt": "x", "text": "y"}\n', ":1: question 999"),
+        (2 * (json.dumps(row(once)) + "\n"), ":2: question"),
+        (json.dumps(row(1)) + '\n{"question_id": 1, "pro\n' + json.dumps(row(9)) + "\n", ":2 "),
     ):
-        answers.write_text(text)
-        count = sum((q.id, q.prompt) == (QUESTIONS[9].id, QUESTIONS[9].prompt) for q in QUESTIONS)
-        if words is None:
-            words = None if count > 1 else "is answered twice"
-        if words:
-            with pytest.raises(UserError, match="Give another --answers file") as error:
-                Store(answers, QUESTIONS, RUN)
-            assert words in str(error.value)
-
-
-def test_problems_are_kept_apart_and_tried_again(tmp_path):
-    answers = tmp_path / "a.jsonl"
-    store = Store(answers, QUESTIONS, RUN)
-    for index in store.units[0]:
-        store.fail(index, "the image is broken")
-    assert 0 not in store.claims()  # not twice in one run
-    assert answers.read_text() == ""
-    store.close()
-    onlooker = Store(answers, QUESTIONS, None)
-    assert len(onlooker.problems) == len(onlooker.units[0])
-    onlooker.close()
-    again = Store(answers, QUESTIONS, RUN)
-    assert again.open_questions == len(QUESTIONS)
-    work(again)
-    again.close()
-    check(answers)
+        answers.write_text(content)
+        with AnswersFile(answers, LINES) as file, pytest.raises(UserError, match="--overwrite") as error:
+            file.answered()
+        assert where in str(error.value)
+    Files(answers).remove()
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.prefix import Prefix, answer, begin, extend, join, nothing
+from llava.model.prefix import Prefix, answer, begin, extend, nothing
 
 HEAD = torch.tensor([1, 272, 300, 311, 262])
 QUESTIONS = [
@@ -95,16 +95,6 @@ def test_pictures_of_any_length_share_a_batch(model, visual):
     assert ((out.logits[0] - other.logits[0]).abs().amax(1) > 1e-2).all()
 
 
-def test_joined_prefixes_are_one(model, visual):
-    start, embeds = begin(model, HEAD), model.project(visual)
-    joined = join([extend(model, start, embeds[:1], [0]), extend(model, start, embeds[1:], [0, 0])])
-    assert joined.mask.sum(1).tolist() == seen(model, visual).mask.sum(1).tolist()
-    reference = answer(model, seen(model, visual), QUESTIONS, ASKED_ABOUT, **GREEDY, **LOGITS)
-    out = answer(model, joined, QUESTIONS, ASKED_ABOUT, **GREEDY, **LOGITS)
-    assert out.sequences.equal(reference.sequences)
-    assert_close(out.logits[0], reference.logits[0])
-
-
 def test_beams(model, visual):
     beams = {**GREEDY, "num_beams": 3}
     reference = one_by_one(model, visual, **beams)
@@ -147,15 +137,6 @@ def test_a_prefix_is_not_changed_by_use(model, visual):
     after = [tensor for part in (start, prefix) for layer in part.layers for tensor in layer]
     assert all(map(torch.equal, before, after))
     assert answer(model, prefix, QUESTIONS[:3], [0, 1, 2], **GREEDY).equal(first)
-
-
-def test_a_beginning_may_be_computed_in_pieces(model):
-    whole_head = begin(model, HEAD)
-    pieces = extend(model, begin(model, HEAD[:2]), [model.get_input_embeddings()(HEAD[2:])], [0])
-    assert pieces.length == whole_head.length == len(HEAD)
-    for one, other in zip(pieces.layers, whole_head.layers, strict=True):
-        torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(one[1], other[1], atol=1e-5, rtol=0)
 
 
 def test_text_alone_with_and_without_a_beginning(model):

@@ -10,6 +10,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
+import secrets
 import sys
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from llava import hardware
 from llava.engine import Answer, LocalEngine, ModelSource, Request, key_of
 from llava.errors import UserError
-from llava.eval.provenance import Files, fingerprint, short_uuid, summary
+from llava.eval.provenance import Files, fingerprint, summary
 from llava.eval.store import AnswersFile
 from llava.mm_utils import get_model_name_from_path
 from llava.pixels import die_with_parent
@@ -64,7 +65,8 @@ def answer(job: Job, *, workers: int | None = None, overwrite: bool = False) -> 
     if overwrite and world > 1:
         raise UserError(f"--overwrite and several processes of a launcher: delete {job.answers} yourself.")
     if overwrite:
-        files.remove()
+        with AnswersFile(job.answers, job.lines):  # not under another process that writes it
+            files.remove()
     if not job.requests:  # a chunk beyond the last question
         job.answers.parent.mkdir(parents=True, exist_ok=True)
         job.answers.touch()
@@ -100,7 +102,6 @@ def work(job: Job, rank: int = 0, world: int = 1, gpu: int | None = None) -> Non
         if not missing:
             return
         files.note(sitting={"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine_facts(engine)})
-        model_id = job.model.name
         bar = tqdm(total=len(mine), initial=len(mine) - len(missing), unit="q", disable=rank > 0)
         took = Took(files)
         for one in engine.answer(missing):
@@ -108,7 +109,8 @@ def work(job: Job, rank: int = 0, world: int = 1, gpu: int | None = None) -> Non
                 question_id = job.lines[one.id]["question_id"]
                 files.note(index=one.id, question_id=question_id, problem=one.problem)
             else:
-                end = {"answer_id": short_uuid(), "model_id": model_id, "metadata": {}}
+                answer_id = secrets.token_urlsafe(16)  # 22 characters, as LLaVA's
+                end = {"answer_id": answer_id, "model_id": job.model.name, "metadata": {}}
                 file.append({**job.lines[one.id], "text": one.text, **end})
             took.add(one, job.requests[one.id])
             bar.update()

@@ -7,7 +7,6 @@ could not be asked. Importing this needs no torch.
 import glob
 import hashlib
 import json
-import uuid
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -177,13 +176,3 @@ def fingerprint(model_path: str, model_base: str | None) -> str:
                 stream.seek(max(0, size - (1 << 16)))
                 digest.update(stream.read())
     return digest.hexdigest()[:16]
-
-
-def short_uuid() -> str:
-    """22 characters of an alphabet without look-alikes, as the shortuuid package writes a random UUID."""
-    alphabet = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-    value, digits = uuid.uuid4().int, ""
-    for _ in range(22):
-        value, digit = divmod(value, len(alphabet))
-        digits = alphabet[digit] + digits
-    return digits

@@ -77,6 +77,6 @@ def _refusal(where: Path | str, error: BaseException) -> UserError:
     return UserError(f"{where}: {first_line(error)}; this is not the file that belongs here, fetch it again.")
 
 
-def as_json_lines(rows: Iterable[Any]) -> str:
+def jsonl(rows: Iterable[Any]) -> str:
     """Dicts or structs, one a line."""
     return "".join(json.dumps(msgspec.to_builtins(row)) + "\n" for row in rows)

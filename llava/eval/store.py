@@ -6,6 +6,7 @@ and reads all of them: what has an answer in any is not asked again, however man
 A file is locked by the process that writes it, and the system drops that lock when the process dies.
 """
 
+import contextlib
 import fcntl
 import json
 import math
@@ -98,11 +99,13 @@ class AnswersFile:
         Killed in between, the next merge finds lines in both files and takes them once. Call it where this
         process has NAME.jsonl.
         """
-        parts = {part: self._lock(part, math.inf) for part in Files(self.path).parts}
-        self._write(b"".join(line for file, line in self.answered().values() if file in parts))
-        for part, descriptor in parts.items():
-            part.unlink()
-            os.close(descriptor)
+        parts = Files(self.path).parts
+        with contextlib.ExitStack() as opened:
+            for part in parts:
+                opened.callback(os.close, self._lock(part, math.inf))
+            self._write(b"".join(line for file, line in self.answered().values() if file in parts))
+            for part in parts:
+                part.unlink()
 
     @staticmethod
     def _lock(path: Path, seconds: float) -> int:

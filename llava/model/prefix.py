@@ -82,22 +82,6 @@ def extend(
     return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask)
 
 
-def join(prefixes: Sequence[Prefix]) -> Prefix:
-    """The rows of all of them, one after the other; shorter ones are padded on their left."""
-    if len(prefixes) == 1:
-        return prefixes[0]
-    longest = max(prefix.length for prefix in prefixes)
-
-    def side_by_side(layer: int, which: int) -> Tensor:
-        return torch.cat([pad(one.layers[layer][which], (0, 0, longest - one.length, 0)) for one in prefixes])
-
-    layers = range(len(prefixes[0].layers))
-    return Prefix(
-        tuple((side_by_side(layer, 0), side_by_side(layer, 1)) for layer in layers),
-        torch.cat([pad(one.mask, (longest - one.length, 0)) for one in prefixes]),
-    )
-
-
 @torch.no_grad()
 def answer(
     model: LlavaMetaForCausalLM,
