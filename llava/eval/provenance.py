@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError
-from llava.eval.benchmarks.base import write_text
+from llava.files import write_text
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from typing import Any
 
 from llava.errors import UserError
 from llava.eval.answers import parse_answer, parse_object
-from llava.eval.benchmarks.base import write_text
 from llava.eval.provenance import Files, differences, read_run, update_json
+from llava.files import write_text
 
 WRITER = 0  # the byte whose lock lets a process write; unit n has byte n + 1
 POLL_SECONDS = 0.5

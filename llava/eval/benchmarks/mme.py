@@ -3,34 +3,19 @@
 Per subtask: acc = right answers, acc+ = images with both right, score = 100 acc + 100 acc+. The headline is
 Perception, the sum over ten subtasks (at most 2000); Cognition sums the other four (at most 800). An answer
 is read as the official tool reads it, from its first four characters. Pairs are formed by image, not by
-line. Published Perception: LLaVA-1.5-7B 1510.7.
+line.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from llava.errors import UserError
-from llava.eval.answers import Row, numbered_lines
-from llava.eval.benchmarks.base import (
-    BUNDLE,
-    SHORT,
-    Benchmark,
-    Counts,
-    DataFile,
-    Sample,
-    Totals,
-    Unit,
-    bare_question,
-    by_id_and_question,
-    jsonl,
-    question_key,
-    ratio,
-    read_rows,
-    require,
-)
+from llava.eval.answers import numbered_lines
+from llava.eval.benchmarks import base
+from llava.eval.reading import jsonl, require
 
 RELEASE = "MME/MME_Benchmark_release_version"
 QUESTIONS = "MME/llava_mme.jsonl"
@@ -42,107 +27,52 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
-def load(root: Path, questions: Path | None = None) -> list[Sample]:
-    release = root / RELEASE
-    labels = read_labels(release) if release.is_dir() else {}
-    file = questions or root / QUESTIONS
-    rows = (
-        list(read_rows(file, "question_id", "image", "text"))
-        if file.exists() or not labels
-        else made_rows(root)
-    )
-    samples = []
-    for where, row in rows:
-        question = bare_question(row["text"])
-        key = question_key(image_of(row["question_id"]), question)
-        if labels and key not in labels:
-            raise UserError(
-                f"{where}: {row['question_id']} asks {question!r}, which {release} does not hold."
-            )
-        samples.append(
-            Sample(
-                row["question_id"],
-                row["text"],
-                release / row["image"],
-                unit=row["image"],
-                where=where,
-                category=subtask_of(row["question_id"]),
-                stratum=subtask_of(row["question_id"]),
-                reference=labels.get(key),
-                key=key,
-            )
-        )
-    left = labels.keys() - {sample.key for sample in samples}
-    if left and questions is None:
-        raise UserError(f"{file}: {len(left)} questions of {release} are not asked, the first: {min(left)}.")
-    return samples
+def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
+    file, release = questions or root / QUESTIONS, root / RELEASE
+    labels = read_labels(release) if release.is_dir() else None
+    samples = base.labelled_questions(file, release, labels, release, whole=questions is None, key=key)
+    return [replace(sample, category=subtask_of(sample.id)) for sample in samples]
 
 
 def subtask_of(identifier: object) -> str:
     return str(identifier).partition("/")[0]
 
 
-def image_of(identifier: object) -> str:
-    """<subtask>/<name> of an image, wherever in the subtask's folder it lies and whatever it ends in."""
+def key(identifier: object, text: str) -> str:
+    """<subtask>/<name> of the image, wherever in the subtask's folder it lies and whatever it ends in, and
+    the question."""
     name = str(identifier).rpartition("/")[2]
-    return f"{subtask_of(identifier)}/{name.rpartition('.')[0] or name}"
+    return base.by_id_and_question(f"{subtask_of(identifier)}/{name.rpartition('.')[0] or name}", text)
 
 
-def find(samples: Sequence[Sample]) -> Callable[[Row], str | None]:
-    by_image = by_id_and_question([replace(sample, id=image_of(sample.id)) for sample in samples])
-    return lambda row: by_image(replace(row, id=image_of(row.id)))
-
-
-def read_labels(release: Path) -> dict[str, str]:
-    """{"<subtask>/<stem> <question>": "yes" | "no"} of all txt files."""
-    labels = {}
-    for subtask in (*PERCEPTION, *COGNITION):
-        for file in sorted(_texts(release / subtask)):
-            for question, label in read_pair(file):
-                labels[question_key(f"{subtask}/{file.stem}", question)] = label
-    return labels
-
-
-def _texts(folder: Path) -> list[Path]:
-    inner = folder / "questions_answers_YN"
-    return list((inner if inner.is_dir() else folder).glob("*.txt"))
-
-
-def read_pair(file: Path) -> list[tuple[str, str]]:
-    """The (question, yes | no) lines of one txt file."""
-    pairs = []
-    for number, line in numbered_lines(file):
-        text, tab, label = line.strip().rpartition("\t")
-        label = label.strip().lower()
-        if not tab or label not in ("yes", "no"):
-            raise UserError(f"{file}:{number}: `question<TAB>Yes|No` is expected, here is {line!r}.")
-        pairs.append((" ".join(text.strip().removesuffix(ASK).split()), label))
-    return pairs
-
-
-def made_rows(root: Path, images_needed: bool = False) -> list[tuple[str, dict]]:
-    """The question file, made from the txt files and the images beside them.
+def read_labels(release: Path, images_needed: bool = False) -> list[tuple[str, base.Question, str]]:
+    """(file, row of the question file, yes | no) of each line of the txt files.
 
     Answers can be scored without the images, which only say whether a name ends in jpg or png.
     """
-    release, rows = require(root / RELEASE), []
+    rows = []
     for subtask in sorted((*PERCEPTION, *COGNITION)):
         folder = release / subtask
         images = folder / "images" if (folder / "images").is_dir() else folder
+        texts = folder / "questions_answers_YN"
         names = {file.stem: file.name for file in sorted(images.glob("*")) if file.suffix != ".txt"}
-        for file in sorted(_texts(folder)):
+        for file in sorted((texts if texts.is_dir() else folder).glob("*.txt")):
             if images_needed and file.stem not in names:
                 raise UserError(f"{images}: no image for {file}.")
-            name = names.get(file.stem, f"{file.stem}.jpg")
-            image = f"{images.relative_to(release).as_posix()}/{name}"
-            for question, _ in read_pair(file):
-                row = {"question_id": image, "image": image, "text": question + SHORT, "category": subtask}
-                rows.append((str(file), row))
+            image = f"{images.relative_to(release).as_posix()}/{names.get(file.stem, f'{file.stem}.jpg')}"
+            for number, line in numbered_lines(file):
+                text, _, label = line.strip().rpartition("\t")
+                if label.strip().lower() not in ("yes", "no"):
+                    raise UserError(f"{file}:{number}: `question<TAB>Yes|No` is expected, here is {line!r}.")
+                question = " ".join(text.strip().removesuffix(ASK).split()) + base.SHORT
+                rows.append(
+                    (str(file), base.Question(image, image, question, subtask), label.strip().lower())
+                )
     return rows
 
 
 def rebuild(root: Path) -> str:
-    return jsonl(row for _, row in made_rows(root, images_needed=True))
+    return jsonl(row for _, row, _ in read_labels(require(root / RELEASE), images_needed=True))
 
 
 def read_answer(text: str) -> str:
@@ -154,33 +84,28 @@ def read_answer(text: str) -> str:
     return "yes" if "yes" in head else "no" if "no" in head else "other"
 
 
-def measure(unit: Unit) -> Counts:
+def measure(unit: base.Unit) -> dict[str, float]:
     """The questions of one image. acc+ counts the image only where all of them are answered."""
-    subtask = unit[0][0].category
-    answered = [(sample.reference, read_answer(answer)) for sample, answer in unit if answer is not None]
-    right = sum(label == answer for label, answer in answered)
-    counts = {"n": len(answered), "right": right}
-    if len(answered) == len(unit):
-        counts |= {"images": 1, "both": right == len(unit)}
-    counts["other"] = sum(answer == "other" for _, answer in answered)
-    for name, label, read in (
-        ("TP", "yes", "yes"),
-        ("FN", "yes", "no"),
-        ("TN", "no", "no"),
-        ("FP", "no", "yes"),
-    ):
-        counts[name] = answered.count((label, read))
-    return {f"{subtask}/{name}": float(value) for name, value in counts.items()}
+    counts: Counter[str] = Counter()
+    for sample, answer in unit:
+        if answer is not None:
+            said = read_answer(answer)
+            right = said == sample.reference
+            cell = "other" if said == "other" else ("T" if right else "F") + ("P" if said == "yes" else "N")
+            counts.update({"n": 1, "right": right, cell: 1})
+    if counts["n"] == len(unit):
+        counts.update(images=1, both=counts["right"] == len(unit))
+    return {f"{unit[0][0].category}/{name}": float(count) for name, count in counts.items()}
 
 
-def metrics(totals: Totals) -> dict:
+def metrics(sums: base.Counts) -> dict:
     """Scores of the subtasks and their two sums, over the subtasks that are there."""
     subtasks = {}
     for subtask in (*PERCEPTION, *COGNITION):
-        if np.any(totals[f"{subtask}/n"]):
-            acc = 100 * ratio(totals[f"{subtask}/right"], totals[f"{subtask}/n"])
-            acc_plus = 100 * ratio(totals[f"{subtask}/both"], totals[f"{subtask}/images"])
-            counts = {name: totals[f"{subtask}/{name}"] for name in ("n", "other", "TP", "FN", "TN", "FP")}
+        if np.any(sums[f"{subtask}/n"]):
+            acc = 100 * base.ratio(sums[f"{subtask}/right"], sums[f"{subtask}/n"])
+            acc_plus = 100 * base.ratio(sums[f"{subtask}/both"], sums[f"{subtask}/images"])
+            counts = {name: sums[f"{subtask}/{name}"] for name in ("n", "other", "TP", "FN", "TN", "FP")}
             subtasks[subtask] = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus, **counts}
 
     def total(group: tuple[str, ...]) -> object:
@@ -190,21 +115,23 @@ def metrics(totals: Totals) -> dict:
     return {"perception": total(PERCEPTION), "cognition": total(COGNITION), "subtasks": subtasks}
 
 
-MME = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
-BENCHMARK = Benchmark(
+SOURCE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
+BENCHMARK = base.Benchmark(
     name="mme",
     title="MME",
     version="MME_Benchmark_release_version, 14 subtasks",
     questions=2_374,
     headline="perception",
     files=(
-        DataFile(QUESTIONS, 2_374, BUNDLE, "ask, score", rebuild=rebuild),
-        DataFile(RELEASE, 1_187, MME, "ask, score"),
+        base.DataFile(QUESTIONS, 2_374, base.BUNDLE, "ask, score", rebuild),
+        base.DataFile(RELEASE, 1_187, SOURCE, "ask, score"),
     ),
     load=load,
     measure=measure,
     metrics=metrics,
     unscored=f"{RELEASE} with its txt files is missing; they hold the labels.",
-    find=find,
+    key=key,
+    within_category=True,
     unit="",
+    published=(1510.7, 1476.9, 1506.5, 719.1, 1531.3, 1350.3, 1462.4, 1428.2, 1485.5),
 )
