@@ -9,14 +9,12 @@ questions without an answer.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from llava.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from llava.eval.benchmarks.base import Sample
+from llava.eval.questions import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +89,10 @@ def read_answers(
 
 
 def join(
-    samples: Sequence["Sample"],
+    samples: Sequence[Sample],
     rows: Iterable[Row],
     find: Callable[[Row], str | None],
-    others: Sequence["Sample"] = (),
+    others: Sequence[Sample] = (),
 ) -> tuple[list[Row | None], list[str]]:
     """(the row of each of `samples` and `others` in their order, None where it has none; what is wrong).
 

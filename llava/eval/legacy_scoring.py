@@ -16,6 +16,7 @@ from pathlib import Path
 from llava.errors import UserError, exit_status
 from llava.eval.answers import Row, join, read_answers
 from llava.eval.benchmarks import base, gqa, mm_vet, mmbench, pope, scienceqa, seed, textvqa, vizwiz, vqav2
+from llava.eval.questions import LETTERS, Sample, read_questions
 from llava.eval.score import as_table, report_problems
 from llava.files import write_text
 
@@ -28,7 +29,7 @@ def main(script: Callable[[list[str] | None], int]) -> None:
 def eval_pope(argv: list[str] | None = None) -> int:
     """POPE's figures category by category."""
     args = parse(argv, "--annotation-dir", "--question-file", "--result-file")
-    samples = pope.from_files(Path(args.question_file), Path(args.annotation_dir), Path())
+    samples = pope.load(Path(), Path(args.question_file), Path(args.annotation_dir))
     rows = read_joined(pope.BENCHMARK, samples, args.result_file)
     if rows is None:
         return 1
@@ -50,7 +51,7 @@ def eval_textvqa(argv: list[str] | None = None) -> int:
     args = parse(argv, "--annotation-file", result_file="", result_dir="")
     if bool(args.result_file) == bool(args.result_dir):
         raise UserError("give --result-file FILE or --result-dir FOLDER.")
-    samples = base.samples_of_labels(textvqa.read_labels(Path(args.annotation_file)), Path(), textvqa.key)
+    samples = textvqa.read_labels(Path(args.annotation_file), Path())
     status = 0
     for file in [args.result_file] if args.result_file else sorted(Path(args.result_dir).glob("*.jsonl")):
         print(Path(file).stem)
@@ -68,7 +69,7 @@ def eval_science_qa(argv: list[str] | None = None) -> int:
     summary. Which questions have a picture is read from problems.json."""
     flags = ("--base-dir", "--result-file", "--output-file", "--output-result")
     args = parse(argv, *flags, split="test", options="")  # the options are always A to E
-    samples = base.samples_of_labels(scienceqa.read_labels(Path(args.base_dir), args.split), Path())
+    samples = scienceqa.read_labels(Path(args.base_dir), args.split)
     rows = read_joined(scienceqa.BENCHMARK, samples, args.result_file)
     if rows is None:
         return 1
@@ -76,18 +77,18 @@ def eval_science_qa(argv: list[str] | None = None) -> int:
     details: dict[str, list[dict]] = {"correct": [], "incorrect": []}
     parsed: dict[str, int] = {}
     for row, sample in zip(rows, samples, strict=True):
-        problem = sample.reference
+        right, choices, has_image = sample.reference
         letter = scienceqa.read_answer(row.text)
-        index = base.LETTERS.index(letter) if letter else -1
-        parsed[sample.id] = index if index < len(problem.choices) else -1
-        details["correct" if index == problem.answer else "incorrect"].append(
+        index = LETTERS.index(letter) if letter else -1
+        parsed[sample.id] = index if index < choices else -1
+        details["correct" if index == right else "incorrect"].append(
             {
                 "question_id": sample.id,
                 "parsed_ans": letter or "FAILED",
-                "ground_truth": base.LETTERS[problem.answer],
+                "ground_truth": LETTERS[right],
                 "question": row.prompt,
                 "pred": row.text,
-                "is_multimodal": problem.image is not None,
+                "is_multimodal": has_image,
             }
         )
     summary = {
@@ -97,11 +98,11 @@ def eval_science_qa(argv: list[str] | None = None) -> int:
         "results": parsed,
         "outputs": {sample.id: row.text for sample, row in zip(samples, rows, strict=True)},
     }
-    right, images = int(metrics["img_right"]), int(metrics["img_n"])
+    images = int(metrics["img_n"])
     image_accuracy = "-" if not images else f"{metrics['img_accuracy']:.2f}%"
     print(
         f"Total: {summary['count']}, Correct: {summary['correct']}, Accuracy: {summary['acc']:.2f}%, "
-        f"IMG-Accuracy: {image_accuracy} ({right} of {images})"
+        f"IMG-Accuracy: {image_accuracy} ({metrics['img_right']:.0f} of {images})"
     )
     write_text(args.output_file, json.dumps(details, indent=2))
     write_text(args.output_result, json.dumps(summary, indent=2))
@@ -115,7 +116,7 @@ def vqav2_for_submission(argv: list[str] | None = None) -> int:
     listed = folder / vqav2.TEST
     source = folder / "answers" / args.split / args.ckpt / "merge.jsonl"
     out = folder / "answers_upload" / args.split / f"{args.ckpt}.json"
-    samples = base.samples_of(base.read_questions(folder / f"{args.split}.jsonl"), folder)
+    samples = read_questions(folder / f"{args.split}.jsonl", folder)
     others = vqav2.optional(folder, samples, listed)
     return convert(source, out, partial(vqav2.write, listed=listed), samples, others)
 
@@ -124,7 +125,7 @@ def vizwiz_for_submission(argv: list[str] | None = None) -> int:
     """Answers to the list the VizWiz server takes."""
     args = parse(argv, "--annotation-file", "--result-file", "--result-upload-file")
     questions = Path(args.annotation_file)
-    samples = base.samples_of(base.read_questions(questions), Path())
+    samples = read_questions(questions, Path())
     write = partial(vizwiz.write, questions=questions)
     return convert(Path(args.result_file), Path(args.result_upload_file), write, samples)
 
@@ -141,9 +142,7 @@ def mmbench_for_submission(argv: list[str] | None = None) -> int:
 def seed_for_submission(argv: list[str] | None = None) -> int:
     """SEED-Bench answers to the leaderboard's file, and their accuracy."""
     args = parse(argv, "--annotation-file", "--result-file", "--result-upload-file")
-    file, source = args.annotation_file, Path(args.result_file)
-    labels = seed.read_references(Path(file)).items()
-    samples = [base.Sample(number, "", None, number, file, reference=label) for number, label in labels]
+    samples, source = seed.read_labels(Path(args.annotation_file)), Path(args.result_file)
     status = convert(source, Path(args.result_upload_file), seed.write, samples)
     if status == 0:
         rows = read_joined(seed.BENCHMARK, samples, source)
@@ -172,9 +171,7 @@ def parse(argv: list[str] | None, *required: str, **defaults: str) -> argparse.N
     return parser.parse_args(argv)
 
 
-def read_joined(
-    benchmark: base.Benchmark, samples: Sequence[base.Sample], file: str | Path
-) -> list[Row] | None:
+def read_joined(benchmark: base.Benchmark, samples: Sequence[Sample], file: str | Path) -> list[Row] | None:
     """The answer to each question; None where something is wrong, which is printed."""
     rows, problems = read_answers([Path(file)])
     joined, wrong = benchmark.join(samples, rows)
@@ -186,14 +183,14 @@ def convert(
     source: Path,
     out: Path,
     write: Callable[[Path, Path | None, Mapping[str, str]], None],
-    samples: Sequence[base.Sample] | None = None,
-    others: Sequence[base.Sample] = (),
+    samples: Sequence[Sample] | None = None,
+    others: Sequence[Sample] = (),
 ) -> int:
     """Answers of `source` to `out`. Without `samples` nobody knows what was asked: then only torn lines and
     duplicates are found."""
     rows, problems = read_answers([source])
     if samples is None:
-        samples = [base.Sample(number, "", None, number, "") for number in dict.fromkeys(x.id for x in rows)]
+        samples = [Sample(number, "", None, number, "") for number in dict.fromkeys(x.id for x in rows)]
     joined, wrong = join(samples, rows, lambda row: row.id, others)
     if problems + wrong:
         print(f"{out}: not written.", file=sys.stderr)

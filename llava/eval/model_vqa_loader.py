@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from llava.eval import runner
-from llava.eval.benchmarks.base import read_rows
 from llava.eval.predict import Request
+from llava.eval.questions import read_questions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
 def requests_of(question_file: Path, image_folder: Path) -> list[Request]:
     """One request a row of a JSON Lines file with question_id, image, text."""
     return [
-        Request(row["question_id"], row["text"], image_folder / row["image"], recorded=row["text"])
-        for _, row in read_rows(question_file, "question_id", "image", "text")
+        Request(sample.id, sample.text, sample.image, recorded=sample.text)
+        for sample in read_questions(question_file, image_folder)
     ]
 
 

@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 from llava.eval import runner
-from llava.eval.benchmarks.base import LETTER, read_json
-from llava.eval.benchmarks.scienceqa import IMAGE_TAG
 from llava.eval.predict import Request
+from llava.eval.questions import LETTER, read_conversations, with_tag
 
 MAX_NEW_TOKENS = 1024
 
@@ -24,11 +23,9 @@ def parser() -> argparse.ArgumentParser:
 def requests_of(question_file: Path, image_folder: Path, single_pred_prompt: bool) -> list[Request]:
     """One request an entry of a JSON list with id, conversations and, for some, image."""
     requests = []
-    for row in read_json(question_file):
-        text = row["conversations"][0]["value"].replace(IMAGE_TAG, "").strip()
-        text += LETTER if single_pred_prompt else ""
-        image = image_folder / row["image"] if "image" in row else None
-        requests.append(Request(row["id"], text, image, f"{IMAGE_TAG}\n{text}" if image else text))
+    for sample in read_conversations(question_file, image_folder):
+        text = sample.text + (LETTER if single_pred_prompt else "")
+        requests.append(Request(sample.id, text, sample.image, with_tag(sample, text)))
     return requests
 
 

@@ -153,7 +153,7 @@ def read_run(file: Path) -> Run | None:
 
 
 def published() -> list[dict[str, Any]]:
-    """Scores others published, to stand beside one's own: name, visual tokens an image, {benchmark: score}."""
+    """Scores others published: name, visual tokens an image, and {benchmark: score}."""
     rows = []
     for place, (name, visual_tokens) in enumerate(PUBLISHED_MODELS.items()):
         scores = {one.name: one.published[place : place + 1] for one in benchmarks.BENCHMARKS.values()}

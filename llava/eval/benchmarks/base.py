@@ -1,4 +1,4 @@
-"""What every benchmark shares: a question, the labels it is scored with, and a score with its interval.
+"""What every benchmark declares, and how it is scored from that, with an interval.
 
 A benchmark is one file of this folder that fills a `Benchmark`: `load` reads the official files, `prompt`
 says what the model is asked, `measure` counts over the questions of one image, `metrics` turns the sums of
@@ -6,22 +6,21 @@ these counts into the figures papers print. Nothing here needs torch.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from llava.errors import UserError
 from llava.eval.answers import Row, join, read_answers
-from llava.eval.reading import read_rows
+from llava.eval.questions import LETTER as LETTER
+from llava.eval.questions import SHORT as SHORT
+from llava.eval.questions import Embedded as Embedded
+from llava.eval.questions import Sample, by_id
+from llava.eval.reading import MissingFile as MissingFile
 
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-OTHER_RELEASE = "questions and labels are of different releases or splits"
 RESAMPLES = 1000
 BUNDLE = "LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy"
 
@@ -40,154 +39,6 @@ PUBLISHED_MODELS: dict[str, int] = {
     "PruMerge 13B": 32,
     "PruMerge+ 13B": 144,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """A picture that is part of the question file, base64."""
-
-    base64: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One question."""
-
-    id: str | int  # question_id with the type the question file gives it; answers files keep it
-    text: str  # what the question file holds for the model
-    image: Path | Embedded | None  # None: a question of text only
-    unit: str  # what the bootstrap draws, usually the image
-    where: str  # file:line of the question
-    category: str = ""
-    reference: Any = None  # what is right, in the benchmark's own form; None: labels not there
-    stem: str = ""  # of a multiple-choice question that can be asked in rotations: `text` without the options
-    options: tuple[str, ...] = ()
-    key: str = ""  # what tells it from all others: the id, unless the benchmark has its own `key`
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "key", self.key or str(self.id))
-
-    @property
-    def label(self) -> str:
-        """How a person recognises it."""
-        return f"{self.id} ({' '.join(self.text.split())[:60]!r})"
-
-
-# --- how questions are told apart ---
-
-
-def by_id(identifier: object, text: str) -> str:
-    return str(identifier)
-
-
-def by_id_and_question(identifier: object, text: str) -> str:
-    """Where ids repeat (MME, TextVQA) or mean another question in another release (POPE)."""
-    return f"{identifier} {bare_question(text)}"
-
-
-def bare_question(text: str) -> str:
-    """The question in a prompt: without OCR line, suffix or BLIP-style frame, blanks folded."""
-    if text.startswith("OCR tokens: ") and "Question: " in text:
-        return text.rpartition("Question: ")[2].partition(" Short answer:")[0]
-    lines = (line.strip() for line in text.strip().removesuffix(SHORT.strip()).split("\n"))
-    return " ".join(" ".join(line for line in lines if not line.startswith("Reference OCR token:")).split())
-
-
-# --- questions and labels ---
-
-
-class Question(msgspec.Struct):
-    """A row of LLaVA's question files."""
-
-    question_id: int | str
-    image: str | None  # None: a question of text only
-    text: str
-    category: Any = "default"
-
-
-def read_questions(file: Path) -> Iterator[tuple[str, Question]]:
-    """(file:line, row) of a question file."""
-    return read_rows(file, Question)
-
-
-def samples_of(
-    rows: Iterable[tuple[str, Question]], images: Path, key: Callable[[object, str], str] = by_id
-) -> list[Sample]:
-    """(file:line, row) of a question file as samples without reference."""
-    return [
-        Sample(
-            row.question_id,
-            row.text,
-            None if row.image is None else images / row.image,
-            unit=str(row.question_id) if row.image is None else row.image,
-            where=where,
-            key=key(row.question_id, row.text),
-        )
-        for where, row in rows
-    ]
-
-
-def labelled_questions(
-    file: Path,
-    images: Path,
-    made: Sequence[tuple[str, Question, Any]] | None,
-    source: Path,
-    *,
-    whole: bool,
-    key: Callable[[object, str], str] = by_id,
-    read: Callable[[Path], Iterable[tuple[str, Question]]] = read_questions,
-) -> list[Sample]:
-    """The questions of `file` with their labels, for benchmarks whose labels determine the question file.
-
-    Args:
-        made: (file:line, row of the question file, label) of each label in `source`; None: they are not
-            there, and the samples have no reference. Their rows are the questions where `file` is missing.
-        whole: every label must have its question.
-    """
-    if made is None:
-        return samples_of(read(file), images, key)
-    known = samples_of_labels(made, images, key)
-    if not file.exists():
-        return known
-    labels = [(sample.key, sample.reference) for sample in known]
-    return with_labels(samples_of(read(file), images, key), labels, source, whole=whole)
-
-
-def samples_of_labels(
-    made: Sequence[tuple[str, Question, Any]], images: Path, key: Callable[[object, str], str] = by_id
-) -> list[Sample]:
-    """(file:line, row of the question file, label) of each label as samples."""
-    samples = samples_of([(where, row) for where, row, _ in made], images, key)
-    return [replace(sample, reference=label) for sample, (_, _, label) in zip(samples, made, strict=True)]
-
-
-def with_labels(
-    samples: Sequence[Sample], labels: Iterable[tuple[str, Any]], source: Path, *, whole: bool
-) -> list[Sample]:
-    """The samples, each with its `reference` from `labels`, (key, reference) pairs.
-
-    Equal keys go together in their order. Raises UserError where a question has no label in `source` and,
-    with `whole`, where a label has no question.
-    """
-    unused: dict[str, list[Any]] = {}
-    for key, reference in labels:
-        unused.setdefault(key, []).append(reference)
-    labelled = []
-    for sample in samples:
-        if not unused.get(sample.key):
-            raise UserError(
-                f"{sample.where}: question {sample.label} has no label in {source}; {OTHER_RELEASE}."
-            )
-        labelled.append(replace(sample, reference=unused[sample.key].pop(0)))
-    left = [key for key, references in unused.items() if references]
-    if whole and left:
-        raise UserError(
-            f"{source}: {len(left):,} labels belong to no question, the first: {left[0]}; {OTHER_RELEASE}."
-        )
-    return labelled
-
-
-# --- the benchmark itself ---
 
 
 def text_as_is(sample: Sample, protocol: str = "") -> str:

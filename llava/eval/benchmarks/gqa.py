@@ -6,16 +6,19 @@ periods off.
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from llava.eval.benchmarks import base
-from llava.eval.reading import jsonl, read_json
+from llava.eval.questions import SHORT, Sample, labelled, question_file, read_questions
+from llava.eval.reading import read_json
 from llava.files import write_text
 
 QUESTIONS = "gqa/llava_gqa_testdev_balanced.jsonl"
 ANNOTATIONS = "gqa/data/testdev_balanced_questions.json"
+IMAGES = "gqa/data/images"
 
 
 class Annotation(msgspec.Struct):
@@ -24,34 +27,37 @@ class Annotation(msgspec.Struct):
     answer: str
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
-    annotated = root / ANNOTATIONS
-    return base.labelled_questions(
-        questions or root / QUESTIONS,
-        root / "gqa/data/images",
-        question_rows(annotated) if annotated.exists() else None,
-        annotated,
-        whole=questions is None,
-    )
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
+    file, annotated = questions or root / QUESTIONS, root / ANNOTATIONS
+    labels = read_labels(root) if annotated.exists() else None
+    read = partial(read_questions, file, root / IMAGES)
+    return labelled(file, read, labels, annotated, whole=questions is None)
 
 
-def question_rows(file: Path) -> list[tuple[str, base.Question, str]]:
-    """(file, row of the question file, answer) of each annotation."""
+def read_labels(root: Path) -> list[Sample]:
+    """The questions, made from the annotations."""
     return [
-        (str(file), base.Question(identifier, f"{one.imageId}.jpg", one.question + base.SHORT), one.answer)
-        for identifier, one in read_json(file, dict[str, Annotation]).items()
+        Sample(
+            identifier,
+            one.question + SHORT,
+            root / IMAGES / f"{one.imageId}.jpg",
+            unit=f"{one.imageId}.jpg",
+            where=str(root / ANNOTATIONS),
+            reference=one.answer,
+        )
+        for identifier, one in read_json(root / ANNOTATIONS, dict[str, Annotation]).items()
     ]
 
 
 def rebuild(root: Path) -> str:
-    return jsonl(row for _, row, _ in question_rows(root / ANNOTATIONS))
+    return question_file(read_labels(root))
 
 
 def prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def judge(sample: base.Sample, answer: str) -> dict[str, float]:
+def judge(sample: Sample, answer: str) -> dict[str, float]:
     return base.tally(prediction(answer) == sample.reference)
 
 
@@ -70,7 +76,7 @@ BENCHMARK = base.Benchmark(
     files=(
         base.DataFile(QUESTIONS, 12_578, base.BUNDLE, "ask, score, submit", rebuild),
         base.DataFile(ANNOTATIONS, 12_578, SOURCE, "score"),
-        base.DataFile("gqa/data/images", None, SOURCE, "ask"),
+        base.DataFile(IMAGES, None, SOURCE, "ask"),
     ),
     load=load,
     measure=base.per_question(judge),

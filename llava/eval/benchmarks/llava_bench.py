@@ -9,7 +9,6 @@ without two scores, which upstream counts as -1 and -1, is reported.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,22 +17,28 @@ import numpy as np
 from llava.errors import UserError
 from llava.eval.answers import Row, read_answers
 from llava.eval.benchmarks import base
+from llava.eval.questions import Question, Sample
 from llava.eval.reading import read_rows
 
 FOLDER = "llava-bench-in-the-wild"
 QUESTIONS = f"{FOLDER}/questions.jsonl"
 
 
-class Question(base.Question, kw_only=True):
+class Question(Question, kw_only=True):
     category: Literal["conv", "detail", "complex"]
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
-    rows = list(read_rows(questions or root / QUESTIONS, Question))
-    samples = base.samples_of(rows, root / FOLDER / "images")
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
     return [
-        replace(sample, category=row.category, reference=f"llava_bench_{row.category}")
-        for sample, (_, row) in zip(samples, rows, strict=True)
+        Sample(
+            row.question_id,
+            row.text,
+            root / FOLDER / "images" / row.image,
+            unit=row.image,
+            where=where,
+            reference=f"llava_bench_{row.category}",
+        )
+        for where, row in read_rows(questions or root / QUESTIONS, Question)
     ]
 
 
@@ -56,13 +61,13 @@ def read_reviews(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
     return read_answers(paths, parse_review)
 
 
-def from_rows(rows: list[Row]) -> list[base.Sample]:
+def from_rows(rows: list[Row]) -> list[Sample]:
     """The questions as the reviews know them, each with its category, where questions.jsonl is missing."""
-    seen = {row.id: base.Sample(row.id, "", None, row.id, row.where, reference=row.prompt) for row in rows}
+    seen = {row.id: Sample(row.id, "", None, row.id, row.where, reference=row.prompt) for row in rows}
     return list(seen.values())
 
 
-def judge(sample: base.Sample, review: str) -> dict[str, float]:
+def judge(sample: Sample, review: str) -> dict[str, float]:
     reference, candidate = (float(score) for score in review.split())
     counts: dict[str, float] = {}
     for name in ("all", sample.reference):

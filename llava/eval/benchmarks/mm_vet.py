@@ -18,6 +18,7 @@ import msgspec
 from llava.errors import UserError
 from llava.eval.answers import Row
 from llava.eval.benchmarks import base
+from llava.eval.questions import Sample, read_questions
 from llava.eval.reading import read_json
 from llava.files import write_text
 
@@ -30,12 +31,12 @@ class Annotation(msgspec.Struct):
     capability: list[str]
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
     """The reference of a question is the capabilities it asks for, () where they are not known."""
     file = root / CAPABILITIES
     known = read_json(file, dict[str, Annotation]) if file.exists() else {}
     capabilities = {name.removeprefix("v1_"): one.capability for name, one in known.items()}
-    samples = base.samples_of(base.read_questions(questions or root / QUESTIONS), root / FOLDER / "images")
+    samples = read_questions(questions or root / QUESTIONS, root / FOLDER / "images")
     return [replace(sample, reference=capabilities.get(sample.key, ())) for sample in samples]
 
 
@@ -60,7 +61,7 @@ def read_grades(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
     return rows, problems
 
 
-def judge(sample: base.Sample, grade: str) -> dict[str, float]:
+def judge(sample: Sample, grade: str) -> dict[str, float]:
     return base.tally(float(grade), *(f"capability/{name}" for name in sample.reference))
 
 

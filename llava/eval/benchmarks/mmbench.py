@@ -14,13 +14,12 @@ from typing import Annotated
 import msgspec
 
 from llava.eval.benchmarks import base
+from llava.eval.mmbench_sheet import write_sheet
+from llava.eval.questions import Embedded, Sample
 from llava.eval.reading import read_table
-from llava.eval.sheet import write_sheet
 
 ROTATION = 1_000_000
 OPTIONS = "ABCD"
-DROPPED = frozenset(("index", "hint", "category", "source", "image", "comment", "l2-category"))
-PREDICTION_COLUMN = 6  # where the server's sheet has the predictions
 EN = "mmbench/mmbench_dev_20230712.tsv"
 
 
@@ -38,7 +37,7 @@ class Row(msgspec.Struct):
     image: str = ""
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
     file = questions or root / EN
     samples, images = [], {}
     for _, row in read_table(file, Row):
@@ -46,18 +45,10 @@ def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
         image = images[str(row.index)] = images.get(row.image, row.image)
         options = tuple(takewhile(bool, (row.A, row.B, row.C, row.D)))
         stem = f"{row.hint}\n{row.question}" if row.hint else row.question
+        text, unit, where = question_text(stem, options), str(row.index % ROTATION), str(file)
+        label = (row.answer, row.l2_category) if row.answer else None
         samples.append(
-            base.Sample(
-                row.index,
-                question_text(stem, options),
-                base.Embedded(image),
-                unit=str(row.index % ROTATION),
-                where=str(file),
-                category=row.category,
-                reference=(row.answer, row.l2_category) if row.answer else None,
-                options=options,
-                stem=stem,
-            )
+            Sample(row.index, text, Embedded(image), unit, where, row.category, label, stem, options)
         )
     return samples
 
@@ -83,14 +74,13 @@ def read_answer(text: str, options: tuple[str, ...]) -> str | None:
 
 def measure(unit: base.Unit) -> dict[str, float]:
     """The rotations of one question. It counts in `circular` only where all of them are answered."""
-    counts: dict[str, float] = {}
     right = [answer is not None and read_answer(answer, s.options) == s.reference[0] for s, answer in unit]
+    first, counts = unit[0][0], {}
+    if all(answer is not None for _, answer in unit):
+        counts |= base.tally(all(right), f"category/{first.category}", f"l2/{first.reference[1]}")
     for (sample, answer), one in zip(unit, right, strict=True):
         if sample.id < ROTATION and answer is not None:
-            counts |= {"vanilla/n": 1.0, "vanilla/right": float(one)}
-    if all(answer is not None for _, answer in unit):
-        first = unit[0][0]
-        counts |= base.tally(all(right), f"category/{first.category}", f"l2/{first.reference[1]}")
+            counts |= {"vanilla/n": 1, "vanilla/right": one}
     return counts
 
 
@@ -104,15 +94,7 @@ def metrics(sums: base.Counts) -> dict:
 
 
 def write(out: Path, root: Path, answers: Mapping[str, str], questions: Path | None = None) -> None:
-    """The server's sheet: `index question A B C D prediction answer split`, an empty answer left blank."""
-    lines: list[list[int | str]] = []
-    for cells, row in read_table(questions or root / EN, Row):
-        columns = {name: cell for name, cell in cells.items() if name not in DROPPED}
-        lines = lines or [["index", *columns]]
-        lines.append([row.index, *columns.values()])
-        lines[-1].insert(PREDICTION_COLUMN, answers.get(str(row.index), ""))
-    lines[0].insert(PREDICTION_COLUMN, "prediction")
-    write_sheet(out, lines)
+    write_sheet(out, read_table(questions or root / EN, Row), answers)
 
 
 SOURCE = "https://download.openmmlab.com/mmclassification/datasets/mmbench"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava.eval.benchmarks import base, mmbench
+from llava.eval.questions import Sample
 
 FILE = "mmbench_dev_cn_20231003.tsv"
 SUFFIX = "\n请直接回答选项字母。"
@@ -18,7 +19,7 @@ def table(root: Path) -> Path:
     return beside_english if beside_english.exists() else root / "mmbench_cn" / FILE
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
     return mmbench.load(root, questions or table(root))
 
 

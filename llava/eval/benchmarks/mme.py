@@ -1,25 +1,25 @@
 """MME, 2,374 yes/no questions, two an image, in 14 subtasks.
 
-Per subtask: acc = right answers, acc+ = images with both right, score = 100 acc + 100 acc+. The headline is
-Perception, the sum over ten subtasks (at most 2000); Cognition sums the other four (at most 800). An answer
-is read as the official tool reads it, from its first four characters. Pairs are formed by image, not by
-line.
+Per subtask: acc = right answers, acc+ = images with both right, score = 100 acc + 100 acc+. Headline:
+Perception, the sum of ten subtasks (at most 2000); Cognition sums the other four (at most 800).
 """
 
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from llava.errors import UserError
 from llava.eval.answers import numbered_lines
 from llava.eval.benchmarks import base
-from llava.eval.reading import jsonl, require
+from llava.eval.questions import SHORT, Sample, by_id_and_question, labelled, question_file, read_questions
+from llava.eval.reading import require
 
 RELEASE = "MME/MME_Benchmark_release_version"
 QUESTIONS = "MME/llava_mme.jsonl"
 ASK = "Please answer yes or no."
+CELLS = {("yes", "yes"): "TP", ("no", "yes"): "FP", ("no", "no"): "TN", ("yes", "no"): "FN"}
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters"),
     *("celebrity", "scene", "landmark", "artwork", "OCR"),
@@ -27,60 +27,50 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
     file, release = questions or root / QUESTIONS, root / RELEASE
     labels = read_labels(release) if release.is_dir() else None
-    samples = base.labelled_questions(file, release, labels, release, whole=questions is None, key=key)
-    return [replace(sample, category=subtask_of(sample.id)) for sample in samples]
-
-
-def subtask_of(identifier: object) -> str:
-    return str(identifier).partition("/")[0]
+    return labelled(
+        file, partial(read_questions, file, release, key), labels, release, whole=questions is None
+    )
 
 
 def key(identifier: object, text: str) -> str:
-    """<subtask>/<name> of the image, wherever in the subtask's folder it lies and whatever it ends in, and
-    the question."""
-    name = str(identifier).rpartition("/")[2]
-    return base.by_id_and_question(f"{subtask_of(identifier)}/{name.rpartition('.')[0] or name}", text)
+    """Subtask, name of the image (wherever it lies there and whatever it ends in), question."""
+    path = PurePosixPath(str(identifier))
+    return by_id_and_question(f"{path.parts[0] if path.parts else ''}/{path.stem}", text)
 
 
-def read_labels(release: Path, images_needed: bool = False) -> list[tuple[str, base.Question, str]]:
-    """(file, row of the question file, yes | no) of each line of the txt files.
-
-    Answers can be scored without the images, which only say whether a name ends in jpg or png.
-    """
-    rows = []
+def read_labels(release: Path) -> list[Sample]:
+    """The questions, made from the txt files; an image that is not there is taken to be a jpg."""
+    samples = []
     for subtask in sorted((*PERCEPTION, *COGNITION)):
-        folder = release / subtask
-        images = folder / "images" if (folder / "images").is_dir() else folder
-        texts = folder / "questions_answers_YN"
-        names = {file.stem: file.name for file in sorted(images.glob("*")) if file.suffix != ".txt"}
-        for file in sorted((texts if texts.is_dir() else folder).glob("*.txt")):
-            if images_needed and file.stem not in names:
-                raise UserError(f"{images}: no image for {file}.")
-            image = f"{images.relative_to(release).as_posix()}/{names.get(file.stem, f'{file.stem}.jpg')}"
+        folder = release / subtask  # images and txt files lie in it side by side, or in two folders
+        images = {file.stem: file for file in folder.rglob("*") if file.suffix != ".txt"}
+        for file in sorted(folder.rglob("*.txt")):
+            image = images.get(file.stem, folder / f"{file.stem}.jpg")
+            name = image.relative_to(release).as_posix()
             for number, line in numbered_lines(file):
                 text, _, label = line.strip().rpartition("\t")
-                if label.strip().lower() not in ("yes", "no"):
+                label = label.strip().lower()
+                if label not in ("yes", "no"):
                     raise UserError(f"{file}:{number}: `question<TAB>Yes|No` is expected, here is {line!r}.")
-                question = " ".join(text.strip().removesuffix(ASK).split()) + base.SHORT
-                rows.append(
-                    (str(file), base.Question(image, image, question, subtask), label.strip().lower())
-                )
-    return rows
+                text = " ".join(text.strip().removesuffix(ASK).split()) + SHORT
+                where = f"{file}:{number}"
+                samples.append(Sample(name, text, image, name, where, subtask, label, key=key(name, text)))
+    return samples
 
 
 def rebuild(root: Path) -> str:
-    return jsonl(row for _, row, _ in read_labels(require(root / RELEASE), images_needed=True))
+    samples = read_labels(require(root / RELEASE))
+    for sample in samples:
+        require(sample.image)  # without it nobody knows whether its name ends in jpg or png
+    return question_file(samples)
 
 
 def read_answer(text: str) -> str:
     """yes, no or other, as the official tool reads it (from the first four characters)."""
-    text = text.replace("\n", " ").replace("\t", " ").lower()
-    if text in ("yes", "no"):
-        return text
-    head = text[:4]
+    head = text.lower()[:4]
     return "yes" if "yes" in head else "no" if "no" in head else "other"
 
 
@@ -90,9 +80,8 @@ def measure(unit: base.Unit) -> dict[str, float]:
     for sample, answer in unit:
         if answer is not None:
             said = read_answer(answer)
-            right = said == sample.reference
-            cell = "other" if said == "other" else ("T" if right else "F") + ("P" if said == "yes" else "N")
-            counts.update({"n": 1, "right": right, cell: 1})
+            cell = CELLS.get((sample.reference, said), "other")
+            counts.update({"n": 1, "right": said == sample.reference, cell: 1})
     if counts["n"] == len(unit):
         counts.update(images=1, both=counts["right"] == len(unit))
     return {f"{unit[0][0].category}/{name}": float(count) for name, count in counts.items()}
@@ -107,12 +96,11 @@ def metrics(sums: base.Counts) -> dict:
             acc_plus = 100 * base.ratio(sums[f"{subtask}/both"], sums[f"{subtask}/images"])
             counts = {name: sums[f"{subtask}/{name}"] for name in ("n", "other", "TP", "FN", "TN", "FP")}
             subtasks[subtask] = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus, **counts}
-
-    def total(group: tuple[str, ...]) -> object:
+    totals = {}
+    for name, group in (("perception", PERCEPTION), ("cognition", COGNITION)):
         scores = [subtasks[subtask]["score"] for subtask in group if subtask in subtasks]
-        return sum(scores) if scores else np.nan
-
-    return {"perception": total(PERCEPTION), "cognition": total(COGNITION), "subtasks": subtasks}
+        totals[name] = sum(scores) if scores else np.nan
+    return {**totals, "subtasks": subtasks}
 
 
 SOURCE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"

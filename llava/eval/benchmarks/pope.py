@@ -6,20 +6,21 @@ scored. Positive is yes; an answer is no if one of its words before the first pe
 no.
 """
 
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from llava.errors import UserError
 from llava.eval.benchmarks import base
-from llava.eval.reading import jsonl, read_rows
+from llava.eval.questions import SHORT, Sample, by_id_and_question, labelled, question_file, read_questions
+from llava.eval.reading import read_rows
 
 FOLDER = "pope"
 QUESTIONS = "llava_pope_test.jsonl"
-key = base.by_id_and_question
 OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 """What LLaVA's question file adds to the label's id, in the file's order."""
+LABEL_FILES = {category: f"coco_pope_{category}.json" for category in OFFSETS}
 
 
 class Label(msgspec.Struct):
@@ -27,44 +28,33 @@ class Label(msgspec.Struct):
     image: str
     text: str
     label: str
-    category: str = ""
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
-    folder = root / FOLDER
-    file = questions or folder / QUESTIONS
-    return from_files(file, folder / "coco", folder / "val2014", whole=questions is None)
+def load(root: Path, questions: Path | None = None, label_folder: Path | None = None) -> list[Sample]:
+    folder, images = label_folder or root / FOLDER / "coco", root / FOLDER / "val2014"
+    file = questions or root / FOLDER / QUESTIONS
+    found = all((folder / name).exists() for name in LABEL_FILES.values())
+    labels = read_labels(folder, images) if found else None
+    read = partial(read_questions, file, images, by_id_and_question)
+    source = f"{folder} (must be that of POPE commit e3e39262)"
+    whole = questions is None or label_folder is not None
+    return labelled(file, read, labels, source, whole=whole, same_image=True)
 
 
-def from_files(file: Path, label_folder: Path, images: Path, *, whole: bool = True) -> list[base.Sample]:
-    labels = read_labels(label_folder) if all(x.exists() for x in label_files(label_folder)) else None
-    samples = base.labelled_questions(
-        file, images, labels, label_folder, whole=whole, key=base.by_id_and_question
-    )
-    for sample in samples:
-        if sample.reference and sample.reference.image != sample.unit:
-            label = f"{sample.reference.image} in {label_folder}"
-            raise UserError(f"{sample.where}: {sample.label} is about {label}; {base.OTHER_RELEASE}.")
+def read_labels(folder: Path, images: Path) -> list[Sample]:
+    """The questions, made from the labels."""
+    samples = []
+    for category, offset in OFFSETS.items():
+        for where, label in read_rows(folder / LABEL_FILES[category], Label):
+            number, image = offset + label.question_id, images / label.image
+            key = by_id_and_question(number, label.text)
+            text, unit = label.text + SHORT, label.image
+            samples.append(Sample(number, text, image, unit, where, category, label.label, key=key))
     return samples
 
 
-def label_files(folder: Path) -> list[Path]:
-    return [folder / f"coco_pope_{category}.json" for category in OFFSETS]
-
-
-def read_labels(folder: Path) -> list[tuple[str, base.Question, Label]]:
-    """(file:line, row of the question file, label) of each label."""
-    labels = []
-    for (category, offset), file in zip(OFFSETS.items(), label_files(folder), strict=True):
-        for where, label in read_rows(file, Label):
-            label.category = category
-            row = base.Question(offset + label.question_id, label.image, label.text + base.SHORT, category)
-            labels.append((where, row, label))
-    return labels
-
-
 def rebuild(root: Path) -> str:
-    return jsonl(row for _, row, _ in read_labels(root / FOLDER / "coco"))
+    return question_file(read_labels(root / FOLDER / "coco", root))
 
 
 def read_answer(text: str) -> str:
@@ -72,11 +62,10 @@ def read_answer(text: str) -> str:
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def judge(sample: base.Sample, answer: str) -> dict[str, float]:
-    category = sample.reference.category
-    positive, said = sample.reference.label != "no", read_answer(answer) == "yes"
+def judge(sample: Sample, answer: str) -> dict[str, float]:
+    positive, said = sample.reference != "no", read_answer(answer) == "yes"
     cell = ("T" if positive == said else "F") + ("P" if said else "N")
-    return {f"{category}/{cell}": 1.0, f"{category}/n": 1.0}
+    return {f"{sample.category}/{cell}": 1.0, f"{sample.category}/n": 1.0}
 
 
 def metrics(sums: base.Counts) -> dict:
@@ -124,6 +113,6 @@ BENCHMARK = base.Benchmark(
     measure=base.per_question(judge),
     metrics=metrics,
     unscored=f"the label files {FOLDER}/coco/coco_pope_{{adversarial,popular,random}}.json are missing.",
-    key=base.by_id_and_question,
+    key=by_id_and_question,
     published=(85.9, 86.4, 85.87, 47.21, 85.9, 76.3, 84.0, 78.5, 84.4),
 )

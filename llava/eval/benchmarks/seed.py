@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from llava.eval.benchmarks import base
+from llava.eval.questions import Sample, read_questions, with_labels
 from llava.eval.reading import jsonl, read_json
 from llava.files import write_text
 
@@ -34,22 +35,32 @@ class Annotations(msgspec.Struct):
             raise ValueError(f"the question types {unknown} are not in `question_type`")
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
     annotated = root / ANNOTATIONS
-    samples = base.samples_of(base.read_questions(questions or root / QUESTIONS), root / FOLDER)
-    if not annotated.exists():
-        return samples
-    return base.with_labels(samples, read_references(annotated).items(), annotated, whole=questions is None)
+    samples = read_questions(questions or root / QUESTIONS, root / FOLDER)
+    labels = read_labels(annotated) if annotated.exists() else None
+    return with_labels(samples, labels, annotated, whole=questions is None)
 
 
-def read_references(file: Path) -> dict[str, tuple[str, str, str]]:
-    """{id: (letter, image | video, question type)}, in the order of the annotation file."""
+def read_labels(file: Path) -> list[Sample]:
+    """Samples without text or image, in the order of the annotation file; the reference is the letter, image
+    | video, and the question type."""
     table = read_json(file, Annotations)
     types = {number: name for name, number in table.question_type.items()}
-    return {str(x.question_id): (x.answer, x.data_type, types[x.question_type_id]) for x in table.questions}
+    return [
+        Sample(
+            one.question_id,
+            "",
+            None,
+            unit=str(one.question_id),
+            where=str(file),
+            reference=(one.answer, one.data_type, types[one.question_type_id]),
+        )
+        for one in table.questions
+    ]
 
 
-def judge(sample: base.Sample, answer: str) -> dict[str, float]:
+def judge(sample: Sample, answer: str) -> dict[str, float]:
     letter, data_type, question_type = sample.reference
     return base.tally(answer == letter, f"data/{data_type}", f"type/{question_type}")
 

@@ -5,6 +5,7 @@ Protocol `ocr` (the default, LLaVA's) hands the model the dataset's Rosetta OCR 
 joined by image id and question (ids repeat), whatever the frame of the stored prompt.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ import msgspec
 from llava.errors import UserError
 from llava.eval.benchmarks import base
 from llava.eval.normalize import m4c, soft_score
+from llava.eval.questions import SHORT, Sample, by_id_and_question, labelled, read_questions
 from llava.eval.reading import read_json
 
 FOLDER = "textvqa"
@@ -32,37 +34,45 @@ class Annotations(msgspec.Struct):
 
 
 def key(image_id: object, text: str) -> str:
-    return base.by_id_and_question(image_id, text).lower()
+    return by_id_and_question(image_id, text).lower()
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
     folder = root / FOLDER
-    annotated = folder / ANNOTATIONS
-    labels = read_labels(annotated) if annotated.exists() else None
-    file, images = questions or folder / QUESTIONS, folder / "train_images"
-    return base.labelled_questions(file, images, labels, annotated, whole=questions is None, key=key)
+    file, annotated, images = questions or folder / QUESTIONS, folder / ANNOTATIONS, folder / "train_images"
+    labels = read_labels(annotated, images) if annotated.exists() else None
+    read = partial(read_questions, file, images, key)
+    return labelled(file, read, labels, annotated, whole=questions is None)
 
 
-def read_labels(file: Path) -> list[tuple[str, base.Question, list[str]]]:
-    """(file, row of a question file, references); the dataset has no OCR tokens."""
+def read_labels(file: Path, images: Path) -> list[Sample]:
+    """The questions as the dataset has them: without OCR tokens."""
     return [
-        (str(file), base.Question(x.image_id, f"{x.image_id}.jpg", x.question + base.SHORT), x.answers)
-        for x in read_json(file, Annotations).data
+        Sample(
+            one.image_id,
+            one.question + SHORT,
+            images / f"{one.image_id}.jpg",
+            unit=f"{one.image_id}.jpg",
+            where=str(file),
+            reference=one.answers,
+            key=key(one.image_id, one.question),
+        )
+        for one in read_json(file, Annotations).data
     ]
 
 
-def prompt(sample: base.Sample, protocol: str = "ocr") -> str:
+def prompt(sample: Sample, protocol: str = "ocr") -> str:
     if protocol == "ocr":
         if OCR not in sample.text:
             raise UserError(
                 f"{QUESTIONS} is missing, and only it has the OCR tokens; --protocol no-ocr needs none."
             )
         return sample.text
-    lines = sample.text.removesuffix(base.SHORT).split("\n")
-    return "\n".join(line for line in lines if not line.startswith(OCR)) + base.SHORT
+    lines = sample.text.removesuffix(SHORT).split("\n")
+    return "\n".join(line for line in lines if not line.startswith(OCR)) + SHORT
 
 
-def judge(sample: base.Sample, answer: str) -> dict[str, float]:
+def judge(sample: Sample, answer: str) -> dict[str, float]:
     return base.tally(soft_score([m4c(reference) for reference in sample.reference].count(m4c(answer))))
 
 

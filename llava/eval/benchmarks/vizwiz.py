@@ -11,19 +11,20 @@ from pathlib import Path
 
 from llava.eval.benchmarks import base
 from llava.eval.normalize import m4c
+from llava.eval.questions import Sample, read_questions
 from llava.files import write_text
 
 QUESTIONS = "vizwiz/llava_test.jsonl"
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
-    return base.samples_of(base.read_questions(questions or root / QUESTIONS), root / "vizwiz/test")
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
+    return read_questions(questions or root / QUESTIONS, root / "vizwiz/test")
 
 
 def write(out: Path, root: Path, answers: Mapping[str, str], questions: Path | None = None) -> None:
     """One entry a question, in the order of the question file; "" where there is no answer."""
-    rows = [row for _, row in base.read_questions(questions or root / QUESTIONS)]
-    upload = [{"image": row.image, "answer": m4c(answers.get(str(row.question_id), ""))} for row in rows]
+    samples = read_questions(questions or root / QUESTIONS, root)
+    upload = [{"image": x.unit, "answer": m4c(answers.get(str(x.id), ""))} for x in samples]
     write_text(out, json.dumps(upload))
 
 

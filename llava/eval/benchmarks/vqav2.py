@@ -4,8 +4,7 @@
 
 The upload names every question of test2015 (447,793), with "" outside test-dev. Answers pass the M4C
 normaliser on the way, as LLaVA's do. `llava score vqav2` needs an annotation file (val has one) and is the
-official accuracy: references and answer are normalised only where the ten raw references differ, then
-compared as strings.
+official accuracy: references and answer are normalised only where the ten raw references differ.
 """
 
 import json
@@ -19,6 +18,7 @@ import numpy as np
 from llava.errors import UserError
 from llava.eval.benchmarks import base
 from llava.eval.normalize import flatten, m4c, soft_score, vqa_official
+from llava.eval.questions import Sample, read_questions, with_labels
 from llava.eval.reading import read_json
 from llava.files import write_text
 
@@ -42,17 +42,20 @@ class Annotations(msgspec.Struct):
     annotations: list[Annotation]
 
 
-def load(root: Path, questions: Path | None = None) -> list[base.Sample]:
+def load(root: Path, questions: Path | None = None) -> list[Sample]:
     folder = root / FOLDER
-    samples = base.samples_of(base.read_questions(questions or folder / TEST_DEV), folder / "test2015")
+    samples = read_questions(questions or folder / TEST_DEV, folder / "test2015")
     found = sorted(folder.glob("v2_*_annotations.json"))
     if not found:
         return samples
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise UserError(f"{folder}: {len(found)} annotation files ({names}); leave one.")
-    labels = [(str(x.question_id), x) for x in read_json(found[0], Annotations).annotations]
-    return base.with_labels(samples, labels, found[0], whole=False)
+    labels = []
+    for one in read_json(found[0], Annotations).annotations:
+        reference = one.answer_type, one.question_type, [answer.answer for answer in one.answers]
+        labels.append(Sample(one.question_id, "", None, "", str(found[0]), reference=reference))
+    return with_labels(samples, labels, found[0], whole=False)
 
 
 def accuracy(answer: str, references: Sequence[str]) -> float:
@@ -63,10 +66,10 @@ def accuracy(answer: str, references: Sequence[str]) -> float:
     return soft_score(references.count(answer))
 
 
-def judge(sample: base.Sample, answer: str) -> dict[str, float]:
-    label: Annotation = sample.reference
-    right = accuracy(m4c(answer), [reference.answer for reference in label.answers])
-    return base.tally(right, f"answer_type/{label.answer_type}", f"question_type/{label.question_type}")
+def judge(sample: Sample, answer: str) -> dict[str, float]:
+    answer_type, question_type, references = sample.reference
+    right = accuracy(m4c(answer), references)
+    return base.tally(right, f"answer_type/{answer_type}", f"question_type/{question_type}")
 
 
 def metrics(sums: base.Counts) -> dict:
@@ -80,17 +83,17 @@ def metrics(sums: base.Counts) -> dict:
     }
 
 
-def optional(root: Path, samples: Sequence[base.Sample], listed: Path | None = None) -> list[base.Sample]:
+def optional(root: Path, samples: Sequence[Sample], listed: Path | None = None) -> list[Sample]:
     """The questions of test2015 (340,000) that are not among `samples`."""
     known = {sample.key for sample in samples}
-    others = base.samples_of(base.read_questions(listed or root / FOLDER / TEST), root / FOLDER / "test2015")
-    return [sample for sample in others if sample.key not in known]
+    questions = read_questions(listed or root / FOLDER / TEST, root / FOLDER / "test2015")
+    return [question for question in questions if question.key not in known]
 
 
 def write(out: Path, root: Path, answers: Mapping[str, str], listed: Path | None = None) -> None:
     """One entry a question of test2015, in its order; "" where there is no answer."""
-    ids = [row.question_id for _, row in base.read_questions(listed or root / FOLDER / TEST)]
-    upload = [{"question_id": number, "answer": m4c(answers.get(str(number), ""))} for number in ids]
+    questions = read_questions(listed or root / FOLDER / TEST, root)
+    upload = [{"question_id": x.id, "answer": m4c(answers.get(str(x.id), ""))} for x in questions]
     write_text(out, json.dumps(upload))
 
 
