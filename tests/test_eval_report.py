@@ -10,19 +10,19 @@ from llava import cli
 from llava.eval import benchmarks, report
 
 
-def provenance(folder, name, reducer, benchmark="pope", value=80.0, tokens=144.0, score=None, **more):
+def provenance(folder, name, reducer, benchmark="pope", value=80.0, tokens=144.0, run=None, **more):
     content = {
         "run": {
             "benchmark": benchmark, "protocol": benchmarks.get(benchmark).protocols[0].name, "model": "mini",
             "weights": "abcdef0123456789", "reducer": reducer, "dtype": "float32",
-        } | more,
+        } | (run or {}),
         "summary": {
             "questions": 100, "answered": 100, "problems": [], "questions_per_second": 4.0,
             "visual_tokens": {"mean": tokens, "p50": tokens, "p95": tokens + 8, "max": 200},
         },
         "sittings": [{"device": "cpu"}],
-        "score": score or {"headline": {"name": "f1", "value": value, "interval": [value - 1, value + 1.5]}},
-    }  # fmt: skip
+        "score": {"headline": {"name": "f1", "value": value, "interval": [value - 1, value + 1.5]}},
+    } | more  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.provenance.json").write_text(json.dumps(content))
 
@@ -32,8 +32,8 @@ def runs(tmp_path):
     provenance(tmp_path / "pope", "a", "none", value=85.9, tokens=576)
     provenance(tmp_path / "pope", "b", "prumerge+", value=84.0)
     provenance(tmp_path / "sqa", "c", "prumerge+", "scienceqa", 68.3)
-    provenance(tmp_path / "sqa", "d", "prumerge+", "scienceqa", 67.1, protocol="crop")
-    (tmp_path / "unfinished.provenance.json").write_text(json.dumps({"run": {"benchmark": "pope"}}))
+    provenance(tmp_path / "sqa", "d", "prumerge+", "scienceqa", 67.1, run={"protocol": "crop"})
+    provenance(tmp_path, "unfinished", "none", summary=None)
     return tmp_path
 
 
@@ -101,7 +101,7 @@ def test_plots_name_and_colour_their_runs_alike(runs):
 def test_the_newest_of_equal_runs(tmp_path):
     provenance(tmp_path, "old", "none", value=1.0)
     provenance(tmp_path, "new", "none", value=2.0)
-    provenance(tmp_path, "other", "none", value=3.0, weights="0123456789abcdef")
+    provenance(tmp_path, "other", "none", value=3.0, run={"weights": "0123456789abcdef"})
     os.utime(tmp_path / "old.provenance.json", (1, 1))
     found = report.collect([tmp_path])
     assert sorted(one.score for one in found) == [2.0, 3.0]

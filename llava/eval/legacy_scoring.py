@@ -125,7 +125,7 @@ def vizwiz_for_submission(argv: list[str] | None = None) -> int:
     """Answers to the list the VizWiz server takes."""
     args = parse(argv, "--annotation-file", "--result-file", "--result-upload-file")
     questions = Path(args.annotation_file)
-    samples = read_questions(questions, Path())
+    samples = read_questions(questions)
     write = partial(vizwiz.write, questions=questions)
     return convert(Path(args.result_file), Path(args.result_upload_file), write, samples)
 

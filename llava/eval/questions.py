@@ -80,7 +80,9 @@ class Question(msgspec.Struct):
     text: str
 
 
-def read_questions(file: Path, images: Path, key: Callable[[object, str], str] = by_id) -> list[Sample]:
+def read_questions(
+    file: Path, images: Path = Path(), key: Callable[[object, str], str] = by_id
+) -> list[Sample]:
     """The rows of a question file as samples without reference."""
     return [
         Sample(
@@ -193,7 +195,6 @@ def with_labels(
         labelled.append(replace(sample, reference=label.reference, category=label.category))
     left = [label for same_key in unused.values() for label in same_key]
     if whole and left:
-        raise UserError(
-            f"{left[0].where}: {len(left):,} labels, as of {left[0].label}, have no question; {MIXED}."
-        )
+        shown = f"{len(left):,} labels in {source} have no question, the first: {left[0].label}"
+        raise UserError(f"{left[0].where}: {shown}; {MIXED}.")
     return labelled

@@ -19,7 +19,6 @@ from llava.eval.reading import require
 RELEASE = "MME/MME_Benchmark_release_version"
 QUESTIONS = "MME/llava_mme.jsonl"
 ASK = "Please answer yes or no."
-CELLS = {("yes", "yes"): "TP", ("no", "yes"): "FP", ("no", "no"): "TN", ("yes", "no"): "FN"}
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters"),
     *("celebrity", "scene", "landmark", "artwork", "OCR"),
@@ -30,9 +29,8 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 def load(root: Path, questions: Path | None = None) -> list[Sample]:
     file, release = questions or root / QUESTIONS, root / RELEASE
     labels = read_labels(release) if release.is_dir() else None
-    return labelled(
-        file, partial(read_questions, file, release, key), labels, release, whole=questions is None
-    )
+    read = partial(read_questions, file, release, key)
+    return labelled(file, read, labels, release, whole=questions is None)
 
 
 def key(identifier: object, text: str) -> str:
@@ -51,12 +49,11 @@ def read_labels(release: Path) -> list[Sample]:
             image = images.get(file.stem, folder / f"{file.stem}.jpg")
             name = image.relative_to(release).as_posix()
             for number, line in numbered_lines(file):
-                text, _, label = line.strip().rpartition("\t")
-                label = label.strip().lower()
-                if label not in ("yes", "no"):
+                text, _, label = map(str.strip, line.rpartition("\t"))
+                if label.lower() not in ("yes", "no"):
                     raise UserError(f"{file}:{number}: `question<TAB>Yes|No` is expected, here is {line!r}.")
-                text = " ".join(text.strip().removesuffix(ASK).split()) + SHORT
-                where = f"{file}:{number}"
+                text = " ".join(text.removesuffix(ASK).split()) + SHORT
+                where, label = f"{file}:{number}", label.lower()
                 samples.append(Sample(name, text, image, name, where, subtask, label, key=key(name, text)))
     return samples
 
@@ -80,8 +77,9 @@ def measure(unit: base.Unit) -> dict[str, float]:
     for sample, answer in unit:
         if answer is not None:
             said = read_answer(answer)
-            cell = CELLS.get((sample.reference, said), "other")
-            counts.update({"n": 1, "right": said == sample.reference, cell: 1})
+            right = said == sample.reference
+            cell = ("T" if right else "F") + ("P" if said == "yes" else "N")
+            counts.update({"n": 1, "right": right, "other" if said == "other" else cell: 1})
     if counts["n"] == len(unit):
         counts.update(images=1, both=counts["right"] == len(unit))
     return {f"{unit[0][0].category}/{name}": float(count) for name, count in counts.items()}

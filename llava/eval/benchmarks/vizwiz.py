@@ -23,7 +23,7 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
 
 def write(out: Path, root: Path, answers: Mapping[str, str], questions: Path | None = None) -> None:
     """One entry a question, in the order of the question file; "" where there is no answer."""
-    samples = read_questions(questions or root / QUESTIONS, root)
+    samples = read_questions(questions or root / QUESTIONS)
     upload = [{"image": x.unit, "answer": m4c(answers.get(str(x.id), ""))} for x in samples]
     write_text(out, json.dumps(upload))
 

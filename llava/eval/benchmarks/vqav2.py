@@ -92,7 +92,7 @@ def optional(root: Path, samples: Sequence[Sample], listed: Path | None = None) 
 
 def write(out: Path, root: Path, answers: Mapping[str, str], listed: Path | None = None) -> None:
     """One entry a question of test2015, in its order; "" where there is no answer."""
-    questions = read_questions(listed or root / FOLDER / TEST, root)
+    questions = read_questions(listed or root / FOLDER / TEST)
     upload = [{"question_id": x.id, "answer": m4c(answers.get(str(x.id), ""))} for x in questions]
     write_text(out, json.dumps(upload))
 
