@@ -1,6 +1,6 @@
-"""LLaVA's script of this name, on `llava.eval.convert`; `llava submit` is its successor."""
+"""LLaVA's script of this name, on `llava.eval.legacy_scoring`; `llava submit` is its successor."""
 
-from llava.eval.convert import main, mmbench_for_submission
+from llava.eval.legacy_scoring import main, mmbench_for_submission
 
 if __name__ == "__main__":
     main(mmbench_for_submission)

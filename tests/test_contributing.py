@@ -1,6 +1,7 @@
-"""CONTRIBUTING.md's new reducer, added as it says (one file, one line), is a reducer like any other."""
+"""What CONTRIBUTING.md adds, added as it says, works like what is there: a reducer, a benchmark."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -40,8 +41,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def test_the_new_reducer(root: Path, tmp_path: Path) -> None:
     page = root / "CONTRIBUTING.md"
-    (code,) = blocks(page, "python")
-    (name,) = re.findall(r"say `(\w+)\.py`", page.read_text())
+    code, _ = blocks(page, "python")
+    name = re.findall(r"say `(\w+)\.py`", page.read_text())[0]
     (line,) = re.findall(rf"`(from llava\.reducers import .*{name})`", page.read_text())
 
     package = shutil.copytree(root / "llava/reducers", tmp_path / "llava/reducers")
@@ -63,3 +64,47 @@ def test_the_new_reducer(root: Path, tmp_path: Path) -> None:
     assert said["all"] == [12, 12]
     too_few, misspelt = said["refused"]
     assert "at least 1" in too_few and "did you mean 'first'" in misspelt
+
+
+def test_the_new_benchmark(root: Path, tmp_path: Path) -> None:
+    page = root / "CONTRIBUTING.md"
+    _, code = blocks(page, "python")
+    *_, script = blocks(page, "bash")
+    shutil.copytree(root / "llava", tmp_path / "llava", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(root / "scripts/v1_5", tmp_path / "scripts/v1_5")
+    (tmp_path / "llava/eval/benchmarks/colors.py").write_text(code)
+    (tmp_path / "scripts/v1_5/eval/colors.sh").write_text(script)
+    words = {"1": "red", "2": "blue", "3": "green", "4": "red"}
+    folder = tmp_path / "eval/colors"
+    folder.mkdir(parents=True)
+    (folder / "labels.json").write_text(json.dumps(words))
+    asked = [{"question_id": int(x), "image": f"{x}.jpg", "text": "Which color?"} for x in words]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    answered = [
+        {"question_id": x, "text": text}
+        for x, text in zip(words, ("Red.", "blue", "red", "red"), strict=True)
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answered))
+
+    def run(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        env = {"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"], **more}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    def llava(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run(sys.executable, "-m", "llava.cli", *arguments)
+
+    done = llava("score", "colors", "--root", "eval", "--answers", "answers.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["metrics"] == {"accuracy": 75.0} and report["notes"] == []
+    doctor = llava("doctor", "eval", "--root", "eval")
+    assert (
+        "ok colors/labels.json  4 rows" in doctor.stdout and "https://example.org/colors.zip" in doctor.stdout
+    )
+    table = "from llava.eval.report import published; print(published()[0]['scores']['colors'])"
+    assert run(sys.executable, "-c", table).stdout == "71.5\n"
+    (folder / "labels.json").write_text(json.dumps(words | {"2": ["blue"]}))
+    refused = llava("score", "colors", "--root", "eval", "--answers", "answers.jsonl")
+    assert refused.returncode == 2 and "eval/colors/labels.json" in refused.stderr
+    dry = run("bash", "scripts/v1_5/eval/all.sh", DRY_RUN="1")
+    assert "llava.cli eval colors" in dry.stderr

@@ -332,7 +332,7 @@ def test_pope_traps(score, path, tmp_path, capsys):
     labels.write_text(setup["line"] + "\n" + labels.read_text())
     for more in ([], ["--partial"]):
         assert cli.main(["score", "pope", "--root", str(copy), "--answers", str(answers[0]), *more]) == 2
-        assert f"{labels}:2" in capsys.readouterr().err
+        assert str(labels) in capsys.readouterr().err
 
 
 def test_pope_labels_of_another_release(tmp_path, capsys):
@@ -342,7 +342,7 @@ def test_pope_labels_of_another_release(tmp_path, capsys):
     labels.write_text(labels.read_text().replace("windmill", "sundial"))
     answers = tmp_path / "pope/answers/clean.jsonl"
     assert cli.main(["score", "pope", "--root", str(tmp_path), "--answers", str(answers)]) == 2
-    assert "sundial" in capsys.readouterr().err
+    assert "question 10000001 " in capsys.readouterr().err
     # Without the question file it is made from the labels, and the answers' own prompts tell.
     (tmp_path / "pope/llava_pope_test.jsonl").unlink()
     assert cli.main(["score", "pope", "--root", str(tmp_path), "--answers", str(answers)]) == 1
@@ -500,7 +500,7 @@ def test_mme_is_scored_without_its_images(score, tmp_path, capsys):
         image.unlink()
     assert scored(score("mme", tmp_path, [answers])) == whole
     assert cli.main(["doctor", "eval", "mme", "--root", str(tmp_path), "--rebuild"]) == 1
-    assert "no image for" in capsys.readouterr().out and not (tmp_path / "MME/llava_mme.jsonl").exists()
+    assert "cannot be made" in capsys.readouterr().out and not (tmp_path / "MME/llava_mme.jsonl").exists()
 
 
 def test_mme_question_that_the_labels_lack(tmp_path, capsys):
@@ -510,7 +510,7 @@ def test_mme_question_that_the_labels_lack(tmp_path, capsys):
     answers = str(tmp_path / "MME/answers/clean.jsonl")
     for rows, word in (
         ([first.replace("?", "??", 1), *others], f"{questions}:1: "),
-        (others, "1 questions of "),
+        (others, f"1 labels in {tmp_path}"),
     ):
         questions.write_text("\n".join(rows) + "\n")
         assert cli.main(["score", "mme", "--root", str(tmp_path), "--answers", answers]) == 2

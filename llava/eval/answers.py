@@ -6,13 +6,15 @@ and line: torn or glued lines, a chunk that is not there, ids answered twice, id
 questions without an answer.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from llava.errors import UserError, first_line
+from llava.eval.questions import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +27,12 @@ class Row:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the join must know of one question."""
+class AnswerLine(msgspec.Struct):
+    """What is needed of a line of an answers file."""
 
-    key: str  # equal for questions that nothing but their order tells apart
-    id: str | int
+    question_id: Any
     text: str
-    where: str  # file:line, or the file
-    required: bool = True
-
-    @property
-    def label(self) -> str:
-        """How a person recognises it."""
-        return f"{self.id} ({' '.join(self.text.split())[:60]!r})"
+    prompt: Any = ""
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -59,23 +53,15 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 def parse_object(line: str) -> dict[str, Any]:
     """One line as a JSON object; ValueError says why it is none."""
     try:
-        value = json.loads(line)
-    except ValueError as error:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"no JSON object, torn or glued ({first_line(error)})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is expected, here is a {type(value).__name__}")
-    return value
 
 
 def parse_answer(where: str, data: dict[str, Any]) -> Row:
     """One line of an answers file; ValueError says what it lacks."""
-    for key in ("question_id", "text"):
-        if key not in data:
-            raise ValueError(f"no {key!r} in this line")
-    if not isinstance(data["text"], str):
-        raise ValueError(f"'text' of question {data['question_id']} is no string")
-    prompt = data.get("prompt")
-    return Row(where, str(data["question_id"]), prompt if isinstance(prompt, str) else "", data["text"])
+    line = msgspec.convert(data, AnswerLine)
+    return Row(where, str(line.question_id), line.prompt if isinstance(line.prompt, str) else "", line.text)
 
 
 def read_answers(
@@ -103,16 +89,21 @@ def read_answers(
 
 
 def join(
-    asked: Sequence[Asked], rows: Iterable[Row], find: Callable[[Row], str | None]
+    samples: Sequence[Sample],
+    rows: Iterable[Row],
+    find: Callable[[Row], str | None],
+    others: Sequence[Sample] = (),
 ) -> tuple[list[Row | None], list[str]]:
-    """(the row of each question in the questions' order, None where it has none; what is wrong).
+    """(the row of each of `samples` and `others` in their order, None where it has none; what is wrong).
 
-    `find(row)` is the key of the question a row answers, None for none. Of two answers to one question the
-    later counts, as in the upstream converters, and the repetition is reported.
+    `find(row)` is the key of the question a row answers, None for none; equal keys are answered in the order
+    of the rows. `others` may be answered, `samples` must be. Of two answers to one question the later
+    counts, as in the upstream converters, and the repetition is reported.
     """
+    asked = [*samples, *others]
     slots: dict[str, list[int]] = {}
-    for index, question in enumerate(asked):
-        slots.setdefault(question.key, []).append(index)
+    for index, sample in enumerate(asked):
+        slots.setdefault(sample.key, []).append(index)
     joined: list[Row | None] = [None] * len(asked)
     filled = dict.fromkeys(slots, 0)
     problems: list[str] = []
@@ -130,8 +121,8 @@ def join(
         joined[index] = row
         filled[key] += 1
     problems += [
-        f"{question.where}: question {question.label} has no answer"
-        for question, row in zip(asked, joined, strict=True)
-        if row is None and question.required
+        f"{sample.where}: question {sample.label} has no answer"
+        for sample, row in zip(samples, joined, strict=False)
+        if row is None
     ]
     return joined, problems

@@ -6,16 +6,17 @@ release.
 """
 
 import argparse
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llava.errors import UserError
 from llava.eval import benchmarks
 from llava.eval.answers import numbered_lines
-from llava.eval.benchmarks.base import Benchmark, DataFile, write_text
-from llava.eval.benchmarks.mmbench import read_table
+from llava.eval.benchmarks.base import Benchmark, DataFile
+from llava.eval.reading import read_json, read_table
+from llava.files import write_text
 
 NO_PICTURE = (".txt", ".json", ".zip")
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     healthy = True
-    for benchmark in map(benchmarks.get, args.benchmarks or benchmarks.MODULES):
+    for benchmark in map(benchmarks.get, args.benchmarks or benchmarks.BENCHMARKS):
         if args.rebuild:
             rebuild(benchmark, args.root)
         findings = examine_all(benchmark, args.root)
@@ -55,9 +56,11 @@ def examine_all(benchmark: Benchmark, root: Path) -> list[Finding]:
 def examine(file: DataFile, root: Path) -> Finding:
     path = root / file.path
     if not path.exists():
-        how = "missing" + ("; `--rebuild` makes it" if file.rebuild else "")
-        return Finding(file, None, how)
-    rows = count_rows(path)
+        return Finding(file, None, "missing" + ("; `--rebuild` makes it" if file.rebuild else ""))
+    try:
+        rows = count_rows(path)
+    except UserError as error:
+        return Finding(file, 0, str(error))
     if file.rows is not None and rows != file.rows:
         return Finding(file, rows, f"{rows:,} rows instead of {file.rows:,}: not the official set")
     return Finding(file, rows, "")
@@ -68,17 +71,15 @@ def count_rows(path: Path) -> int:
     if path.is_dir():
         return sum(not name.endswith(NO_PICTURE) for _, _, names in os.walk(path) for name in names)
     if path.suffix == ".tsv":
-        return sum(1 for _ in read_table(path))
-    if path.suffix == ".json":
-        try:
-            table = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError:  # POPE's labels are JSON Lines
-            return sum(1 for _ in numbered_lines(path))
-        for key in ("data", "questions", "test"):
-            if isinstance(table, dict) and key in table:
-                return len(table[key])
-        return len(table)
-    return sum(1 for _ in numbered_lines(path))
+        return sum(1 for _ in read_table(path, Any))
+    lines = sum(1 for _ in numbered_lines(path))
+    if path.suffix != ".json" or path.name.startswith("coco_pope"):  # POPE's labels are JSON Lines
+        return lines
+    table = read_json(path, dict[str, Any] | list[Any])
+    for key in ("data", "questions", "test"):
+        if key in table and isinstance(table, dict) and isinstance(table[key], list):
+            return len(table[key])
+    return len(table)
 
 
 def rebuild(benchmark: Benchmark, root: Path) -> None:

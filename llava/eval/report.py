@@ -11,16 +11,66 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from llava.errors import UserError
 from llava.eval import benchmarks
-from llava.eval.benchmarks.base import write_text
-from llava.eval.published import COLUMNS, PUBLISHED
+from llava.eval.benchmarks.base import PUBLISHED_MODELS
+from llava.eval.reading import read_json
+from llava.files import write_text
+
+
+class Made(msgspec.Struct):
+    """What made the answers, as the provenance file has it."""
+
+    model: str
+    weights: str
+    reducer: str
+    dtype: str
+    benchmark: str = ""  # "": the questions were no benchmark's
+    protocol: str = ""
+
+
+class Tokens(msgspec.Struct):
+    mean: float
+    p95: float
+
+
+class Summary(msgspec.Struct):
+    """What the run took."""
+
+    questions: int
+    answered: int
+    visual_tokens: Tokens | None = None
+    questions_per_second: float | None = None
+
+
+class Headline(msgspec.Struct):
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+class Score(msgspec.Struct):
+    headline: Headline | None = None
+    partial: bool = False
+
+
+class Sitting(msgspec.Struct):
+    device: str
+
+
+class Provenance(msgspec.Struct):
+    run: Made
+    summary: Summary | None = None  # None: the run has not come to its end
+    score: Score = msgspec.field(default_factory=Score)
+    sittings: list[Sitting] = msgspec.field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One provenance file."""
+    """One run of a benchmark."""
 
     file: str
     benchmark: str
@@ -31,6 +81,7 @@ class Run:
     dtype: str
     score: float | None  # the headline; None where it was not scored here
     interval: tuple[float, float] | None
+    partial: bool  # only a part of the benchmark was asked
     questions: int
     answered: int
     visual_tokens: float | None  # mean over images
@@ -59,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     runs = collect(args.folders)
     print(as_markdown(runs))
     if args.json:
-        content = {"runs": [asdict(one) for one in runs], "published": [asdict(one) for one in PUBLISHED]}
+        content = {"runs": [asdict(one) for one in runs], "published": published()}
         write_text(args.json, json.dumps(content, indent=2) + "\n")
     if args.html:
         write_text(args.html, as_html(runs))
@@ -68,9 +119,9 @@ def run(args: argparse.Namespace) -> int:
 
 def collect(folders: Sequence[Path]) -> list[Run]:
     """All runs of benchmarks, of each kind the newest. UserError where there is none."""
-    files = sorted({file for folder in folders for file in folder.rglob("*.provenance.json")}, key=_age)
+    files = {file for folder in folders for file in folder.rglob("*.provenance.json")}
     newest: dict[tuple[object, ...], Run] = {}
-    for file in files:
+    for file in sorted(files, key=lambda file: (file.stat().st_mtime, str(file))):
         one = read_run(file)
         if one is not None:
             newest[(*one.row, one.column)] = one
@@ -79,39 +130,36 @@ def collect(folders: Sequence[Path]) -> list[Run]:
     return sorted(newest.values(), key=lambda one: (one.row, one.column))
 
 
-def _age(file: Path) -> tuple[float, str]:
-    return file.stat().st_mtime, str(file)
-
-
 def read_run(file: Path) -> Run | None:
     """None for a run that is no benchmark's or has not come to its end."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        made, took = content["run"], content.get("summary")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}).") from error
-    if took is None or "benchmark" not in made:
+    content = read_json(file, Provenance)
+    took, headline, tokens = content.summary, content.score.headline, None
+    if took is None or not content.run.benchmark:
         return None
-    headline = (content.get("score") or {}).get("headline")
-    tokens = took["visual_tokens"] or {}
-    speed = took["questions_per_second"]
+    tokens, speed = took.visual_tokens, took.questions_per_second
     return Run(
         file=str(file),
-        benchmark=made["benchmark"],
-        protocol=made["protocol"],
-        model=made["model"],
-        weights=made["weights"],
-        reducer=made["reducer"],
-        dtype=made["dtype"],
-        score=headline and headline["value"],
-        interval=tuple(headline["interval"]) if headline and headline["interval"] else None,
-        questions=took["questions"],
-        answered=took["answered"],
-        visual_tokens=tokens.get("mean"),
-        visual_tokens_p95=tokens.get("p95"),
+        **msgspec.structs.asdict(content.run),
+        score=headline and headline.value,
+        interval=headline and headline.interval,
+        partial=content.score.partial,
+        questions=took.questions,
+        answered=took.answered,
+        visual_tokens=tokens and tokens.mean,
+        visual_tokens_p95=tokens and tokens.p95,
         seconds_per_question=1 / speed if speed else None,
-        device=", ".join(sorted({sitting["device"] for sitting in content.get("sittings", [])})),
+        device=", ".join(sorted({sitting.device for sitting in content.sittings})),
     )
+
+
+def published() -> list[dict[str, Any]]:
+    """Scores others published: name, visual tokens an image, and {benchmark: score}."""
+    rows = []
+    for place, (name, visual_tokens) in enumerate(PUBLISHED_MODELS.items()):
+        scores = {one.name: one.published[place : place + 1] for one in benchmarks.BENCHMARKS.values()}
+        known = {benchmark: one[0] for benchmark, one in scores.items() if one and one[0] is not None}
+        rows.append({"name": name, "visual_tokens": visual_tokens, "scores": known})
+    return rows
 
 
 # --- tables ---
@@ -119,7 +167,7 @@ def read_run(file: Path) -> Run | None:
 
 def tables(runs: Sequence[Run]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows) of the scores, of what they took, and of the published numbers."""
-    columns = sorted({one.column for one in runs}, key=_column_order)
+    columns = sorted({one.column for one in runs})
     rows = list(dict.fromkeys(one.row for one in runs))
     cells = {(one.row, one.column): one for one in runs}
     several = len({row[:2] for row in rows}) > len({row[0] for row in rows})  # equal names, other weights
@@ -131,20 +179,16 @@ def tables(runs: Sequence[Run]) -> list[tuple[str, list[str], list[list[str]]]]:
     head = ["model", "reducer", "dtype"]
     scores = [[*label(row), *(_score(cells.get((row, column))) for column in columns)] for row in rows]
     took = [[*label(row), *(_took(cells.get((row, column))) for column in columns)] for row in rows]
-    names = [column for column in COLUMNS if any(one.benchmark == column for one in runs)] or list(COLUMNS)
-    published = [
-        [one.name, _number(one.visual_tokens, 0), *(_number(one.scores.get(name), 1) for name in names)]
-        for one in PUBLISHED
+    names = sorted({one.benchmark for one in runs})
+    others = [
+        [one["name"], str(one["visual_tokens"]), *(_number(one["scores"].get(name), 1) for name in names)]
+        for one in published()
     ]
     return [
         ("Scores (95 % interval)", [*head, *columns], scores),
         ("Visual tokens an image (95th percentile), seconds a question", [*head, *columns], took),
-        ("Published", ["model", "tokens", *names], published),
+        ("Published", ["model", "tokens", *names], others),
     ]
-
-
-def _column_order(column: str) -> tuple[int, str]:
-    return COLUMNS.index(column.split(" ")[0]), column
 
 
 def _number(value: float | None, places: int) -> str:
@@ -156,7 +200,8 @@ def _score(one: Run | None) -> str:
         return "-"
     interval = f" ({one.interval[0]:.1f} to {one.interval[1]:.1f})" if one.interval else ""
     missing = f", {one.answered:,} of {one.questions:,}" if one.answered < one.questions else ""
-    return f"{one.score:.1f}{interval}{missing}"
+    part = f", a part: {one.questions:,} questions" if one.partial else ""
+    return f"{one.score:.1f}{interval}{missing}{part}"
 
 
 def _took(one: Run | None) -> str:
@@ -196,7 +241,7 @@ def as_html(runs: Sequence[Run]) -> str:
         body += [f"<h2>{html.escape(title)}</h2>", f"<table><tr>{head}</tr>"]
         body += [f"<tr>{line}</tr>" for line in lines] + ["</table>"]
     names = list(dict.fromkeys(map(name_of, runs)))
-    for column in sorted({one.column for one in runs if one.score is not None}, key=_column_order):
+    for column in sorted({one.column for one in runs if one.score is not None}):
         body += [f"<h2>{html.escape(column)}</h2>", plot([x for x in runs if x.column == column], names)]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>llava report</title>'
@@ -244,9 +289,9 @@ def plot(runs: Sequence[Run], names: Sequence[str]) -> str:
         axes.grid(alpha=0.3)
     benchmark = benchmarks.get(runs[0].benchmark)
     if runs[0].questions == benchmark.questions:  # published scores belong beside those of the same set only
-        for one in PUBLISHED:
-            if one.visual_tokens is not None and benchmark.name in one.scores:
-                place = one.visual_tokens, one.scores[benchmark.name]
+        for one in published():
+            if benchmark.name in one["scores"]:
+                place = one["visual_tokens"], one["scores"][benchmark.name]
                 left.plot(*place, "x", color="gray", label=OTHERS)
     for axes in (left, right):  # from 0, where the runs that see nothing stand
         axes.set_xlim(left=-0.03 * axes.get_xlim()[1])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmarks.MODULES))
+    parser.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmarks.BENCHMARKS))
     model = parser.add_argument_group("model")
     model.add_argument("--model-path", required=True, help="checkpoint: directory or hub name")
     model.add_argument("--model-base", help="base of a LoRA or projector-only checkpoint")

@@ -7,7 +7,7 @@ named, no headline) unless --partial; 2: bad input, such as an annotation file t
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """What `llava score` and `llava submit` share."""
-    parser.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmarks.MODULES))
+    parser.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmarks.BENCHMARKS))
     parser.add_argument(
         "--root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s"
     )
@@ -57,9 +57,15 @@ def score(
     *,
     questions: Path | None = None,
     partial: bool = False,
-    only: int | None = None,
+    only: int | Collection[str | int] | None = None,
 ) -> dict[str, Any]:
     """What `--json` prints. `headline` is None where the answers cannot be scored; `problems` says why.
+
+    Args:
+        questions: question file in place of the benchmark's own.
+        partial: score what there is in spite of problems.
+        only: the questions that were asked, where not all were: the first N, or those with one of these ids
+            or keys. Only they must be answered and are scored, and the report has `"partial": true`.
 
     Raises UserError for input that is missing or broken.
     """
@@ -72,8 +78,16 @@ def score(
             f"{root / benchmark.files[0].path} is missing: nobody knows whether these are all questions"
         )
     else:
-        samples = benchmark.load(root, questions)[:only]
-    joined, wrong = benchmark.join(samples, rows)
+        samples = benchmark.load(root, questions)
+    if only is None or isinstance(only, int):
+        asked, others = samples[:only], samples[len(samples[:only]) :]
+    else:
+        names = {str(name) for name in only}
+        chosen = [sample.key in names or str(sample.id) in names for sample in samples]
+        asked = [sample for sample, is_chosen in zip(samples, chosen, strict=True) if is_chosen]
+        others = [sample for sample, is_chosen in zip(samples, chosen, strict=True) if not is_chosen]
+    joined, wrong = benchmark.join(asked, rows, others)
+    joined = joined[: len(asked)]
     problems += wrong
     answered = sum(row is not None for row in joined)
     report: dict[str, Any] = {
@@ -81,18 +95,21 @@ def score(
         "version": benchmark.version,
         "headline": None,
         "metrics": {},
-        "expected": len(samples),
+        "expected": len(asked),
         "answered": answered,
         "problems": problems,
         "notes": notes,
     }
+    if len(asked) < len(samples):
+        report["partial"] = True
+        notes.append(f"{len(asked):,} of {len(samples):,} questions were asked: a part of the benchmark")
     if len(samples) != benchmark.questions:
         notes.append(
             f"{len(samples):,} questions here, {benchmark.questions:,} in the published set: another set"
         )
     if problems and not partial:
         return report
-    result = benchmark.score(samples, [row.text if row else None for row in joined])
+    result = benchmark.score(asked, [row.text if row else None for row in joined])
     report["metrics"] = result["metrics"]
     value = result["metrics"][benchmark.headline]
     if value is None:
@@ -112,18 +129,11 @@ def as_text(benchmark: Benchmark, report: dict[str, Any]) -> str:
     lines = []
     headline = report["headline"]
     if headline:
-        over = (
-            f"{headline['over']:,} of {report['expected']:,}"
-            if report["problems"]
-            else f"{headline['over']:,}"
-        )
-        low_high = (
-            ""
-            if not headline["interval"]
-            else " (95 % interval {:.1f} to {:.1f})".format(*headline["interval"])
-        )
+        over = f"{headline['over']:,}" + (f" of {report['expected']:,}" if report["problems"] else "")
+        low_high = headline["interval"]
+        interval = f" (95 % interval {low_high[0]:.1f} to {low_high[1]:.1f})" if low_high else ""
         lines.append(
-            f"{benchmark.title}: {headline['name']} {headline['value']:.1f}{benchmark.unit}{low_high} "
+            f"{benchmark.title}: {headline['name']} {headline['value']:.1f}{benchmark.unit}{interval} "
             f"over {over} questions"
         )
         lines += as_table(report["metrics"])

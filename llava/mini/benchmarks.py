@@ -38,7 +38,9 @@ from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.eval.benchmarks import mmbench, mme, pope, scienceqa, textvqa, vqav2
-from llava.eval.benchmarks.base import SHORT, jsonl, write_text
+from llava.eval.benchmarks.base import SHORT
+from llava.eval.reading import jsonl
+from llava.files import write_text
 from llava.mini import world
 from llava.mini.questions import (
     LETTERS,

@@ -1,31 +1,26 @@
-"""The benchmarks by name. A new one is a file that fills a `Benchmark` and one entry here."""
+"""The benchmarks by name. Every module here but `base` is one and declares it as `BENCHMARK`."""
 
 import difflib
 import importlib
+import pkgutil
 
 from llava.errors import UserError
 from llava.eval.benchmarks.base import Benchmark
 
-MODULES = {
-    "vqav2": "vqav2",
-    "textvqa": "textvqa",
-    "mme": "mme",
-    "pope": "pope",
-    "scienceqa": "scienceqa",
-    "mmbench": "mmbench",
-    "mmbench_cn": "mmbench_cn",
-    "gqa": "gqa",
-    "vizwiz": "vizwiz",
-    "seed": "seed",
-    "mm-vet": "mm_vet",
-    "llava-bench": "llava_bench",
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        importlib.import_module(f"{__name__}.{module.name}").BENCHMARK
+        for module in pkgutil.iter_modules(__path__)
+        if module.name != "base"
+    )
 }
 
 
 def get(name: str) -> Benchmark:
     """UserError for a name that is none, with the nearest one."""
-    if name not in MODULES:
-        near = difflib.get_close_matches(name, MODULES, n=1)
+    if name not in BENCHMARKS:
+        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"There is no benchmark {name!r}.{hint} There are: {', '.join(MODULES)}.")
-    return importlib.import_module(f"{__name__}.{MODULES[name]}").BENCHMARK
+        raise UserError(f"There is no benchmark {name!r}.{hint} There are: {', '.join(BENCHMARKS)}.")
+    return BENCHMARKS[name]

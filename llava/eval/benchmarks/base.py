@@ -1,17 +1,12 @@
-"""What every benchmark shares: a question, how it is found again, and a score with its interval.
+"""What every benchmark declares, and how it is scored from that, with an interval.
 
 A benchmark is one file of this folder that fills a `Benchmark`: `load` reads the official files, `prompt`
-says what the model is asked, `measure` counts over the questions of one image, `metrics` turns the counts
-into the figures papers print. Nothing here needs torch.
-
-The interval is a bootstrap over images (not over questions: those of one image go wrong together), within
-strata where a benchmark is a sum over fixed parts: 1,000 resamples, seed 0, from the 2.5th to the 97.5th
-percentile.
+says what the model is asked, `measure` counts over the questions of one image, `metrics` turns the sums of
+these counts into the figures papers print. Nothing here needs torch.
 """
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,99 +14,47 @@ from typing import Any
 import numpy as np
 
 from llava.errors import UserError
-from llava.eval.answers import Asked, Row, join, numbered_lines, parse_object, read_answers
+from llava.eval.answers import Row, join, read_answers
+from llava.eval.questions import LETTER as LETTER
+from llava.eval.questions import SHORT as SHORT
+from llava.eval.questions import Embedded as Embedded
+from llava.eval.questions import Sample, by_id
+from llava.eval.reading import MissingFile as MissingFile
 
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 RESAMPLES = 1000
 BUNDLE = "LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy"
 
-Counts = dict[str, float]
-Totals = Mapping[str, Any]
-"""Sums of counts: floats, or arrays with one entry a resample. A name never counted is 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """A picture that is part of the question file, base64."""
-
-    base64: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One question."""
-
-    id: str | int  # question_id with the type the question file gives it; answers files keep it
-    text: str  # what the question file holds for the model
-    image: Path | Embedded | None  # None: a question of text only
-    unit: str  # what the bootstrap draws, usually the image
-    where: str  # file:line of the question
-    category: str = ""
-    stratum: str = ""  # the part within which units are drawn
-    reference: Any = None  # what is right, in the benchmark's own form; None: labels not there
-    stem: str = ""  # of a multiple-choice question that can be asked in rotations: `text` without the options
-    options: tuple[str, ...] = ()
-    key: str = ""  # what tells it from all others, where the id alone does not
-
-    @property
-    def asked(self) -> Asked:
-        return Asked(self.key or str(self.id), self.id, self.text, self.where)
-
-
-Unit = Sequence[tuple[Sample, str | None]]
-"""The questions of one unit with their answers; None: not answered."""
-
-
-# --- which question a row of an answers file answers ---
-
-
-def by_id(samples: Sequence[Sample]) -> Callable[[Row], str | None]:
-    return lambda row: row.id
-
-
-def question_key(identifier: object, question: str) -> str:
-    return f"{identifier} {' '.join(question.split())}"
-
-
-def bare_question(text: str) -> str:
-    """The question in a prompt: without OCR line, suffix or BLIP-style frame, blanks folded."""
-    if text.startswith("OCR tokens: ") and "Question: " in text:
-        return text.rpartition("Question: ")[2].partition(" Short answer:")[0]
-    lines = (line.strip() for line in text.strip().removesuffix(SHORT.strip()).split("\n"))
-    return " ".join(" ".join(line for line in lines if not line.startswith("Reference OCR token:")).split())
-
-
-def by_id_and_question(
-    samples: Sequence[Sample], fold: Callable[[str], str] = str
-) -> Callable[[Row], str | None]:
-    """Where ids repeat (MME, TextVQA) or mean another question in another release (POPE).
-
-    The stored prompt names the question: what is left of it without its frame, or one of its lines. `fold`
-    is what the samples' keys went through. A row without a prompt is found by an id that is unique.
-    """
-    known = {sample.asked.key for sample in samples}
-    by_number: dict[str, set[str]] = {}
-    for sample in samples:
-        by_number.setdefault(str(sample.id), set()).add(sample.asked.key)
-
-    def find(row: Row) -> str | None:
-        if not row.prompt:
-            keys = by_number.get(row.id, set())
-            return next(iter(keys)) if len(keys) == 1 else None
-        texts = (bare_question(row.prompt), *row.prompt.split("\n"))
-        return next((key for text in texts if (key := question_key(row.id, fold(text))) in known), None)
-
-    return find
-
-
-# --- the benchmark itself ---
+PUBLISHED_MODELS: dict[str, int] = {
+    # Whose scores `Benchmark.published` lists, in this order, and their visual tokens an image. From the
+    # LLaVA-1.5 paper and model zoo and the PruMerge paper. They differ in ways that matter: LLaVA's ScienceQA
+    # was made without padding (69.5 with), PruMerge's models are LoRA-tuned with their reducer, and libraries
+    # move results by up to 0.4 points (MME by about 5).
+    "LLaVA-1.5-7B": 576,
+    "LLaVA-1.5-7B LoRA": 576,
+    "LLaVA-1.5-7B, a third party's rerun of the present code": 576,
+    "LLaVA-1.5-7B that sees nothing (third party)": 0,
+    "LLaVA-1.5-13B": 576,
+    "PruMerge 7B": 32,
+    "PruMerge+ 7B": 144,
+    "PruMerge 13B": 32,
+    "PruMerge+ 13B": 144,
+}
 
 
 def text_as_is(sample: Sample, protocol: str = "") -> str:
     """`prompt` of a benchmark whose question file holds the whole text."""
     return sample.text
+
+
+def text_and_letter(sample: Sample, protocol: str = "") -> str:
+    return sample.text + LETTER
+
+
+Counts = Mapping[str, Any]
+"""Counts by name: those of one unit; their sums; or arrays of sums with one entry a resample. A name that was
+never counted is 0 in the sums."""
+Unit = Sequence[tuple[Sample, str | None]]
+"""The questions of one image with their answers; None: not answered."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +84,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: its facts and its four functions."""
+    """One benchmark: its facts and its functions."""
 
     name: str
     title: str
@@ -149,36 +92,47 @@ class Benchmark:
     questions: int  # of the official set
     headline: str  # the entry of `metrics` that papers quote
     files: tuple[DataFile, ...]
-    load: Callable[
-        ..., list[Sample]
-    ]  # (root, questions=None): `questions` replaces the default question file
-    prompt: Callable[..., str] = text_as_is  # (sample, protocol=default)
-    measure: Callable[[Unit], Counts] | None = None
-    metrics: Callable[[Totals], dict[str, Any]] | None = None
+    load: Callable[..., list[Sample]]  # (root, questions=None); `questions` replaces the question file
+    # (sample, protocol): what the model is asked, without the image tag
+    prompt: Callable[..., str] = text_as_is
+    measure: Callable[[Unit], Counts] | None = None  # None: it is not scored here
+    metrics: Callable[[Counts], dict[str, Any]] = lambda sums: {"accuracy": percent(sums)}
     unscored: str = ""  # what to do where there are no labels to score with
-    find: Callable[[Sequence[Sample]], Callable[[Row], str | None]] = by_id
+    key: Callable[[object, str], str] = by_id  # (id, prompt): the `key` of a sample and of its answer
+    within_category: bool = False  # the bootstrap draws within each category: the score is a sum over them
     read: Callable[[Sequence[Path]], tuple[list[Row], list[str]]] = read_answers
-    from_rows: Callable[[list[Row]], list[Sample]] | None = (
-        None  # the questions, where rows name them in full
-    )
-    write: Callable[[Path, Path, Mapping[str, str]], None] | None = (
-        None  # (out, root, {id: answer}): server's file
-    )
-    optional: Callable[[Path, Sequence[Sample]], list[Asked]] = (
-        lambda root, samples: []
-    )  # may be answered as well
+    # The questions, where rows of the answers name them in full.
+    from_rows: Callable[[list[Row]], list[Sample]] | None = None
+    # (out, root, {id: answer}): writes the server's file.
+    write: Callable[[Path, Path, Mapping[str, str]], None] | None = None
+    # (root, samples): questions that may be answered as well.
+    optional: Callable[[Path, Sequence[Sample]], list[Sample]] = lambda root, samples: []
     protocols: tuple[Protocol, ...] = (STANDARD,)
-    recorded: Callable[[Sample, str], str] = lambda sample, prompt: (
-        prompt
-    )  # what answers files keep as `prompt`
+    recorded: Callable[[Sample, str], str] = lambda sample, prompt: prompt  # `prompt` of answers files
     max_new_tokens: int = 128
     unit: str = " %"
+    published: tuple[float | None, ...] = ()  # scores of PUBLISHED_MODELS
 
     def join(
-        self, samples: Sequence[Sample], rows: Iterable[Row], others: Sequence[Asked] = ()
+        self, samples: Sequence[Sample], rows: Iterable[Row], others: Sequence[Sample] = ()
     ) -> tuple[list[Row | None], list[str]]:
-        """`answers.join` of these questions; `others` may be answered but need not be."""
-        return join([*(sample.asked for sample in samples), *others], rows, self.find(samples))
+        """`answers.join` by `key`: of the stored prompt as a whole or of one of its lines.
+
+        A row without a prompt is found by an id that only one question has.
+        """
+        known: set[str] = set()
+        keys_of: dict[str, set[str]] = {}
+        for sample in (*samples, *others):
+            known.add(sample.key)
+            keys_of.setdefault(str(sample.id), set()).add(sample.key)
+
+        def find(row: Row) -> str | None:
+            texts = (row.prompt, *row.prompt.split("\n"))
+            found = next((key for text in texts if (key := self.key(row.id, text)) in known), None)
+            same_id = keys_of.get(row.id, ())
+            return next(iter(same_id)) if not row.prompt and len(same_id) == 1 else found
+
+        return join(samples, rows, find, others)
 
     def score(self, samples: Sequence[Sample], answers: Sequence[str | None]) -> dict[str, Any]:
         """{"metrics": {...}, "interval": [low, high] of the headline or None}.
@@ -186,40 +140,41 @@ class Benchmark:
         `answers` go with `samples`. None, no answer, counts nowhere: refuse it before, or say over how many
         the score is. Raises UserError where the benchmark cannot be scored here or has no labels.
         """
-        if (
-            self.measure is None
-            or self.metrics is None
-            or any(sample.reference is None for sample in samples)
-        ):
+        if self.measure is None or any(sample.reference is None for sample in samples):
             raise UserError(f"{self.name}: {self.unscored}")
         units: dict[tuple[str, str], list[tuple[Sample, str | None]]] = {}
         for sample, answer in zip(samples, answers, strict=True):
-            units.setdefault((sample.stratum, sample.unit), []).append((sample, answer))
+            stratum = sample.category if self.within_category else ""
+            units.setdefault((stratum, sample.unit), []).append((sample, answer))
         counts = [self.measure(unit) for unit in units.values()]
-        names = sorted({name for count in counts for name in count})
-        table = np.array([[count.get(name, 0.0) for name in names] for count in counts]).reshape(
-            len(counts), -1
+        names = sorted(set().union(*counts))
+        per_unit = np.array([[float(one.get(name, 0)) for name in names] for one in counts])
+        per_unit = per_unit.reshape(len(counts), len(names))
+        drawn = bootstrap_sums(per_unit, np.array([stratum for stratum, _ in units]))
+        metrics, resampled = (
+            self.metrics(defaultdict(float, zip(names, sums, strict=True)))
+            for sums in (per_unit.sum(0), drawn.T)
         )
-        strata = np.array([stratum for stratum, _ in units])
-        totals = _Totals(zip(names, table.sum(0), strict=True))
-        return {"metrics": _plain(self.metrics(totals)), "interval": self._interval(names, table, strata)}
-
-    def _interval(self, names: list[str], table: np.ndarray, strata: np.ndarray) -> list[float] | None:
-        draw = np.random.default_rng(0)
-        totals = np.zeros((RESAMPLES, len(names)))
-        for stratum in np.unique(strata):
-            part = table[strata == stratum]
-            for resample in range(RESAMPLES):
-                drawn = draw.integers(len(part), size=len(part))
-                totals[resample] += np.bincount(drawn, minlength=len(part)) @ part
-        values = np.asarray(self.metrics(_Totals(zip(names, totals.T, strict=True)))[self.headline])
-        values = values[np.isfinite(values)]
-        return [float(bound) for bound in np.percentile(values, [2.5, 97.5])] if values.size else None
+        headline = np.asarray(resampled[self.headline])
+        headline = headline[np.isfinite(headline)]
+        interval = [float(bound) for bound in np.percentile(headline, [2.5, 97.5])] if headline.size else None
+        return {"metrics": _plain(metrics), "interval": interval}
 
 
-class _Totals(dict):
-    def __missing__(self, name: str) -> float:
-        return 0.0
+def bootstrap_sums(per_unit: np.ndarray, strata: np.ndarray) -> np.ndarray:
+    """Sums [RESAMPLES, counts] over units drawn with replacement from `per_unit` [units, counts].
+
+    Units, not questions: those of one image go wrong together. Drawn within each stratum, where a score is a
+    sum over fixed parts.
+    """
+    draw = np.random.default_rng(0)
+    sums = np.zeros((RESAMPLES, per_unit.shape[1]))
+    for stratum in np.unique(strata):
+        part = per_unit[strata == stratum]
+        for resample in range(RESAMPLES):
+            drawn = draw.integers(len(part), size=len(part))
+            sums[resample] += np.bincount(drawn, minlength=len(part)) @ part
+    return sums
 
 
 def _plain(value: Any) -> Any:
@@ -237,7 +192,7 @@ def per_question(judge: Callable[[Sample, str], Counts]) -> Callable[[Unit], Cou
     """`measure` of a benchmark whose questions count one by one."""
 
     def measure(unit: Unit) -> Counts:
-        counts: Counts = {}
+        counts: dict[str, float] = {}
         for sample, answer in unit:
             if answer is not None:
                 for name, value in judge(sample, answer).items():
@@ -247,67 +202,27 @@ def per_question(judge: Callable[[Sample, str], Counts]) -> Callable[[Unit], Cou
     return measure
 
 
+def tally(right: float, *groups: str) -> dict[str, float]:
+    """Counts of one question that is `right` (0 to 1), in "all" and in `groups`, for `percent`."""
+    return {
+        f"{group}/{name}": value for group in ("all", *groups) for name, value in (("right", right), ("n", 1))
+    }
+
+
 def ratio(part: Any, whole: Any, empty: float = np.nan) -> np.ndarray:
     """part / whole, `empty` where whole is 0; scalars or arrays."""
     part, whole = np.broadcast_arrays(np.asarray(part, float), np.asarray(whole, float))
     return np.divide(part, whole, out=np.full(whole.shape, empty), where=whole != 0)
 
 
-def percent(part: Any, whole: Any) -> np.ndarray:
-    return 100 * ratio(part, whole)
+def percent(sums: Counts, group: str = "all") -> np.ndarray:
+    """How many of a group are right."""
+    return 100 * ratio(sums[f"{group}/right"], sums[f"{group}/n"])
 
 
-def percent_by(totals: Totals, prefix: str) -> dict[str, np.ndarray]:
-    """{x: percent} of the counts named `prefix/x/right` and `prefix/x/n`."""
-    names = sorted(
-        name[len(prefix) + 1 : -2] for name in totals if name.startswith(prefix) and name.endswith("/n")
+def percent_by(sums: Counts, prefix: str) -> dict[str, np.ndarray]:
+    """{x: percent} of the groups named `prefix/x`."""
+    groups = sorted(
+        name[: -len("/n")] for name in sums if name.startswith(f"{prefix}/") and name.endswith("/n")
     )
-    return {x: percent(totals[f"{prefix}/{x}/right"], totals[f"{prefix}/{x}/n"]) for x in names}
-
-
-# --- reading what benchmarks ship, writing what servers take ---
-
-
-class MissingFile(UserError):
-    """A file of a benchmark is not there."""
-
-
-def require(path: Path) -> Path:
-    if not path.exists():
-        raise MissingFile(
-            f"{path} is missing; `llava doctor eval` says what belongs there and where it comes from."
-        )
-    return path
-
-
-def read_json(path: Path) -> Any:
-    """UserError where the file is missing or broken."""
-    try:
-        return json.loads(require(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path}: no valid JSON ({error}); fetch it again.") from error
-
-
-def read_rows(path: Path, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, object) of a JSON Lines file; UserError at a row that is none or lacks one of `keys`."""
-    for number, line in numbered_lines(require(path)):
-        try:
-            row = parse_object(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}.") from error
-        for key in keys:
-            if key not in row:
-                raise UserError(f"{path}:{number}: there is no {key!r} in this row.")
-        yield f"{path}:{number}", row
-
-
-def jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    return {group[len(prefix) + 1 :]: percent(sums, group) for group in groups}
