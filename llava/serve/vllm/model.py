@@ -66,7 +66,9 @@ class LlavaForVisualTokens(nn.Module, SupportsMultiModal, SupportsPP):
         **kwargs: object,
     ) -> Tensor | IntermediateTensors:
         """Hidden states [tokens, hidden]; `embed_input_ids` (inherited) has put the pictures into the prompt."""
-        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+        return self.language_model.model(
+            input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
+        )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         logits = self.language_model.compute_logits(hidden_states)

@@ -73,7 +73,9 @@ class Encoder:
         joined = config.image_aspect_ratio == "anyres" and config.mm_patch_merge_type.startswith("spatial")
         if joined and model.reducer.name == "none":
             # The ends of rows are marked by an embedding (image_newline), so they exist after the projector only.
-            return {EMBEDS: [model.embed_images([p], [i.size])[0] for p, i in zip(pixels, images, strict=True)]}
+            return {
+                EMBEDS: [model.embed_images([p], [i.size])[0] for p, i in zip(pixels, images, strict=True)]
+            }
         views = [block if block.ndim == 4 else block[None] for block in pixels]  # [tiles, 3, S, S] each
         return {TOKENS: [torch.cat(model.encode_images(block)) for block in views]}
 
