@@ -1,4 +1,4 @@
-"""`llava serve`: any checkpoint behind an OpenAI-compatible API, by vLLM with the plug-in of `llava.serve.vllm`.
+"""`llava serve`: any checkpoint behind an OpenAI-compatible API, by vLLM and the plug-in `llava.serve.vllm`.
 
     llava serve --model-path liuhaotian/llava-v1.5-7b --reducer prumerge+ --port 8000
 
@@ -158,8 +158,8 @@ def server_flags(own: argparse.Namespace, path: Path, folder: Path, dtype: str, 
 
 
 def stop_ids(path: Path, tokenizer: Any, conv_mode: str) -> list[int]:
-    """The ids that end an answer: those of generation_config.json, and the template's stop string if it is one
-    token. Nothing else of that file is passed on: Vicuna's has a temperature that was never used."""
+    """The ids that end an answer: those of generation_config.json, and the template's stop string if it is
+    one token. Nothing else of that file is passed on: Vicuna's has a temperature that was never used."""
     file = path / "generation_config.json"
     ends = read_json(file).get("eos_token_id", []) if file.is_file() else []
     ends = ends if isinstance(ends, list) else [ends]

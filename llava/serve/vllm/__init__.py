@@ -1,12 +1,12 @@
 """The plug-in that lets vLLM serve LLaVA checkpoints whose count of visual tokens depends on the picture.
 
-vLLM finds `register` through the entry-point group `vllm.general_plugins` and calls it in each of its processes.
-`--config-format llava` selects it; `llava serve` passes that and everything else that is needed.
+vLLM finds `register` through the entry-point group `vllm.general_plugins` and calls it in each of its
+processes. `--config-format llava` selects it; `llava serve` passes that and everything else that is needed.
 
-    front-end process   media.py       bytes of a picture -> RGB
-                        text.py        messages -> prompt -> ids
-                        processing.py  RGB -> tower -> reducer -> [K, C] visual tokens, K placeholders in the ids
-    engine process      model.py       visual tokens -> projector -> language model
+    front end   media.py                bytes of a picture -> RGB
+                template.py, text.py    messages -> prompt -> ids
+                processing.py           RGB -> tower -> reducer -> [K, C] visual tokens, K `<image>` ids
+    engine      model.py                visual tokens -> projector -> language model
 
 Some of what is used here is internal to vLLM, so the version is pinned (VERSION) and tested by tests_vllm.
 """

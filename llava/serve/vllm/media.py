@@ -1,4 +1,4 @@
-"""Pictures of a request: decoded as everywhere else in this package, fetched only from where the server allows."""
+"""Pictures of a request: decoded as everywhere in this package, fetched from where the server allows only."""
 
 import io
 
@@ -15,8 +15,8 @@ from llava.serve.vllm import NAME
 
 
 class LlavaImageIO(ImageMediaIO):
-    """`llava.mm_utils.load_image` in place of vLLM's decoding, which turns pictures by their EXIF data and puts
-    transparent ones on white: the weights were trained without either."""
+    """`llava.mm_utils.load_image` in place of vLLM's decoding, which turns pictures by their EXIF data and
+    puts transparent ones on white: the weights were trained without either."""
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
         try:
@@ -37,7 +37,7 @@ class LlavaImageIO(ImageMediaIO):
 
 @MEDIA_CONNECTOR_REGISTRY.register(NAME)
 class LlavaMediaConnector(MediaConnector):
-    """Data URLs always; http(s) from `--allowed-media-domains` only, files below `--allowed-local-media-path`."""
+    """Data URLs; http(s) from `--allowed-media-domains`, files below `--allowed-local-media-path`."""
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> MediaWithBytes[Image.Image]:
         self._check(image_url)
@@ -55,9 +55,11 @@ class LlavaMediaConnector(MediaConnector):
         scheme = url.partition(":")[0].lower()
         if scheme in ("http", "https") and not self.allowed_media_domains:
             raise ValueError(
-                "this server fetches no pictures: send a data URL (data:image/png;base64,...), or start it with "
-                "--allowed-media-domains HOST"
+                "this server fetches no pictures: send a data URL (data:image/png;base64,...), or start it "
+                "with --allowed-media-domains HOST"
             )
+        if scheme == "data" and not url.partition(",")[0].endswith(";base64"):
+            raise ValueError("a data URL is data:image/png;base64, and the picture's file in base64")
         if scheme == "file" and self.allowed_local_media_path is None:
             raise ValueError(
                 "this server reads no files: send a data URL, or start it with --allowed-local-media-path DIR"

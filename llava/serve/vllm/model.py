@@ -65,7 +65,7 @@ class LlavaForVisualTokens(nn.Module, SupportsMultiModal, SupportsPP):
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor | IntermediateTensors:
-        """Hidden states [tokens, hidden]; `embed_input_ids` (inherited) has put the pictures into the prompt."""
+        """Hidden states [tokens, hidden]; the inherited `embed_input_ids` has put the pictures in."""
         return self.language_model.model(
             input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
         )
@@ -82,8 +82,8 @@ class LlavaForVisualTokens(nn.Module, SupportsMultiModal, SupportsPP):
     def _renamed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Weights of any format under this model's names, embeddings with a row for each id.
 
-        New rows, `<image>`'s among them, are the mean of the others, as our loader makes them; rows beyond the
-        vocabulary are those that llava-hf adds.
+        New rows, `<image>`'s among them, are the mean of the others, as our loader makes them; rows beyond
+        the vocabulary are those that llava-hf adds.
         """
         rows = self.config.vocab_size
         for written, tensor in weights:

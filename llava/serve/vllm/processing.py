@@ -1,5 +1,5 @@
-"""From pictures to visual tokens in vLLM's front end: tower and reducer run here, so that the count of tokens of
-each picture is known before its prompt is scheduled. The engine gets [K, C] tokens instead of pixels."""
+"""From pictures to visual tokens in vLLM's front end: tower and reducer run here, so that the count of tokens
+of each picture is known before its prompt is scheduled. The engine gets [K, C] tokens instead of pixels."""
 
 import ast
 import copy
@@ -34,7 +34,7 @@ from llava.model.vision_tower import TOWERS
 from llava.reducers import build_reducer
 
 TOKENS, EMBEDS = "visual_tokens", "image_embeds"
-"""The two forms in which a picture reaches the engine: before the projector [K, C], and after it [K, hidden]."""
+"""The two forms in which a picture reaches the engine: before the projector [K, C], after it [K, hidden]."""
 
 
 class Encoder:
@@ -72,7 +72,7 @@ class Encoder:
         pixels = [process_images([image], processor, config)[0] for image in images]
         joined = config.image_aspect_ratio == "anyres" and config.mm_patch_merge_type.startswith("spatial")
         if joined and model.reducer.name == "none":
-            # The ends of rows are marked by an embedding (image_newline), so they exist after the projector only.
+            # The ends of rows are marked by an embedding (image_newline), which exists behind the projector.
             return {
                 EMBEDS: [model.embed_images([p], [i.size])[0] for p, i in zip(pixels, images, strict=True)]
             }

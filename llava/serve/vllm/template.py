@@ -1,4 +1,4 @@
-"""From messages to a prompt: our conversation templates in Jinja, the language in which vLLM renders prompts."""
+"""From messages to a prompt: our conversation templates in Jinja, in which vLLM renders prompts."""
 
 import dataclasses
 import json
