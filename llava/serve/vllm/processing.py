@@ -1,0 +1,185 @@
+"""From pictures to visual tokens in vLLM's front end: tower and reducer run here, so that the count of tokens
+of each picture is known before its prompt is scheduled. The engine gets [K, C] tokens instead of pixels."""
+
+import ast
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, BatchFeature, PreTrainedConfig
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    ProcessorInputs,
+    PromptReplacement,
+    PromptUpdate,
+)
+
+from llava import hardware
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import UserError
+from llava.mm_utils import process_images
+from llava.model.builder import tower_of
+from llava.model.checkpoints import PROJECTOR, inspect_checkpoint, read_model_weights, resolve_directory
+from llava.model.vision_tower import TOWERS
+from llava.reducers import build_reducer
+
+TOKENS, EMBEDS = "visual_tokens", "image_embeds"
+"""The two forms in which a picture reaches the engine: before the projector [K, C], after it [K, hidden]."""
+
+
+class Encoder:
+    """The part of a checkpoint in front of the language model: tower, reducer, projector.
+
+    It is our own model class with no decoder layers, so every check and every rule is the one of
+    `load_pretrained_model`.
+    """
+
+    def __init__(self, path: str | Path, config: PreTrainedConfig, dtype: torch.dtype):
+        info = inspect_checkpoint(path)
+        weights = read_model_weights(info)  # mapped, not read: only what is used below is
+        config = copy.deepcopy(config)
+        config.num_hidden_layers, config.vocab_size, config.pad_token_id = 0, 1, None
+        plan = hardware.plan(dtype=dtype)
+        self.model = AutoModelForCausalLM.from_config(config)
+        self.model.load_state_dict(
+            {n: t for n, t in weights.tensors.items() if n.startswith((PROJECTOR, "model.image_newline"))},
+            strict=False,  # the language model's are the engine's
+        )
+        self.model.to(device=plan.device, dtype=dtype)
+        self.model.set_vision_tower(tower_of(info, config, weights, device=plan.device, dtype=dtype))
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], reducer: str) -> dict[str, list[Tensor]]:
+        """One [K, C] block of visual tokens per picture, or, where the tiles of a picture are joined by rows
+        (LLaVA-1.6 without a reducer), one [K, hidden] block of embeddings.
+
+        Raises:
+            UserError: a reducer that cannot work with this tower.
+        """
+        model, config = self.model, self.model.config
+        model.set_reducer(reducer)
+        processor = model.get_vision_tower().image_processor
+        pixels = [process_images([image], processor, config)[0] for image in images]
+        joined = config.image_aspect_ratio == "anyres" and config.mm_patch_merge_type.startswith("spatial")
+        if joined and model.reducer.name == "none":
+            # The ends of rows are marked by an embedding (image_newline), which exists behind the projector.
+            return {
+                EMBEDS: [model.embed_images([p], [i.size])[0] for p, i in zip(pixels, images, strict=True)]
+            }
+        views = [block if block.ndim == 4 else block[None] for block in pixels]  # [tiles, 3, S, S] each
+        return {TOKENS: [torch.cat(model.encode_images(block)) for block in views]}
+
+
+class LlavaProcessingInfo(BaseProcessingInfo):
+    """What vLLM asks before it has seen a picture."""
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"image": self.max_tokens}
+
+    @cached_property
+    def max_tokens(self) -> int:
+        """The most tokens a picture can have; from JSON files, because the engine process loads no tower.
+
+        A view of N patches gives N + 1 tokens at most (CLS, or the one PruMerge appends); one whose tiles are
+        joined gets image_newline at the end of each row.
+        """
+        config = self.get_hf_config()
+        path = resolve_directory(config.mm_vision_tower, beside=Path(self.model_id))
+        vision = AutoConfig.from_pretrained(path, local_files_only=True)
+        vision = getattr(vision, "vision_config", vision)
+        processor = TOWERS[vision.model_type].processor_class.from_pretrained(path, local_files_only=True)
+        size = dict(processor.crop_size if processor.do_center_crop else processor.size)
+        side = size.get("height") or size["shortest_edge"]
+        rows = side // vision.patch_size
+        views = 1
+        if config.image_aspect_ratio == "anyres":
+            points = config.image_grid_pinpoints
+            points = points if isinstance(points, list) else ast.literal_eval(points)
+            views += max((width // side) * (height // side) for width, height in points)
+        return views * (rows * rows + rows)
+
+    def reducer(self, kwargs: Mapping[str, object]) -> str:
+        """The canonical spec a request asks for: its own, else the server's, else the checkpoint's.
+
+        Raises:
+            ValueError: no such reducer or option, or another keyword than `reducer`.
+        """
+        merged: dict[str, Any] = self.ctx.get_merged_mm_kwargs(kwargs)
+        spec = merged.pop("reducer", self.get_hf_config().mm_token_reducer)
+        if merged:
+            raise ValueError(f"mm_processor_kwargs takes `reducer` only, not {', '.join(sorted(merged))}")
+        return build_reducer(spec).spec
+
+
+class LlavaDummyInputs(BaseDummyInputsBuilder[LlavaProcessingInfo]):
+    """What vLLM measures its memory with at start-up: embeddings, so that no tower has to run."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return DEFAULT_IMAGE_TOKEN * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options) -> dict[str, Any]:
+        width = self.info.get_hf_config().hidden_size
+        return {"image": [torch.zeros(self.info.max_tokens, width)] * mm_counts.get("image", 0)}
+
+
+class LlavaProcessor(BaseMultiModalProcessor[LlavaProcessingInfo]):
+    """Pictures to visual tokens, and as many `<image>` ids in the prompt as there are tokens.
+
+    Whatever a request can get wrong is found here: an exception in the engine would end it for everybody,
+    a ValueError here is an answer of status 400.
+    """
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Loaded at the first picture: only one of vLLM's processes ever sees one."""
+        config = self.info.ctx.model_config
+        return Encoder(config.model, config.hf_config, config.dtype)
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
+        # The canonical spec is part of what vLLM's caches know a picture by: differently written specs share
+        # an entry, different reducers never do, whoever named them.
+        reducer = self.info.reducer(inputs.hf_processor_mm_kwargs)
+        return super()._get_mm_hashes(
+            dataclasses.replace(inputs, hf_processor_mm_kwargs={"reducer": reducer})
+        )
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        try:
+            blocks = self.encoder(hf_data["images"], self.info.reducer(hf_kwargs))
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return BatchFeature({name: [block.cpu() for block in found] for name, found in blocks.items()})
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {name: MultiModalFieldConfig.batched("image") for name in (TOKENS, EMBEDS)}
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        image = self.info.get_tokenizer().image_token_id
+
+        def placeholders(index: int) -> list[int]:
+            (block,) = out_mm_kwargs["image"][index].get_data().values()
+            return [image] * len(block)
+
+        return [PromptReplacement("image", target=[image], replacement=placeholders)]

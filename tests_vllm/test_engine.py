@@ -1,0 +1,121 @@
+"""Greedy ids of an engine in this process equal those of our own loader and `generate`, in float32."""
+
+import gc
+
+import pytest
+import torch
+from PIL import Image
+from reference import SPECS, greedy_ids, prompt_of
+from vllm import LLM, SamplingParams
+
+from llava.model.builder import load_pretrained_model
+from llava.reducers import ReducerSpecError, available_reducers, build_reducer
+from tests.tiny_checkpoints import HIDDEN, edit_json, family, single_safetensors
+
+
+def start(path, **options) -> LLM:
+    return LLM(
+        str(path),
+        config_format="llava",
+        dtype="float32",
+        enforce_eager=True,
+        gpu_memory_utilization=0.05,
+        **options,
+    )
+
+
+def answers(engine: LLM, requests, new: int = 16) -> list[list[int]]:
+    """New ids of (prompt, images, reducer) triples, all in one batch."""
+    prompts = [
+        {
+            "prompt": prompt,
+            **({"multi_modal_data": {"image": list(images)}} if images else {}),
+            **({"mm_processor_kwargs": {"reducer": reducer}} if images else {}),
+        }
+        for prompt, images, reducer in requests
+    ]
+    done = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=new), use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in done]
+
+
+def test_the_small_model_on_five_pictures_with_five_reducers(mini, mini_merged, pictures):
+    engine = start(mini_merged, max_model_len=1024)
+    requests = [
+        (prompt_of("smollm2", f"<image>\n{question}"), [image], spec)
+        for spec in SPECS
+        for image, question in pictures.values()
+    ]
+    found = answers(engine, requests)
+    wanted = [greedy_ids(mini, prompt, images, reducer=spec) for prompt, images, spec in requests]
+    assert found == wanted
+    assert len({tuple(ids) for ids in wanted}) > len(pictures)
+    # A conversation of two turns about two pictures, and one about none, beside each other.
+    (cat, _), (cup, _) = pictures["chelsea.jpg"], pictures["coffee.jpg"]
+    talk = prompt_of("smollm2", "<image>\n<image>\nWhat do you see?", "A cat.", "And in the other one?")
+    requests = [(talk, [cat, cup], "prumerge"), (prompt_of("smollm2", "Name a fruit."), [], "none")]
+    assert answers(engine, requests) == [greedy_ids(mini, p, i, reducer=r) for p, i, r in requests]
+    # No picture belongs to this <image>; a server must answer something and go on.
+    assert answers(engine, [(prompt_of("smollm2", "What is <image>?"), [], "none")])[0]
+    stop(engine)
+
+
+def stop(engine: LLM) -> None:
+    engine.llm_engine.engine_core.shutdown()
+    gc.collect()
+
+
+def reducers() -> list[str]:
+    """A spec of every method there is, with few tokens where it takes a number of them."""
+    specs = []
+    for name in available_reducers():
+        try:
+            specs.append(build_reducer(f"{name}(tokens=6)").spec)
+        except ReducerSpecError:
+            specs.append(name)
+    # Those that read the question are for an engine that passes it to them.
+    return [s for s in specs if not any(r.startswith("text") for r in getattr(build_reducer(s), "reads", ()))]
+
+
+def make(kind: str, folder):
+    """A random checkpoint whose heads are 32 wide (vLLM's attention on a CPU takes no narrower ones)."""
+    tiny = family(folder)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    edit_json(tiny.full / "config.json", **heads)
+    if kind == "anyres":
+        generator = torch.Generator().manual_seed(1)
+        newline = torch.randn(HIDDEN, generator=generator)
+        weights = {**tiny.language_model, **tiny.projector_weights, "model.image_newline": newline}
+        single_safetensors(tiny.full, weights)
+        points = [[112, 56], [56, 112], [112, 112], [168, 56]]
+        edit_json(tiny.full / "config.json", image_aspect_ratio="anyres", image_grid_pinpoints=points)
+        edit_json(tiny.full / "config.json", mm_patch_merge_type="spatial_unpad")
+    if kind == "added tokens":
+        edit_json(tiny.full / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    return tiny.full
+
+
+@pytest.mark.parametrize("kind", ["released", "anyres", "added tokens"])
+def test_a_checkpoint_as_released_with_every_reducer_in_one_batch(kind, tmp_path):
+    path = make(kind, tmp_path)
+    loaded = load_pretrained_model(path, device="cpu", device_map="cpu", dtype="float32")[:3]
+    pictures = [gradient(90, 60, 0), gradient(40, 200, 80), gradient(56, 56, 160)]
+    one, two = (
+        prompt_of("vicuna_v1", "<image>\nSay."),
+        prompt_of("vicuna_v1", "<image>\n<image>\nA?", "B", "c <image>?"),
+    )
+    requests = [(one, [picture], spec) for spec in reducers() for picture in pictures]
+    requests += [(two, pictures, spec) for spec in ("none", "prumerge")]
+    requests += [(prompt_of("vicuna_v1", "Hello"), [], "none")]
+    engine = start(path, max_model_len=512)
+    found = answers(engine, requests)
+    stop(engine)
+    wanted = [greedy_ids(loaded, prompt, images, reducer=spec) for prompt, images, spec in requests]
+    assert found == wanted
+    assert len({tuple(ids) for ids in wanted}) > len(requests) // 4  # the pictures matter
+
+
+def gradient(width: int, height: int, shade: int) -> Image.Image:
+    """A picture with something to tell apart in it, always the same."""
+    across = Image.linear_gradient("L").rotate(90).resize((width, height))
+    down = Image.linear_gradient("L").resize((width, height))
+    return Image.merge("RGB", (across, down, Image.new("L", (width, height), shade)))
