@@ -29,7 +29,7 @@ from llava.model.llava_arch import (
     LlavaMetaForCausalLM,
     language_model_of,
 )
-from llava.model.vision_tower import CLIPTower, VisionTower
+from llava.model.vision_tower import VisionTower
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def write_llava_hf(model: LlavaMetaForCausalLM, tokenizer, tower: VisionTower, o
         UserError: a tower, projector or merge type that the format has no place for.
     """
     config = model.config
-    if not isinstance(tower, CLIPTower):
+    if tower.config.model_type != "clip_vision_model":
         raise UserError(f"llava-hf is for CLIP towers, this one is {tower.config.model_type}")
     if config.mm_projector_type != "mlp2x_gelu" or "unpad" in config.mm_patch_merge_type:
         raise UserError(
