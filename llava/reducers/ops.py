@@ -73,3 +73,9 @@ def pick(patches: Tensor, index: Tensor) -> ReducedTokens:
         kept=index,
         source=index.new_full((batch, length), -1).scatter_(1, index, row),
     )
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The rank of each patch in `order`: the inverse of permutations [B, N] int64."""
+    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.ops import cls_attention, require_finite
+from llava.reducers.ops import cls_attention, inverse, require_finite
 from llava.reducers.registry import Reducer, ReducerSpecError, option, register
 
 NEIGHBOURS = 32
@@ -240,12 +240,6 @@ def merge_nearest(
     rest = torch.bmm((attention * ~is_kept).unsqueeze(1), patches)
     tokens = F.pad(merged.view(batch, count, width), (0, 0, 0, 1))
     return tokens.index_put_((image, is_row.sum(1, keepdim=True)), rest), nearest
-
-
-def inverse(order: Tensor) -> Tensor:
-    """The rank of each patch in `order`: the inverse of permutations [B, N] int64."""
-    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, ranks)
 
 
 def outlier_fence(descending: Tensor) -> Tensor:
