@@ -187,7 +187,7 @@ _EXAMPLE = (
 
 _H, _U, _NONE = ("Human", "Assistant"), ("USER", "ASSISTANT"), ("", "")
 _S = SeparatorStyle
-_TEMPLATES: tuple[tuple[str, str, tuple[str, str], SeparatorStyle, str, str | None, str], ...] = (
+_TEMPLATES: tuple[tuple[Any, ...], ...] = (
     # name, system, roles, style, sep, sep2, version
     ("default", _HUMAN, _H, _S.SINGLE, "###", None, "Unknown"),
     ("v0", _HUMAN, _H, _S.SINGLE, "###", None, "Unknown"),

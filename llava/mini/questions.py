@@ -17,7 +17,6 @@ import numpy as np
 from llava.eval.benchmarks.base import LETTER, SHORT
 from llava.mini.sprites import COLORS, WORDS, article, colored_classes, drawings, plural
 
-TYPES = ("presence", "naming", "color", "counting", "position", "words")
 REGIONS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 LETTERS = "ABCD"
