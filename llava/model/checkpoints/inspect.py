@@ -71,9 +71,7 @@ class CheckpointInfo:
         adapter: the file of LoRA weights.
         adapter_config: adapter_config.json.
         extra: non_lora_trainables or mm_projector, what belongs beside the base's weights.
-        declared_base: the base the checkpoint names itself, "" if none.
         base: what the base is, where one is needed and known.
-        has_tokenizer: whether tokenizer files lie here.
     """
 
     path: Path
@@ -83,13 +81,24 @@ class CheckpointInfo:
     adapter: Path | None = None
     adapter_config: dict[str, Any] = field(default_factory=dict, repr=False)
     extra: Path | None = None
-    declared_base: str = ""
     base: "CheckpointInfo | None" = None
-    has_tokenizer: bool = False
 
     @property
     def needs_base(self) -> bool:
         return self.kind in ("lora", "projector")
+
+    @property
+    def declared_base(self) -> str:
+        """The base the checkpoint names itself, "" if none."""
+        named = {
+            "lora": self.adapter_config.get("base_model_name_or_path"),
+            "projector": self.config.get("_name_or_path"),
+        }
+        return named.get(self.kind) or ""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return _first_file(self.path, TOKENIZER_FILES) is not None
 
     @property
     def is_llava(self) -> bool:
@@ -169,29 +178,21 @@ def _inspect_one(directory: Path) -> CheckpointInfo:
     config_file, adapter_config_file = directory / "config.json", directory / "adapter_config.json"
     config = read_json(config_file) if config_file.exists() else {}
     weights = _first_file(directory, WEIGHT_FILES)
-    has_tokenizer = _first_file(directory, TOKENIZER_FILES) is not None
+    adapter, projector = _first_file(directory, ADAPTER_FILES), _first_file(directory, PROJECTOR_FILES)
     if weights is None and (shards := sorted(file.name for file in directory.glob("*-of-*"))):
         raise UserError(
             f"{directory} has shards of a model ({shards[0]}, ...) but no index ({WEIGHT_FILES[1]} or "
             f"{WEIGHT_FILES[3]}): download it"
         )
-
-    adapter = _first_file(directory, ADAPTER_FILES)
     if weights is None and (adapter is not None or adapter_config_file.exists()):
-        adapter_config = read_json(adapter_config_file)
+        settings = read_json(adapter_config_file)
         if adapter is None:
             raise UserError(
                 f"{directory} has adapter_config.json but no {ADAPTER_FILES[0]} or .bin: download it again"
             )
+        extra = _first_file(directory, EXTRA_FILES)
         return CheckpointInfo(
-            directory,
-            "lora",
-            config,
-            adapter=adapter,
-            adapter_config=adapter_config,
-            extra=_first_file(directory, EXTRA_FILES),
-            declared_base=adapter_config.get("base_model_name_or_path") or "",
-            has_tokenizer=has_tokenizer,
+            directory, "lora", config, adapter=adapter, adapter_config=settings, extra=extra
         )
 
     if not config:
@@ -199,35 +200,27 @@ def _inspect_one(directory: Path) -> CheckpointInfo:
     if config.get("model_type") in TOWER_TYPES:
         return CheckpointInfo(directory, "vision_tower", config, weights)
     architectures = config.get("architectures") or []
-    is_hf = "vision_config" in config and "text_config" in config
-    is_llava = not is_hf and describes_llava(config)
-    projector = _first_file(directory, PROJECTOR_FILES)
-    if is_llava and weights is None and projector is not None:
-        return CheckpointInfo(
-            directory,
-            "projector",
-            config,
-            extra=projector,
-            declared_base=config.get("_name_or_path") or "",
-            has_tokenizer=has_tokenizer,
-        )
-    is_causal = "vocab_size" in config or any(name.endswith("ForCausalLM") for name in architectures)
-    if is_hf and config.get("model_type") in LLAVA_HF_TYPES:
-        kind = "llava_hf"
-    elif not is_hf and (is_llava or is_causal):
-        kind = "full" if is_llava else "plain_lm"
+    if "vision_config" in config and "text_config" in config:
+        kind = "llava_hf" if config.get("model_type") in LLAVA_HF_TYPES else None
+    elif describes_llava(config):
+        kind = "projector" if weights is None and projector is not None else "full"
     else:
+        is_causal = "vocab_size" in config or any(name.endswith("ForCausalLM") for name in architectures)
+        kind = "plain_lm" if is_causal else None
+    if kind is None:
         described = architectures[0] if architectures else config.get("model_type", "unknown model")
         raise UserError(
             f"{directory} holds a {described}, which is not a LLaVA of ours or of transformers "
             f"({', '.join(LLAVA_HF_TYPES)}), not a language model and not a vision tower"
         )
+    if kind == "projector":
+        return CheckpointInfo(directory, kind, config, extra=projector)
     if weights is None:
         raise UserError(
             f"{directory} has a config.json but no weights ({', '.join(WEIGHT_FILES)}; a projector would be "
             f"{PROJECTOR_FILES[1]}, LoRA adapters {ADAPTER_FILES[0]}): download it again"
         )
-    return CheckpointInfo(directory, kind, config, weights, has_tokenizer=has_tokenizer)
+    return CheckpointInfo(directory, kind, config, weights)
 
 
 def _first_file(directory: Path, names: Iterable[str]) -> Path | None:

@@ -12,7 +12,7 @@ from llava.errors import UserError, first_line
 try:
     import httpx2 as httpx  # what huggingface_hub 2 speaks HTTP with; 1 does with httpx
 except ImportError:
-    import httpx
+    import httpx  # type: ignore[no-redef]
 
 HUB_ERRORS = (OSError, HfHubHTTPError, HFValidationError, httpx.HTTPError)
 """What asking the Hub ends with where there is no such repository, or no connection."""
