@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -127,11 +128,12 @@ class Engine(Protocol):
 
 def finish(pieces: Generator[str, None, Answer], emit: Callable[[str], None] = lambda piece: None) -> Answer:
     """Hands every piece of a stream to `emit`; returns the whole answer."""
-    while True:
-        try:
-            emit(next(pieces))
-        except StopIteration as end:
-            return end.value
+    with closing(pieces):  # where `emit` raises, as Ctrl-C does, the model stops too
+        while True:
+            try:
+                emit(next(pieces))
+            except StopIteration as end:
+                return end.value
 
 
 @dataclass(frozen=True)
