@@ -15,16 +15,16 @@ from llava.errors import UserError
 from llava.eval import legacy_scoring
 
 
+def flags(**values):
+    """{"result_file": x} as ["--result-file", "x"]."""
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
 @pytest.mark.parametrize("path, case", cases("pope", "golden"))
 def test_eval_pope(path, case, capsys):
     folder = root_of(path) / "pope"
-    flags = [
-        "--annotation-dir",
-        str(folder / "coco"),
-        "--question-file",
-        str(folder / "llava_pope_test.jsonl"),
-    ]
-    assert legacy_scoring.eval_pope([*flags, "--result-file", str(files_of(path, case)[0])]) == 0
+    given = flags(annotation_dir=folder / "coco", question_file=folder / "llava_pope_test.jsonl")
+    assert legacy_scoring.eval_pope([*given, *flags(result_file=files_of(path, case)[0])]) == 0
     blocks = capsys.readouterr().out.split("Category: ")[1:]
     assert len(blocks) == 3
     for block in blocks:
@@ -41,41 +41,35 @@ def test_eval_pope(path, case, capsys):
 @pytest.mark.parametrize("path, case", cases("textvqa", "golden"))
 def test_eval_textvqa(path, case, capsys):
     annotations = root_of(path) / "textvqa/TextVQA_0.5.1_val.json"
-    flags = ["--annotation-file", str(annotations), "--result-file", str(files_of(path, case)[0])]
-    assert legacy_scoring.eval_textvqa(flags) == 0
+    given = flags(annotation_file=annotations, result_file=files_of(path, case)[0])
+    assert legacy_scoring.eval_textvqa(given) == 0
     want = case["upstream"]
-    assert (
-        f"Samples: {want['samples']}\nAccuracy: {want['accuracy_printed']:.2f}%\n" in capsys.readouterr().out
-    )
+    printed = f"Samples: {want['samples']}\nAccuracy: {want['accuracy_printed']:.2f}%\n"
+    assert printed in capsys.readouterr().out
 
 
 def test_eval_textvqa_refuses_and_takes_folders(capsys):
     folder = root_of(HERE) / "textvqa"
-    flags = [
-        "--annotation-file",
-        str(folder / "TextVQA_0.5.1_val.json"),
-        "--result-dir",
-        str(folder / "answers"),
-    ]
-    assert legacy_scoring.eval_textvqa(flags) == 1  # there are traps among them
+    given = flags(annotation_file=folder / "TextVQA_0.5.1_val.json", result_dir=folder / "answers")
+    assert legacy_scoring.eval_textvqa(given) == 1  # there are traps among them
     out = capsys.readouterr()
     assert out.out.count("Accuracy: ") == 8 and "has no answer" in out.err
 
 
+def science_flags(folder, answers, out):
+    given = flags(base_dir=folder, result_file=answers)
+    return [*given, *flags(output_file=out / "details.json", output_result=out / "result.json")]
+
+
 @pytest.mark.parametrize("path, case", cases("scienceqa", "golden"))
 def test_eval_science_qa(path, case, tmp_path, capsys):
-    details, result = tmp_path / "details.json", tmp_path / "result.json"
-    flags = ["--base-dir", str(root_of(path) / "scienceqa"), "--result-file", str(files_of(path, case)[0])]
-    flags += ["--output-file", str(details), "--output-result", str(result)]
-    assert legacy_scoring.eval_science_qa(flags) == 0
+    given = science_flags(root_of(path) / "scienceqa", files_of(path, case)[0], tmp_path)
+    assert legacy_scoring.eval_science_qa(given) == 0
     want = case["upstream"]
     out = capsys.readouterr().out
-    assert (
-        f"Total: {want['total']}, Correct: {want['correct']}, Accuracy: {want['accuracy_printed']:.2f}%"
-        in out
-    )
-    assert f"IMG-Accuracy: {want['img_accuracy_printed']:.2f}%" in out
-    summary, parts = json.loads(result.read_text()), json.loads(details.read_text())
+    total = f"Total: {want['total']}, Correct: {want['correct']}, Accuracy: {want['accuracy_printed']:.2f}%"
+    assert total in out and f"IMG-Accuracy: {want['img_accuracy_printed']:.2f}%" in out
+    summary, parts = (json.loads((tmp_path / name).read_text()) for name in ("result.json", "details.json"))
     assert summary["acc"] == pytest.approx(want["accuracy"])
     assert (summary["correct"], summary["count"]) == (want["correct"], want["total"])
     assert summary["results"] == want["pred_index"]
@@ -83,73 +77,44 @@ def test_eval_science_qa(path, case, tmp_path, capsys):
     assert {r["question_id"]: r["parsed_ans"] for one in parts.values() for r in one} == want["parsed"]
 
 
-def test_eval_science_qa_writes_nothing_of_partial_answers(tmp_path, capsys):
-    answers = files_of(HERE, EXPECTED[HERE]["scienceqa"]["cases"]["trap-partial"])[0]
-    flags = ["--base-dir", str(root_of(HERE) / "scienceqa"), "--result-file", str(answers)]
-    assert (
-        legacy_scoring.eval_science_qa(
-            [*flags, "--output-file", str(tmp_path / "a"), "--output-result", str(tmp_path / "b")]
-        )
-        == 1
-    )
-    assert list(tmp_path.iterdir()) == [] and "has no answer" in capsys.readouterr().err
-
-
 def test_eval_science_qa_takes_the_split_that_is_named(tmp_path, capsys):
-    folder = tmp_path / "scienceqa"
-    shutil.copytree(root_of(HERE) / "scienceqa", folder)
+    folder = shutil.copytree(root_of(HERE) / "scienceqa", tmp_path / "scienceqa")
     rows = (folder / "answers/clean.jsonl").read_text().splitlines()[:3]
     splits = json.loads((folder / "pid_splits.json").read_text())
     splits["minitest"] = [json.loads(row)["question_id"] for row in rows]
     (folder / "pid_splits.json").write_text(json.dumps(splits))
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    flags = ["--base-dir", str(folder), "--result-file", str(tmp_path / "a.jsonl")]
-    flags += ["--output-file", str(tmp_path / "b"), "--output-result", str(tmp_path / "c")]
-    assert legacy_scoring.eval_science_qa([*flags, "--split", "minitest"]) == 0
+    given, out = science_flags(folder, tmp_path / "a.jsonl", tmp_path / "out"), tmp_path / "out"
+    assert legacy_scoring.eval_science_qa(given) == 1  # the test split has more questions
+    assert "has no answer" in capsys.readouterr().err and not out.exists()
+    assert legacy_scoring.eval_science_qa([*given, "--split", "minitest"]) == 0
     assert "Total: 3, " in capsys.readouterr().out
     with pytest.raises(UserError, match="maxitest"):
-        legacy_scoring.eval_science_qa([*flags, "--split", "maxitest"])
+        legacy_scoring.eval_science_qa([*given, "--split", "maxitest"])
 
 
-def vqav2_folder(path, case, tmp_path):
-    """LLaVA's layout with the merged chunks."""
-    folder = tmp_path / "vqav2"
+@pytest.mark.parametrize("path, case", [*cases("vqav2", "golden"), *cases("vqav2", "trap")])
+def test_convert_vqav2(path, case, tmp_path):
+    """LLaVA's layout with the merged chunks; nothing is written of answers that are not right."""
     split, ckpt = "llava_vqav2_mscoco_test-dev2015", "synth"
-    merged = folder / "answers" / split / ckpt / "merge.jsonl"
+    merged = tmp_path / "answers" / split / ckpt / "merge.jsonl"
     merged.parent.mkdir(parents=True)
     merged.write_text("".join(file.read_text() for file in files_of(path, case) if file.is_file()))
     for name in (f"{split}.jsonl", "llava_vqav2_mscoco_test2015.jsonl"):
-        (folder / name).write_text((root_of(path) / "vqav2" / name).read_text())
-    flags = ["--dir", str(folder), "--ckpt", ckpt, "--split", split]
-    return flags, folder / "answers_upload" / split / f"{ckpt}.json"
-
-
-@pytest.mark.parametrize("path, case", cases("vqav2", "golden"))
-def test_convert_vqav2(path, case, tmp_path):
-    flags, upload = vqav2_folder(path, case, tmp_path)
-    assert legacy_scoring.vqav2_for_submission(flags) == 0
-    assert json.loads(upload.read_text()) == case["upstream"]["upload"]
-
-
-@pytest.mark.parametrize("path, case", cases("vqav2", "trap"))
-def test_convert_vqav2_traps(path, case, tmp_path):
-    flags, upload = vqav2_folder(path, case, tmp_path)
-    assert legacy_scoring.vqav2_for_submission(flags) == 1
-    assert not upload.exists()
+        shutil.copy(root_of(path) / "vqav2" / name, tmp_path / name)
+    upload = tmp_path / "answers_upload" / split / f"{ckpt}.json"
+    status = legacy_scoring.vqav2_for_submission(flags(dir=tmp_path, ckpt=ckpt, split=split))
+    assert status == (case["kind"] == "trap") == (not upload.exists())
+    if case["kind"] == "golden":
+        assert json.loads(upload.read_text()) == case["upstream"]["upload"]
 
 
 @pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])
 def test_convert_mmbench(name, tmp_path):
     for path, case in (param.values for param in cases(name, "golden")):
-        answers = files_of(path, case)[0]
-        table = root_of(path) / EXPECTED[path][name]["annotation"]
-        flags = ["--annotation-file", str(table), "--result-dir", str(answers.parent)]
-        assert (
-            legacy_scoring.mmbench_for_submission(
-                [*flags, "--upload-dir", str(tmp_path), "--experiment", answers.stem]
-            )
-            == 0
-        )
+        answers, table = files_of(path, case)[0], root_of(path) / EXPECTED[path][name]["annotation"]
+        given = flags(annotation_file=table, result_dir=answers.parent, upload_dir=tmp_path)
+        assert legacy_scoring.mmbench_for_submission([*given, *flags(experiment=answers.stem)]) == 0
         header, rows = sheet(tmp_path / f"{answers.stem}.xlsx")
         assert (header, rows) == (case["upstream"]["header"], case["upstream"]["rows"])
 
@@ -157,31 +122,22 @@ def test_convert_mmbench(name, tmp_path):
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.parent.name)
 def test_convert_the_others(path, tmp_path, capsys):
     table, root, out = EXPECTED[path]["secondary"]["cases"], root_of(path), tmp_path / "out"
-    assert legacy_scoring.gqa_for_eval(["--src", str(root / table["gqa"]["answers"]), "--dst", str(out)]) == 0
+
+    def answers(case):
+        return root / table[case]["answers"]
+
+    assert legacy_scoring.gqa_for_eval(flags(src=answers("gqa"), dst=out)) == 0
     assert json.loads(out.read_text()) == table["gqa"]["upstream"]["predictions"]
-    assert (
-        legacy_scoring.mmvet_for_eval(["--src", str(root / table["mm-vet"]["answers"]), "--dst", str(out)])
-        == 0
-    )
+    assert legacy_scoring.mmvet_for_eval(flags(src=answers("mm-vet"), dst=out)) == 0
     assert json.loads(out.read_text()) == table["mm-vet"]["upstream"]["results"]
-    flags = ["--annotation-file", str(root / "vizwiz/llava_test.jsonl"), "--result-upload-file", str(out)]
-    assert (
-        legacy_scoring.vizwiz_for_submission(
-            [*flags, "--result-file", str(root / table["vizwiz-clean"]["answers"])]
-        )
-        == 0
-    )
+    given = flags(annotation_file=root / "vizwiz/llava_test.jsonl", result_upload_file=out)
+    convert = legacy_scoring.vizwiz_for_submission
+    assert convert([*given, *flags(result_file=answers("vizwiz-clean"))]) == 0
     assert json.loads(out.read_text()) == table["vizwiz-clean"]["upstream"]["upload"]
-    torn = root / table["vizwiz-trap-missing"]["answers"]
-    assert legacy_scoring.vizwiz_for_submission([*flags, "--result-file", str(torn)]) == 1
-    flags = ["--annotation-file", str(root / "seed_bench/SEED-Bench.json"), "--result-upload-file", str(out)]
+    assert convert([*given, *flags(result_file=answers("vizwiz-trap-missing"))]) == 1
+    given = flags(annotation_file=root / "seed_bench/SEED-Bench.json", result_upload_file=out)
     capsys.readouterr()
-    assert (
-        legacy_scoring.seed_for_submission(
-            [*flags, "--result-file", str(root / table["seed_bench"]["answers"])]
-        )
-        == 0
-    )
+    assert legacy_scoring.seed_for_submission([*given, *flags(result_file=answers("seed_bench"))]) == 0
     assert [json.loads(line) for line in out.open()] == table["seed_bench"]["upstream"]["upload"]
     assert f"accuracy: {table['seed_bench']['upstream']['printed']['Total']:g}" in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ from llava import cli
 from llava.eval import benchmarks
 from llava.eval.benchmarks import llava_bench, mmbench, mme, pope, scienceqa
 from llava.eval.normalize import m4c, soft_score, vqa_official
+from llava.eval.score import score as score_of
 
 HERE = Path(__file__).parent / "data" / "eval"
 SETS = [path for path in (HERE, HERE.parents[3] / "shared" / "golden" / "eval") if path.is_dir()]
@@ -408,34 +409,37 @@ def test_options_that_look_like_missing_values():
 # --- bad input, files of several kinds ---
 
 
-def test_missing_annotations(score, tmp_path, capsys):
-    root = tmp_path / "eval"
-    shutil.copytree(root_of(HERE), root)
-    for name, gone, answers in (
-        ("vqav2", "vqav2/v2_mscoco_test2015_annotations.json", "vqav2/answers/*/synth-7b-clean/*.jsonl"),
-        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "textvqa/answers/clean.jsonl"),
-        ("pope", "pope/coco/coco_pope_random.json", "pope/answers/clean.jsonl"),
-        ("mme", "MME/MME_Benchmark_release_version", "MME/answers/clean.jsonl"),
-        ("scienceqa", "scienceqa/problems.json", "scienceqa/answers/clean.jsonl"),
-        ("gqa", "gqa/data/testdev_balanced_questions.json", "gqa/answers/*/*/1_0.jsonl"),
-        ("seed", "seed_bench/SEED-Bench.json", "seed_bench/answers/synth-7b/1_0.jsonl"),
-        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "mmbench/answers/*/clean.jsonl"),
-    ):
-        (root / gone).rename(tmp_path / "away")
-        files = sorted(root.glob(answers))
-        assert files
-        assert cli.main(["score", name, "--root", str(root), "--answers", *map(str, files)]) == 2, name
-        message = capsys.readouterr().err
-        assert "annotations.json" in message if name == "vqav2" else Path(gone).name[:9] in message
-        (tmp_path / "away").rename(root / gone)
-    assert cli.main(["score", "pope", "--root", str(root), "--answers", str(root / "nowhere.jsonl")]) == 2
-    assert (
-        cli.main(
-            ["score", "vizwiz", "--root", str(root), "--answers", str(root / "vizwiz/answers/clean.jsonl")]
-        )
-        == 2
-    )
-    assert "llava submit vizwiz" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "name, gone, answers, says",
+    [
+        (
+            "vqav2",
+            "vqav2/v2_mscoco_test2015_annotations.json",
+            "vqav2/answers/*/synth-7b-clean/*.jsonl",
+            "annotations.json",
+        ),
+        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "textvqa/answers/clean.jsonl", ""),
+        ("pope", "pope/coco/coco_pope_random.json", "pope/answers/clean.jsonl", ""),
+        ("mme", "MME/MME_Benchmark_release_version", "MME/answers/clean.jsonl", ""),
+        ("scienceqa", "scienceqa/problems.json", "scienceqa/answers/clean.jsonl", ""),
+        ("gqa", "gqa/data/testdev_balanced_questions.json", "gqa/answers/*/*/1_0.jsonl", ""),
+        ("seed", "seed_bench/SEED-Bench.json", "seed_bench/answers/synth-7b/1_0.jsonl", ""),
+        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "mmbench/answers/*/clean.jsonl", ""),
+        ("vizwiz", "vizwiz/answers/trap-missing.jsonl", "vizwiz/answers/clean.jsonl", "llava submit vizwiz"),
+    ],
+)
+def test_missing_labels_are_named(name, gone, answers, says, tmp_path, capsys):
+    folder = gone.partition("/")[0]
+    shutil.copytree(root_of(HERE) / folder, tmp_path / folder)
+    (tmp_path / gone).rename(tmp_path / "away")
+    files = sorted(map(str, tmp_path.glob(answers)))
+    assert files and cli.main(["score", name, "--root", str(tmp_path), "--answers", *files]) == 2
+    assert (says or Path(gone).name[:9]) in capsys.readouterr().err
+
+
+def test_misspelt_names(tmp_path, capsys):
+    assert cli.main(["score", "pope", "--root", str(root_of(HERE)), "--answers", "nowhere.jsonl"]) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
     assert cli.main(["score", "pop", "--answers", "x"]) == 2
     assert "Did you mean pope" in capsys.readouterr().err
 
@@ -619,3 +623,106 @@ def test_scoring_imports_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("POPE: f1 ")
+
+
+# --- files of another shape ---
+
+
+def edit_json(edit):
+    """A change of a JSON file: `edit(content)` returns the new one."""
+    return lambda data: json.dumps(edit(json.loads(data))).encode()
+
+
+def edit_line(**change):
+    """A change of the second line of a JSON Lines file; None deletes a key."""
+
+    def change_line(data):
+        lines = data.decode().splitlines()
+        row = json.loads(lines[1]) | change
+        lines[1] = json.dumps({key: value for key, value in row.items() if value is not None})
+        return "\n".join(lines).encode()
+
+    return change_line
+
+
+def without_answers(table):
+    for answer in table["annotations"][2]["answers"]:
+        del answer["answer"]
+    return table
+
+
+def first_of_data(**change):
+    return edit_json(lambda table: table | {"data": [table["data"][0] | change, *table["data"][1:]]})
+
+
+VQAV2 = "vqav2/v2_mscoco_test2015_annotations.json"
+TEXTVQA, MMBENCH = "textvqa/TextVQA_0.5.1_val.json", "mmbench/mmbench_dev_20230712.tsv"
+COUNT = "MME/MME_Benchmark_release_version/count/syn_count_000.txt"
+SCIENCE, SEED = "scienceqa/problems.json", "seed_bench/SEED-Bench.json"
+DAMAGES = [
+    # benchmark, file, what is done to it, what the sentence says beside its name
+    ("vqav2", VQAV2, edit_json(without_answers), "[2]"),
+    ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", edit_line(image=7), ":2: "),
+    ("textvqa", TEXTVQA, first_of_data(answers=["a"] * 9), "[0]"),
+    ("textvqa", TEXTVQA, lambda data: b"[]", "object"),
+    ("mme", "MME/llava_mme.jsonl", edit_line(text=None), ":2: "),
+    ("mme", COUNT, lambda data: data.replace(b"\t", b" "), ":1: "),
+    ("pope", "pope/coco/coco_pope_random.json", edit_line(question_id=[1]), ":2: "),
+    ("pope", "pope/coco/coco_pope_popular.json", lambda data: data[:-20], ":12: "),
+    ("pope", "pope/coco/coco_pope_popular.json", lambda data: b'{"a":' + b"[" * 100_000, ":1: "),
+    (
+        "scienceqa",
+        SCIENCE,
+        edit_json(lambda table: table | {"7": {"question": "?", "choices": ["a"]}}),
+        "answer",
+    ),
+    ("scienceqa", SCIENCE, edit_json(lambda table: table | {"7": table["7"] | {"answer": 9}}), "9"),
+    ("scienceqa", "scienceqa/llava_test_CQM-A.json", edit_json(lambda rows: [{"id": 7}, *rows]), "[0]"),
+    ("mmbench", MMBENCH, lambda data: data[:300] + b"\xff" + data, "utf-8"),
+    ("mmbench", MMBENCH, lambda data: data.replace(b"index", b"number", 1), "index"),
+    ("mmbench_cn", "mmbench_cn/mmbench_dev_cn_20231003.tsv", lambda data: data[:-40], ""),
+    ("gqa", "gqa/data/testdev_balanced_questions.json", edit_json(lambda x: x | {"700100201": None}), "null"),
+    ("seed", SEED, edit_json(lambda table: table | {"question_type": {}}), "question_type"),
+    ("seed", SEED, lambda data: data.decode().encode("utf-16"), ""),
+]
+
+
+@pytest.mark.parametrize("name, path, change, word", DAMAGES)
+def test_a_file_of_another_shape_is_one_sentence_that_names_it(name, path, change, word, tmp_path, capsys):
+    folder = path.partition("/")[0]
+    shutil.copytree(root_of(HERE) / folder, tmp_path / folder)
+    file = tmp_path / path
+    file.chmod(0o644)
+    file.write_bytes(change(file.read_bytes()))
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"question_id": 1, "text": "yes"}\n')
+    for more in ([], ["--partial"]):
+        assert cli.main(["score", name, "--root", str(tmp_path), "--answers", str(answers), *more]) == 2
+        out, err = capsys.readouterr()
+        assert not out and str(file) in err and word in err and len(err.splitlines()) == 1
+
+
+# --- a part of a benchmark ---
+
+
+@pytest.mark.parametrize("name, folder", [("gqa", "gqa"), ("textvqa", "textvqa"), ("mme", "MME")])
+def test_a_part_is_scored_over_what_was_asked(name, folder, tmp_path):
+    """As a set that holds nothing else, though the file may answer more; MME's and TextVQA's ids repeat."""
+    benchmark, root = benchmarks.get(name), root_of(HERE)
+    samples = benchmark.load(root)
+    (answers,) = sorted((root / folder).rglob("answers/**/1_0.jsonl")) or [
+        root / folder / "answers/clean.jsonl"
+    ]
+    rows, _ = benchmark.read([answers])
+    joined, _ = benchmark.join(samples, rows)
+    alone = benchmark.score(samples[:3], [row.text for row in joined[:3]])
+    for only in (3, [sample.key for sample in samples[:3]]):
+        report = score_of(benchmark, root, [answers], only=only)
+        assert report["partial"]
+        assert (report["expected"], report["answered"], report["metrics"]) == (3, 3, alone["metrics"])
+    assert "partial" not in score_of(benchmark, root, [answers])
+    assert "partial" not in score_of(benchmark, root, [answers], only=len(samples))
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(answers.read_text().splitlines(keepends=True)[:2]))
+    report = score_of(benchmark, root, [few], only=3)
+    assert report["headline"] is None and len(report["problems"]) == 1

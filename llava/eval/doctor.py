@@ -7,7 +7,6 @@ release.
 
 import argparse
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,8 @@ from llava.files import write_text
 NO_PICTURE = (".txt", ".json", ".zip")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What is to be said of one file: `rows` None where it is missing, `trouble` empty where it is fine."""
-
-    file: DataFile
-    rows: int | None
-    trouble: str
+Finding = tuple[DataFile, int | None, str]
+"""(file, its number of rows, None where it is missing; what is wrong with it, "" where nothing is)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         if args.rebuild:
             rebuild(benchmark, args.root)
         findings = examine_all(benchmark, args.root)
-        healthy &= not any(finding.trouble for finding in findings)
+        healthy &= not any(trouble for _, _, trouble in findings)
         print("\n".join(as_lines(benchmark, findings)))
     return 0 if healthy else 1
 
@@ -56,14 +50,14 @@ def examine_all(benchmark: Benchmark, root: Path) -> list[Finding]:
 def examine(file: DataFile, root: Path) -> Finding:
     path = root / file.path
     if not path.exists():
-        return Finding(file, None, "missing" + ("; `--rebuild` makes it" if file.rebuild else ""))
+        return file, None, "missing" + ("; `--rebuild` makes it" if file.rebuild else "")
     try:
         rows = count_rows(path)
     except UserError as error:
-        return Finding(file, 0, str(error))
+        return file, 0, str(error)
     if file.rows is not None and rows != file.rows:
-        return Finding(file, rows, f"{rows:,} rows instead of {file.rows:,}: not the official set")
-    return Finding(file, rows, "")
+        return file, rows, f"{rows:,} rows instead of {file.rows:,}: not the official set"
+    return file, rows, ""
 
 
 def count_rows(path: Path) -> int:
@@ -97,11 +91,9 @@ def rebuild(benchmark: Benchmark, root: Path) -> None:
 
 def as_lines(benchmark: Benchmark, findings: list[Finding]) -> list[str]:
     lines = [f"{benchmark.name}  ({benchmark.title}, {benchmark.questions:,} questions)"]
-    for finding in findings:
-        file = finding.file
-        rows = f"{finding.rows:,} rows" if finding.rows is not None else ""
-        lines.append(f"  {'!!' if finding.trouble else 'ok'} {file.path}  {finding.trouble or rows}")
-        if finding.rows is None:
+    for file, rows, trouble in findings:
+        lines.append(f"  {'!!' if trouble else 'ok'} {file.path}  {trouble or f'{rows:,} rows'}")
+        if rows is None:
             expected = f"{file.rows:,} rows; " if file.rows is not None else ""
             lines.append(f"       {expected}needed to {file.purpose}; from {file.source}")
     return lines

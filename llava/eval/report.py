@@ -33,17 +33,12 @@ class Made(msgspec.Struct):
     protocol: str = ""
 
 
-class Tokens(msgspec.Struct):
-    mean: float
-    p95: float
-
-
 class Summary(msgspec.Struct):
     """What the run took."""
 
     questions: int
     answered: int
-    visual_tokens: Tokens | None = None
+    visual_tokens: dict[str, float] | None = None  # mean, p95 ...
     questions_per_second: float | None = None
 
 
@@ -57,15 +52,11 @@ class Score(msgspec.Struct):
     partial: bool = False
 
 
-class Sitting(msgspec.Struct):
-    device: str
-
-
 class Provenance(msgspec.Struct):
     run: Made
     summary: Summary | None = None  # None: the run has not come to its end
     score: Score = msgspec.field(default_factory=Score)
-    sittings: list[Sitting] = msgspec.field(default_factory=list)
+    sittings: list[dict[str, Any]] = msgspec.field(default_factory=list)  # each with its device
 
 
 @dataclass(frozen=True)
@@ -133,10 +124,10 @@ def collect(folders: Sequence[Path]) -> list[Run]:
 def read_run(file: Path) -> Run | None:
     """None for a run that is no benchmark's or has not come to its end."""
     content = read_json(file, Provenance)
-    took, headline, tokens = content.summary, content.score.headline, None
+    took, headline = content.summary, content.score.headline
     if took is None or not content.run.benchmark:
         return None
-    tokens, speed = took.visual_tokens, took.questions_per_second
+    tokens, speed = took.visual_tokens or {}, took.questions_per_second
     return Run(
         file=str(file),
         **msgspec.structs.asdict(content.run),
@@ -145,10 +136,10 @@ def read_run(file: Path) -> Run | None:
         partial=content.score.partial,
         questions=took.questions,
         answered=took.answered,
-        visual_tokens=tokens and tokens.mean,
-        visual_tokens_p95=tokens and tokens.p95,
+        visual_tokens=tokens.get("mean"),
+        visual_tokens_p95=tokens.get("p95"),
         seconds_per_question=1 / speed if speed else None,
-        device=", ".join(sorted({sitting.device for sitting in content.sittings})),
+        device=", ".join(sorted({str(one.get("device")) for one in content.sittings})),
     )
 
 

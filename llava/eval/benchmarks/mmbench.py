@@ -24,7 +24,7 @@ EN = "mmbench/mmbench_dev_20230712.tsv"
 
 
 class Row(msgspec.Struct):
-    index: Annotated[int, msgspec.Meta(ge=0)]
+    index: Annotated[int, msgspec.Meta(ge=0, lt=100 * ROTATION)]
     question: str
     A: str
     B: str
