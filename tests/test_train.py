@@ -557,5 +557,5 @@ def test_llava_train_takes_every_flag(tiny: Tiny, tmp_path: Path, capsys: pytest
     assert (tmp_path / "model.safetensors").is_file()
     assert llava(["train", "--help"]) == 0
     assert "--mm_token_reducer" in capsys.readouterr().out
-    assert llava(["train", "--fp16", "True", "--bf16", "True"]) == 2
+    assert llava(["train", *tiny.argv(tmp_path, "--fp16 True --bf16 True")]) == 2
     assert "--bf16" in capsys.readouterr().err
