@@ -153,10 +153,13 @@ def last_checkpoint(run: Path, say: Callable[[str], None] = lambda line: None) -
 
 def what_is_missing(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed, or None. (Without a list of files it is another program's.)"""
-    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+    names = {path.name for path in checkpoint.iterdir()}
+    if TRAINER_STATE_NAME not in names:
         return f"it has no {TRAINER_STATE_NAME}"
+    if not any(name.startswith(("optimizer", "latest")) for name in names):  # DeepSpeed's is in `latest`
+        return "it has no state of the optimizer"
     try:
-        sizes = read_json(checkpoint / FILE_LIST) if (checkpoint / FILE_LIST).exists() else {}
+        sizes = read_json(checkpoint / FILE_LIST) if FILE_LIST in names else {}
     except UserError as error:
         return str(error)
     for name, size in sizes.items():
