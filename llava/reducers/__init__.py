@@ -25,16 +25,14 @@ __all__ = [
     "register",
 ]
 
-# The rivals register themselves, after our own.
-from llava.reducers import (  # noqa: E402
-    cdpruner,
-    divprune,
-    evit,
-    hiprune,
-    holov,
-    mmtok,
-    scope,
-    tome,
-    vispruner,
-    visionzip,
-)
+# Rivals: each file registers its method.
+from llava.reducers import cdpruner as cdpruner
+from llava.reducers import divprune as divprune
+from llava.reducers import evit as evit
+from llava.reducers import hiprune as hiprune
+from llava.reducers import holov as holov
+from llava.reducers import mmtok as mmtok
+from llava.reducers import scope as scope
+from llava.reducers import tome as tome
+from llava.reducers import visionzip as visionzip
+from llava.reducers import vispruner as vispruner

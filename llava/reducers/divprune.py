@@ -37,8 +37,8 @@ class DivPrune(Reducer):
 
 
 def _farthest(similarity: Tensor, count: int) -> Tensor:
-    """[B, N, N] cosines -> [B, count] int64: each the one least similar to its most similar among the chosen."""
-    batch, length, _ = similarity.shape
+    """[B, N, N] cosines -> [B, count] int64: next is the patch least similar to its nearest chosen one."""
+    length = similarity.shape[1]
     similarity.diagonal(dim1=1, dim2=2).fill_(-1)
     nearest = similarity.amax(2)  # before any is chosen: to all others
     require_finite(nearest.isfinite().all(1).tolist())

@@ -1,4 +1,4 @@
-"""EViT (Liang et al., ICLR 2022), after the tower: the most attended patches, and one token for all others."""
+"""EViT (Liang et al., ICLR 2022), after the tower: the most attended patches and one token for the rest."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from llava.reducers.registry import Reducer, option, register
 @register("evit")
 @dataclass(frozen=True)
 class EViT(Reducer):
-    """The tokens - 1 patches CLS attends to most, in raster order, and last the sum of a_j x_j over the others.
+    """The patches CLS attends to most, in raster order, and last the sum of a_j x_j over all others.
 
     EViT does this in several blocks of a tower; PruMerge's paper compares with it, and here it acts once,
     after the tower. The weights are not normalised.

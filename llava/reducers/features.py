@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ class VisionFeatures:
     the projector's output, e the width CLIP shares between pictures and text.
 
         cls: [B, 1, C] the CLS row of the hidden states that `patches` are the other rows of.
-        cls_attn: [B, H, N] float32, head by head the softmax attention that the CLS row pays to the patches in
-            the block whose output `patches` are (the last but one with select_layer -2). CLS takes part in
-            the softmax, its column is then dropped.
+        cls_attn: [B, H, N] float32, head by head the softmax attention that the CLS row pays to the patches
+            in the block whose output `patches` are (the last but one with select_layer -2). CLS takes part
+            in the softmax, its column is then dropped.
         block_key: [B, N + 1, C] k_proj output of that block, CLS first; [B, N, C] without CLS token.
         projected: [B, N, D] `patches` after the projector.
         attn_mid, attn_deep: [B, N + 1] the attention each row receives, mean over heads and all queries,
@@ -44,23 +45,24 @@ class VisionFeatures:
     key: Tensor
     num_heads: int
     grid: tuple[int, int]
-    cls: Tensor | None = None
-    mean_query: Tensor | None = None
-    probe_attention: Tensor | None = None
-    cls_attn: Tensor | None = None
-    block_key: Tensor | None = None
-    projected: Tensor | None = None
-    attn_mid: Tensor | None = None
-    attn_deep: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_embeds: Sequence[Tensor] | None = None
-    text_tokens: Sequence[Tensor] | None = None
+    # Any: whoever reads one has said so, and need not ask again whether it is there.
+    cls: Tensor | Any = None
+    cls_attn: Tensor | Any = None
+    block_key: Tensor | Any = None
+    projected: Tensor | Any = None
+    attn_mid: Tensor | Any = None
+    attn_deep: Tensor | Any = None
+    image_embeds: Tensor | Any = None
+    text_embeds: Sequence[Tensor] | Any = None
+    text_tokens: Sequence[Tensor] | Any = None
+    mean_query: Tensor | Any = None
+    probe_attention: Tensor | Any = None
 
     def __post_init__(self) -> None:
         for name in ("text_embeds", "text_tokens"):
             text = getattr(self, name)
             if isinstance(text, Tensor) and text.ndim == 2:
-                object.__setattr__(self, name, (text,) * self.patches.shape[0])
+                object.__setattr__(self, name, [text] * self.patches.shape[0])
 
     @property
     def has_cls(self) -> bool:
@@ -77,15 +79,13 @@ class VisionFeatures:
 
     def float(self) -> "VisionFeatures":
         """The same in float32: a copy, or itself where it is so already."""
-        return replace(
-            self,
-            **{
-                name: value.float() if isinstance(value, Tensor) else tuple(text.float() for text in value)
-                for name, value in self._given().items()
-            },
-        )
+        exact = {
+            name: value.float() if isinstance(value, Tensor) else [text.float() for text in value]
+            for name, value in self._given().items()
+        }
+        return replace(self, **exact)
 
-    def _given(self) -> dict[str, Tensor | Sequence[Tensor]]:
+    def _given(self) -> dict[str, Any]:
         """What there is of one entry an image."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("num_heads", "grid")}
         return {name: value for name, value in given.items() if value is not None}

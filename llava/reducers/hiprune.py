@@ -1,4 +1,4 @@
-"""HiPrune: patches much attended in the middle of the tower, their neighbours, and those attended deep in it."""
+"""HiPrune: patches attended to in the middle of the tower, their neighbours, and those attended to later."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class HiPrune(Reducer):
     """Anchors by attention received in a middle block, the patches around them, the rest by a deep block.
 
     As released, neighbours left and right run on into the next row, and those above the first or below the
-    last row become the first and the last patch. The grid is the image's own (as released, 24 x 24), the count
-    each image's own (as released, a batch shares it out). Where anchors and neighbours are more than `tokens`,
+    last row become the first and the last patch. The grid is the image's own (as released, 24 x 24), and so
+    is the count (as released, a batch shares it out). Where anchors and neighbours are more than `tokens`,
     anchors go first (as released, an error).
 
     Attributes:

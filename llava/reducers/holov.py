@@ -33,7 +33,8 @@ class HoloV(Reducer):
     def reduce(self, features: VisionFeatures) -> ReducedTokens:
         attention = features.cls_attn.float().mean(1)
         require_finite(attention.isfinite().all(1).tolist())
-        return pick(features.patches, _by_stretch(attention, min(self.tokens, attention.shape[1]), self.chunks))
+        count = min(self.tokens, attention.shape[1])
+        return pick(features.patches, _by_stretch(attention, count, self.chunks))
 
 
 @torch.no_grad()

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.greedy import cosine, cover
+from llava.reducers.greedy import cosine, cover, unit
 from llava.reducers.ops import pick
 from llava.reducers.registry import Reducer, option, register
 
@@ -35,25 +34,25 @@ class MMTok(Reducer):
     vv: float = option(0.2, low=0, open_low=True)
 
     def reduce(self, features: VisionFeatures) -> ReducedTokens:
-        length = features.patches.shape[1]
-        patches = cosine(features.patches).div_(self.vv).softmax(1) * (self.alpha / length)
-        covers = torch.cat([patches, self._words(features)], 2)
-        return pick(features.patches, cover(covers, min(self.tokens, length)).sort(1).values)
+        chosen = cover(self._covers(features), min(self.tokens, features.patches.shape[1]))
+        return pick(features.patches, chosen.sort(1).values)
 
     @torch.no_grad()
-    def _words(self, features: VisionFeatures) -> Tensor:
-        """[B, N, words] how well each patch covers each word, divided by the number of words, then zeros."""
-        projected = F.normalize(features.projected.float(), dim=2, eps=1e-8)
-        each = [
-            (image @ F.normalize(words.float(), dim=1, eps=1e-8).T / self.tv).softmax(0) / len(words)
-            for image, words in zip(projected, features.text_tokens, strict=True)
+    def _covers(self, features: VisionFeatures) -> Tensor:
+        """[B, N, N + words] how well each patch covers each patch and each word of the question."""
+        batch, length, _ = features.patches.shape
+        norms = torch.linalg.vector_norm(features.projected, dim=2, dtype=torch.float32).clamp(min=1e-12)
+        words = [  # [N, words] each, the softmax over patches
+            (image.float() @ unit(text).T / norm.unsqueeze(1) / self.tv).softmax(0) / len(text)
+            for image, norm, text in zip(features.projected, norms, features.text_tokens, strict=True)
         ]
-        # Sums over words and patches go in strides of up to 64 and must not change with the longest question
-        # of a batch: zeros fill up to whole strides.
-        length = projected.shape[1]
-        widest = max((words.shape[1] for words in each), default=0)
-        widest += -(length + widest) % 64
-        out = projected.new_zeros(len(each), length, widest)
-        for row, words in zip(out, each, strict=True):
-            row[:, : words.shape[1]] = words
+        # A sum over patches and words goes in strides of up to 64 numbers and must not change with the
+        # longest question of a batch: zeros fill up to whole strides.
+        width = length + max((each.shape[1] for each in words), default=0)
+        out = torch.zeros(batch, length, width + -width % 64, device=features.patches.device)
+        # The same for patches: exp(cos / vv) / sum of its column; cosines are symmetric and at most 1.
+        patches = cosine(features.patches).sub_(1).div_(self.vv).exp_()
+        torch.mul(patches, self.alpha / length / patches.sum(1, keepdim=True), out=out[:, :, :length])
+        for image, each in zip(out, words, strict=True):
+            image[:, length : length + each.shape[1]] = each
         return out

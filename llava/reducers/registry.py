@@ -79,8 +79,8 @@ class Reducer:
         """
         if missing := [name for name in self.reads if getattr(features, name) is None]:
             raise ReducerInputError(
-                f"reducer {self.name!r} reads {', '.join(missing)}, which these features do not carry; with a "
-                "vision tower that has no CLS token, use pool, grid or random"
+                f"reducer {self.name!r} reads {', '.join(missing)}, which these features do not carry: "
+                "with a vision tower that has no CLS token, use pool, grid or random"
             )
         device = features.patches.device.type
         if torch.is_autocast_enabled(device):

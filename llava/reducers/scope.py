@@ -5,6 +5,8 @@ From the formula; the released code (kinredon/SCOPE) carries no licence for it a
 
 from dataclasses import dataclass
 
+import torch
+
 from llava.reducers.features import ReducedTokens, VisionFeatures
 from llava.reducers.greedy import cosine, cover
 from llava.reducers.ops import pick
@@ -14,7 +16,7 @@ from llava.reducers.registry import Reducer, ReducerSpecError, option, register
 @register("scope")
 @dataclass(frozen=True)
 class Scope(Reducer):
-    """Greedy coverage by cosine similarity of the patches, each gain weighted with CLS attention, raster order.
+    """Greedy coverage by cosine similarity of the patches, weighted with CLS attention, in raster order.
 
     The count is each image's own (as released, a batch shares it out). A patch of zeros covers nothing and is
     covered by nothing (as released, it turns all similarities to NaN).
@@ -38,9 +40,7 @@ class Scope(Reducer):
 
     def reduce(self, features: VisionFeatures) -> ReducedTokens:
         attention = features.cls_attn.float().sum(1) ** self.alpha
-        similarity, count = cosine(features.patches), min(self.tokens, features.patches.shape[1])
-        if self.combined == "add":
-            chosen = cover(similarity, count, bonus=attention)
-        else:
-            chosen = cover(similarity, count, weight=attention)
+        combine = torch.add if self.combined == "add" else torch.mul
+        count = min(self.tokens, features.patches.shape[1])
+        chosen = cover(cosine(features.patches), count, attention, combine)
         return pick(features.patches, chosen.sort(1).values)

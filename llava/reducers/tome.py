@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.greedy import group_mean
+from llava.reducers.greedy import group_mean, unit
 from llava.reducers.ops import inverse, require_finite
 from llava.reducers.registry import Reducer, option, register
 
@@ -41,13 +40,13 @@ class ToMe(Reducer):
 
 @torch.no_grad()
 def _merged(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """[B, N, c] keys -> the row of the output each patch goes to [B, N], and the patch each row is named for."""
+    """[B, N, c] keys -> [B, N] the row of the output each patch goes to, [B, count] the patch that stayed."""
     batch, length, _ = key.shape
     root = torch.arange(length, device=key.device).repeat(batch, 1)
     group = root
     while (now := root.shape[1]) > count:
         gone = min(now // 2, now - count)
-        metric = F.normalize(group_mean(key, group, now), dim=2)
+        metric = unit(group_mean(key, group, now))
         # Every token at an even place (A) proposes the most similar one at an odd place (B).
         best, partner = torch.bmm(metric[:, ::2], metric[:, 1::2].transpose(1, 2)).max(2)
         edge = best.argsort(dim=1, descending=True, stable=True)

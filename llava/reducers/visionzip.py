@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.greedy import group_mean
+from llava.reducers.greedy import group_mean, unit
 from llava.reducers.ops import pick, require_finite
 from llava.reducers.registry import Reducer, ReducerSpecError, option, register
 
@@ -17,8 +17,8 @@ from llava.reducers.registry import Reducer, ReducerSpecError, option, register
 class VisionZip(Reducer):
     """The CLS row first, the dominant patches in raster order, then the contextual tokens.
 
-    A contextual token is a patch at an even stride of the rest, plus the mean of the patches of the rest whose
-    keys are most similar to its key; not an average: its norm about doubles. `kept` is -1 for the CLS row.
+    A contextual token is a patch at an even stride of the rest, plus the mean of those of the rest whose keys
+    are most similar to its key; not an average: its norm about doubles. `kept` is -1 for the CLS row.
 
     Attributes:
         tokens: how many in all, the CLS row among them; at most N + 1.
@@ -67,8 +67,7 @@ class VisionZip(Reducer):
 
 @torch.no_grad()
 def _nearest(features: VisionFeatures, target: Tensor) -> Tensor:
-    """[B, N] int64: the number of the target whose key, averaged over heads, is most similar to each patch's."""
-    key = features.block_key[:, 1:].float().unflatten(2, (features.num_heads, -1)).mean(2)
-    key = F.normalize(key, dim=2)
+    """[B, N] int64: for each patch the target with the most similar key (mean over heads)."""
+    key = unit(features.block_key[:, 1:].float().unflatten(2, (features.num_heads, -1)).mean(2))
     targets = key.gather(1, target.unsqueeze(2).expand(-1, -1, key.shape[2]))
     return torch.bmm(key, targets.transpose(1, 2)).argmax(2)

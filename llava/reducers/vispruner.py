@@ -36,21 +36,24 @@ class VisPruner(Reducer):
         count = min(self.tokens, attention.shape[1])
         important = int(count * self.ratio)
         order = attention.argsort(dim=1, descending=True, stable=True)
-        others = order[:, important:]
+        kept = order[:, :important]
         if important < count:
-            others = _thinned(cosine(features.patches), others, count - important)
-        return pick(features.patches, torch.cat([order[:, :important], others], 1)[:, :count].sort(1).values)
+            others = _thinned(cosine(features.patches), order[:, important:], count - important)
+            kept = torch.cat([kept, others], 1)
+        return pick(features.patches, kept.sort(1).values)
 
 
 def _thinned(similarity: Tensor, left: Tensor, count: int) -> Tensor:
     """[B, L] int64 patches by descending attention -> [B, count], those without a near twin."""
     batch, length, _ = similarity.shape
-    flat = similarity.flatten(1)
+    flat = similarity.flatten(0, 1)
+    first = torch.arange(0, batch * length, length, device=left.device).unsqueeze(1)  # row of each image
     while left.shape[1] > count:
         even, odd = left[:, ::2], left[:, 1::2]
         drop = min(8, left.shape[1] - count, even.shape[1])
-        pairs = (even.unsqueeze(2) * length + odd.unsqueeze(1)).flatten(1)
-        twin = flat.gather(1, pairs).view(batch, even.shape[1], -1).amax(2)
+        # To its most similar odd one: whole rows of the odd ones, then the columns of the even ones.
+        rows = flat.index_select(0, (odd + first).flatten()).view(batch, -1, length)
+        twin = rows.amax(1).gather(1, even)
         order = twin.argsort(dim=1, descending=True, stable=True)
         # The survivors' new order decides who is even in the next round: it is part of the method.
         left = torch.cat([even.gather(1, order[:, drop:]), odd], 1)
