@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 SIDE = 112
@@ -126,3 +127,28 @@ def batch(kind: str, rows: list[Row], side: str = "left") -> dict[str, torch.Ten
         "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], **pad),
         **{name: torch.cat([picture[name] for picture in pixels if name in picture]) for name in names},
     }
+
+
+def processor() -> tf.LlavaProcessor:
+    """A LlavaProcessor with a tokenizer of words w3 ... w109."""
+    words = {"<pad>": PAD, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, IMAGE)}, "<image>": IMAGE}
+    words |= {f"w{i}": i for i in range(IMAGE + 1, TEXT["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+    )
+    images = tf.CLIPImageProcessorPil(
+        size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}, do_convert_rgb=True
+    )
+    return tf.LlavaProcessor(
+        images,
+        fast,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    )

@@ -6,10 +6,14 @@ transformers' whole towers, makes of the picture.
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers as tf
+from PIL import Image
 from plug_models import (
     IMAGE,
     KINDS,
@@ -22,6 +26,7 @@ from plug_models import (
     batch,
     build,
     pixels_of,
+    processor,
 )
 from torch.nn import functional as F
 
@@ -275,19 +280,37 @@ def test_a_loop_written_by_hand_with_the_long_mask():
     assert torch.equal(torch.cat(answer, dim=1), expected)
 
 
+@torch.no_grad()
+def test_a_loop_by_hand_where_the_longest_row_has_no_image():
+    """The batch is as long as before, but another row is padded by more."""
+    model, picture = reduce_tokens(build("Llava"), "prumerge"), batch("Llava", [Row(1, 5, 4)])
+    text = torch.randint(3, 110, (1, 80), generator=torch.Generator().manual_seed(4))
+    ids = torch.cat([F.pad(picture["input_ids"], (80 - 73, 0), value=PAD), text])
+    mask, pixels, answer = (ids != PAD).long(), {"pixel_values": picture["pixel_values"]}, []
+    expected = model.generate(ids, attention_mask=mask, **pixels, **GREEDY)[:, 80:]
+    output = model(input_ids=ids, attention_mask=mask, **pixels)
+    for _ in range(6):
+        answer.append(output.logits[:, -1].argmax(-1, keepdim=True))
+        mask = F.pad(mask, (0, 1), value=1)
+        output = model(input_ids=answer[-1], attention_mask=mask, past_key_values=output.past_key_values)
+    assert torch.equal(torch.cat(answer, dim=1), expected)
+    assert torch.equal(model.generate(text, **GREEDY)[:, 80:], expected[1:])
+
+
+@pytest.mark.parametrize("rows", [mixed(False), mixed(False)[:1]], ids=["batch", "alone"])
 @pytest.mark.parametrize("again", ["text", "image"])
 @torch.no_grad()
-def test_a_second_turn_on_the_cache_of_the_first(again):
+def test_a_second_turn_on_the_cache_of_the_first(again, rows):
     """`generate` with the whole conversation and the cache equals one without the cache."""
     kind, model = "Llava", reduce_tokens(build("Llava"), "prumerge")
-    inputs = batch(kind, mixed(False))
+    inputs, count = batch(kind, rows), len(rows)
     cache = tf.DynamicCache(config=model.config)
     first = model.generate(**inputs, **GREEDY, past_key_values=cache)
-    question = torch.randint(3, 110, (3, 4), generator=torch.Generator().manual_seed(1))
+    question = torch.randint(3, 110, (count, 4), generator=torch.Generator().manual_seed(1))
     pictures, new = [inputs["pixel_values"]], {}
     if again == "image":
-        picture = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
-        question = torch.cat([question, torch.full((3, 64), IMAGE), question[:, :2]], dim=1)
+        picture = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
+        question = torch.cat([question, torch.full((count, 64), IMAGE), question[:, :2]], dim=1)
         # In the order of the prompts: each row's first image, then its second.
         pictures, new = [torch.stack([pictures[0], picture], dim=1).flatten(0, 1)], {"pixel_values": picture}
     ids = torch.cat([first, question], dim=1)
@@ -404,6 +427,21 @@ def test_weights_that_accelerate_keeps_elsewhere():
     assert torch.equal(model.generate(**inputs, **GREEDY), expected)
     dense = restore(model).generate(**inputs, **GREEDY)
     assert torch.equal(dense, build(kind).generate(**inputs, **GREEDY))
+
+
+def test_weights_of_four_bits(tmp_path):
+    """Against the same quantised model, untouched, on embeddings made by hand."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    wide = tf.CLIPVisionConfig(**VISION | {"hidden_size": 64, "intermediate_size": 128})
+    build("Llava", vision_config=wide).save_pretrained(tmp_path)
+    config, row = tf.BitsAndBytesConfig(load_in_4bit=True), Row(1, 5, 4)
+    model = tf.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=config, device_map="cpu"
+    )
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds_by_hand(model, "Llava", row, "pool(tokens=9)")).logits
+        found = reduce_tokens(model, "pool(tokens=9)")(**batch("Llava", [row])).logits
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
 def test_a_subclass_of_the_users():
@@ -546,3 +584,35 @@ def test_a_cache_that_was_cropped():
     cache.crop(-8)
     with pytest.raises(ValueError, match="cropped"):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+# The page
+
+
+def test_the_code_of_the_page_runs(root, tmp_path, monkeypatch, capsys):
+    page = (root / "docs/plug.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    build("Llava").save_pretrained(tmp_path / "model")
+    processor().save_pretrained(tmp_path / "model")
+    Image.effect_noise((200, 150), 60).convert("RGB").save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks).replace("llava-hf/llava-1.5-7b-hf", "model")
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["model"].reducer.spec == "prumerge+(tokens=144)"
+    assert type(scope["again"]) is tf.LlavaForConditionalGeneration
+    assert scope["answer"].shape[1] == scope["inputs"]["input_ids"].shape[1] + 20
+
+
+def test_the_benchmark_of_the_page_runs(root):
+    """One layer of each; the numbers of positions are those of the reducers."""
+    small = ["--layers", "1", "--tower-layers", "1", "--text", "8", "--rounds", "1"]
+    run = subprocess.run(
+        [sys.executable, root / "scripts/bench_plug.py", *small, "--width", "64"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    positions = {line.split()[0]: int(line.split()[1]) for line in run.stdout.splitlines()[2:]}
+    assert positions == {"untouched": 584, "prumerge+(tokens=144)": 153, "prumerge(tokens=32)": 41}

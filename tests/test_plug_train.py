@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from plug_models import IMAGE, KINDS, PAD, TEXT, Row, batch, build
+from plug_models import IMAGE, KINDS, Row, batch, build, processor
 
 from llava.plug import reduce_tokens
 
@@ -161,33 +161,6 @@ def test_lora(tmp_path):
     assert torch.equal(merged.generate(**inputs, max_new_tokens=4, do_sample=False), found)
 
 
-def processor(tmp_path):
-    """A LlavaProcessor with a tokenizer of words w3 ... w109."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": PAD, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, IMAGE)}, "<image>": IMAGE}
-    words |= {f"w{i}": i for i in range(IMAGE + 1, TEXT["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = tf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        additional_special_tokens=["<image>"],
-    )
-    images = tf.CLIPImageProcessorPil(
-        size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}, do_convert_rgb=True
-    )
-    return tf.LlavaProcessor(
-        images,
-        fast,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
-    )
-
-
 def test_sft_trainer_of_trl_trains_the_short_sequence(tmp_path):
     """trl calls the model's body by itself: whether it trains reduced shows in the length it sees alone."""
     trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -214,7 +187,7 @@ def test_sft_trainer_of_trl_trains_the_short_sequence(tmp_path):
             **{"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 2e-3, "report_to": "none"},
             **{"use_cpu": True, "bf16": False, "logging_steps": 1, "save_strategy": "no", "max_length": None},
         )
-        trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=processor(tmp_path))
+        trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=processor())
         trainer.train()
         losses[spec] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         lengths[spec] = set(seen)

@@ -1,8 +1,8 @@
 """How each of transformers' LLaVA classes turns pixels into visual tokens, with a reducer on the way.
 
 Each class here follows `get_image_features` and `get_video_features` of the class that it is named after:
-which tower, which layers, whether CLS stays, how tiles and frames are joined. The reducer stands between tower
-and projector and sees one tile or one frame at a time.
+which tower, which layers, whether CLS stays, how tiles and frames are joined. The reducer stands between
+tower and projector and sees one tile or one frame at a time.
 """
 
 import math
@@ -23,9 +23,9 @@ PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 """Keywords that bring pictures; transformers 5.17 calls VideoLlava's images pixel_values_images."""
 
 
-def has_pixels(inputs: Mapping[str, Any], *names: str) -> bool:
-    """Whether the keywords of `forward` bring pictures (by one of these names)."""
-    return any(inputs.get(name) is not None and len(inputs[name]) for name in names or PIXELS)
+def pixels_of(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those among the keywords of `forward` that bring pictures."""
+    return {name: inputs[name] for name in PIXELS if inputs.get(name) is not None and len(inputs[name])}
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Llava:
             inputs: the keywords of `forward`.
         """
         found = {}
-        for name in filter(lambda name: has_pixels(inputs, name), PIXELS):
+        for name, pixels in pixels_of(inputs).items():
             if name == "pixel_values_videos":
-                found[self.config.video_token_id] = self.videos(inputs[name], inputs)
+                found[self.config.video_token_id] = self.videos(pixels, inputs)
             else:
-                found[self.config.image_token_id] = self.images(inputs[name], inputs)
+                found[self.config.image_token_id] = self.images(pixels, inputs)
         return found
 
     def images(self, pixels: Tensor, inputs: Mapping[str, Any]) -> list[Visual]:
@@ -132,10 +132,8 @@ class Llava:
 
     def try_out(self) -> None:
         """Reduces an image of noise by each tower, so that a reducer that cannot work raises here and now."""
-        vision = self.config.vision_config
-        noise = torch.rand(
-            1, 3, vision.image_size, vision.image_size, generator=torch.Generator().manual_seed(0)
-        )
+        side = self.config.vision_config.image_size
+        noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             for name in dict.fromkeys((self.image_tower, self.video_tower)):
                 self.reduced(noise, {}, tower=getattr(self.model, name))
@@ -173,7 +171,7 @@ class LlavaNext(Llava):
         sizes = inputs.get("image_sizes")
         if sizes is None:
             raise ValueError(
-                "this model needs image_sizes beside pixel_values: pass what the processor returns"
+                "this model needs image_sizes with its pixel_values, as the processor gives them"
             )
         tiles = self.tiles(sizes, inputs)
         if pixels.ndim == 5:
@@ -213,8 +211,7 @@ class LlavaNextVideo(LlavaNext):
         def mean(rows: Tensor) -> Tensor:  # [B, N, C] -> [B, N / stride^2, C]
             return F.avg_pool2d(rows.mT.unflatten(2, grid), stride).flatten(2).mT
 
-        key = mean(features.patch_key)
-        probe = features.probe_attention
+        key, probe = mean(features.patch_key), features.probe_attention
         return VisionFeatures(
             patches=self.model.vision_resampler(features.patches),
             query=features.query,
@@ -253,6 +250,14 @@ FAMILIES: dict[str, type[Llava]] = {
     for family in (Llava, LlavaNext, LlavaNextVideo, LlavaOnevision, VipLlava, VideoLlava)
 }
 """By the names of transformers' classes."""
+
+
+def family_of(cls: type) -> type[Llava]:
+    """How the class, or the class of transformers it is a subclass of, makes visual tokens."""
+    for base in cls.__mro__:
+        if base.__name__ in FAMILIES and base.__module__.startswith("transformers."):
+            return FAMILIES[base.__name__]
+    raise ValueError(f"a {cls.__name__} cannot be reduced: only {', '.join(FAMILIES)} of transformers")
 
 
 def _device(tower: nn.Module) -> torch.device:

@@ -54,8 +54,8 @@ class Past:
         grown = (0 if cache is None else cache.get_seq_length()) - known.mask.shape[1]
         if grown < 0:
             raise ValueError(
-                "this cache holds reduced images and was cropped, so the positions of prompt and cache no longer "
-                "match: start from a copy taken before"
+                "this cache holds reduced images and was cropped, so the positions of prompt and cache no "
+                "longer match: start from a copy taken before"
             )
         long = known.long + grown
         rest = torch.ones(batch, grown, dtype=torch.bool, device=device)
@@ -115,15 +115,15 @@ def shorten(
         ends = sizes.cumsum(0)
         if len(places) != ends[-1]:
             raise ValueError(
-                f"Image features and image tokens do not match: the prompts hold {len(places)} placeholders (id "
-                f"{token_id}), the {len(items)} images or videos need {int(ends[-1])}; use this model's own "
-                "processor, one placeholder in the text for each image, and no truncation"
+                f"Image features and image tokens do not match: the prompts hold {len(places)} placeholders "
+                f"(id {token_id}), the {len(items)} images or videos need {int(ends[-1])}; use this model's "
+                "own processor, one placeholder in the text for each image, and no truncation"
             )
         first, last = places[ends - sizes], places[ends - 1]
         if ((last - first + 1 != sizes) | (first // width != last // width)).any():
             raise ValueError(
-                "Image features and image tokens do not match: the placeholders of one image do not stand side "
-                f"by side (id {token_id}); use this model's own processor"
+                "Image features and image tokens do not match: the placeholders of one image do not stand "
+                f"side by side (id {token_id}); use this model's own processor"
             )
         # An image's first placeholder becomes -200, which `lay_out` knows; its others are dropped.
         ids.view(-1)[first] = IMAGE_TOKEN_INDEX
