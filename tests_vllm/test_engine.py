@@ -10,10 +10,10 @@ from PIL import Image
 from reference import SPECS, greedy_ids, prompt_of
 from vllm import LLM, SamplingParams
 
+from llava.cli import main
 from llava.model.builder import load_pretrained_model
 from llava.reducers import ReducerSpecError, available_reducers, build_reducer
 from tests.tiny_checkpoints import HIDDEN, edit_json, family, single_safetensors
-
 
 Request = tuple[str, list[Image.Image], str]
 """A prompt, its pictures and their reducer."""
@@ -97,10 +97,16 @@ def make(kind: str, folder):
         edit_json(tiny.full / "config.json", mm_patch_merge_type="spatial_unpad")
     if kind == "added tokens":
         edit_json(tiny.full / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    if kind == "llava-hf":
+        out = folder / "llava-hf"
+        assert (
+            main(["tools", "convert", "--to", kind, "--model-path", str(tiny.full), "--out", str(out)]) == 0
+        )
+        return out
     return tiny.full
 
 
-@pytest.mark.parametrize("kind", ["released", "anyres", "added tokens"])
+@pytest.mark.parametrize("kind", ["released", "anyres", "added tokens", "llava-hf"])
 def test_a_checkpoint_as_released_with_every_reducer_in_one_batch(kind, tmp_path):
     path = make(kind, tmp_path)
     loaded = load_pretrained_model(path, device="cpu", device_map="cpu", dtype="float32")[:3]

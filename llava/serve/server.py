@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava import hardware
 from llava.conversation import conv_templates, default_conv_mode
 from llava.errors import UserError
@@ -79,10 +81,12 @@ def run(args: argparse.Namespace) -> int:
     info = inspect_checkpoint(own.model_path, own.model_base)
     if not info.is_llava:
         raise UserError(f"{info.path} is {KINDS[info.kind]}: llava serve takes a LLaVA checkpoint")
+    if info.needs_base:
+        info.require_base()
     require_vllm()
     with tempfile.TemporaryDirectory(prefix="llava-serve-") as folder:
-        plan = hardware.plan(dtype=own.dtype)
-        on_cpu = plan.device.type == "cpu"
+        on_cpu = not torch.cuda.is_available()  # vLLM's device; LLAVA_DEVICE=cpu concerns the tower only
+        plan = hardware.plan("cpu" if on_cpu else "cuda", dtype=own.dtype)
         dtype = str(plan.dtype).removeprefix("torch.")
         path = whole_checkpoint(info, own.model_path, Path(folder), dtype)
         flags = server_flags(own, path, Path(folder), dtype, on_cpu=on_cpu)
