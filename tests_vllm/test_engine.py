@@ -1,5 +1,6 @@
 """Greedy ids of an engine in this process equal those of our own loader and `generate`, in float32."""
 
+import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -97,6 +98,14 @@ def make(kind: str, folder):
         edit_json(tiny.full / "config.json", mm_patch_merge_type="spatial_unpad")
     if kind == "added tokens":
         edit_json(tiny.full / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    if kind in ("mistral", "qwen"):
+        name = f"Llava{kind.title()}ForCausalLM"
+        edit_json(tiny.full / "config.json", model_type=f"llava_{kind}", architectures=[name])
+    if kind == "qwen":  # its attention has biases
+        generator = torch.Generator().manual_seed(2)
+        parts = [n for n in tiny.language_model if re.search("[qkv]_proj", n)]
+        biases = {n.replace("weight", "bias"): torch.randn(HIDDEN, generator=generator) for n in parts}
+        single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights, **biases})
     if kind == "llava-hf":
         out = folder / "llava-hf"
         assert (
@@ -106,8 +115,13 @@ def make(kind: str, folder):
     return tiny.full
 
 
-@pytest.mark.parametrize("kind", ["released", "anyres", "added tokens", "llava-hf"])
-def test_a_checkpoint_as_released_with_every_reducer_in_one_batch(kind, tmp_path):
+KINDS = ("released", "anyres", "added tokens", "llava-hf", "mistral", "qwen")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_random_checkpoint_with_every_reducer_in_one_batch(kind, tmp_path):
+    if kind in ("mistral", "qwen"):
+        pytest.importorskip(f"llava.model.language_model.llava_{kind}")
     path = make(kind, tmp_path)
     loaded = load_pretrained_model(path, device="cpu", device_map="cpu", dtype="float32")[:3]
     pictures = [gradient(90, 60, 0), gradient(40, 200, 80), gradient(56, 56, 160)]
