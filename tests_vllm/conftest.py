@@ -4,8 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-# Before torch or vllm is imported. In one process an engine starts in seconds.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch or vllm is imported. One thread each: an engine and what it is compared with run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -1,6 +1,9 @@
 """Greedy ids of an engine in this process equal those of our own loader and `generate`, in float32."""
 
-import gc
+import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,28 +11,29 @@ from PIL import Image
 from reference import SPECS, greedy_ids, prompt_of
 from vllm import LLM, SamplingParams
 
+from llava.cli import main
 from llava.model.builder import load_pretrained_model
 from llava.reducers import ReducerSpecError, available_reducers, build_reducer
 from tests.tiny_checkpoints import HIDDEN, edit_json, family, single_safetensors
 
+Request = tuple[str, list[Image.Image], str]
+"""A prompt, its pictures and their reducer."""
 
-def start(path, **options) -> LLM:
-    return LLM(
+
+def served(path: Path, requests: list[Request], length: int, new: int) -> list[list[int]]:
+    """The new ids of all requests, asked in one batch."""
+    engine = LLM(
         str(path),
         config_format="llava",
         dtype="float32",
+        max_model_len=length,
         enforce_eager=True,
         gpu_memory_utilization=0.05,
-        **options,
     )
-
-
-def answers(engine: LLM, requests, new: int = 16) -> list[list[int]]:
-    """New ids of (prompt, images, reducer) triples, all in one batch."""
     prompts = [
         {
             "prompt": prompt,
-            **({"multi_modal_data": {"image": list(images)}} if images else {}),
+            **({"multi_modal_data": {"image": images}} if images else {}),
             **({"mm_processor_kwargs": {"reducer": reducer}} if images else {}),
         }
         for prompt, images, reducer in requests
@@ -38,30 +42,33 @@ def answers(engine: LLM, requests, new: int = 16) -> list[list[int]]:
     return [list(one.outputs[0].token_ids) for one in done]
 
 
+def both(path: Path, loaded, requests: list[Request], *, length: int, new: int = 16):
+    """New ids of the requests by vLLM and, meanwhile, by our own model.
+
+    The engine gets a process of its own: the CPU build cannot start a second one where the first has left
+    its compiler.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        found = pool.submit(served, path, requests, length, new)
+        wanted = [
+            greedy_ids(loaded, prompt, images, reducer=spec, new=new) for prompt, images, spec in requests
+        ]
+        return found.result(), wanted
+
+
 def test_the_small_model_on_five_pictures_with_five_reducers(mini, mini_merged, pictures):
-    engine = start(mini_merged, max_model_len=1024)
+    images = {name: image for name, (image, _) in pictures.items()}
     requests = [
-        (prompt_of("smollm2", f"<image>\n{question}"), [image], spec)
+        (prompt_of("smollm2", "<image>\nWhat do you see?"), [image], spec)
         for spec in SPECS
-        for image, question in pictures.values()
+        for image in images.values()
     ]
-    found = answers(engine, requests)
-    wanted = [greedy_ids(mini, prompt, images, reducer=spec) for prompt, images, spec in requests]
+    talk = prompt_of("smollm2", "<image>\n<image>\nWhat do you see?", "A cat.", "And in the other one?")
+    requests += [(talk, [images["chelsea.jpg"], images["coffee.jpg"]], "prumerge")]
+    requests += [(prompt_of("smollm2", "Name a fruit."), [], "none")]
+    found, wanted = both(mini_merged, mini, requests, length=1024, new=10)
     assert found == wanted
     assert len({tuple(ids) for ids in wanted}) > len(pictures)
-    # A conversation of two turns about two pictures, and one about none, beside each other.
-    (cat, _), (cup, _) = pictures["chelsea.jpg"], pictures["coffee.jpg"]
-    talk = prompt_of("smollm2", "<image>\n<image>\nWhat do you see?", "A cat.", "And in the other one?")
-    requests = [(talk, [cat, cup], "prumerge"), (prompt_of("smollm2", "Name a fruit."), [], "none")]
-    assert answers(engine, requests) == [greedy_ids(mini, p, i, reducer=r) for p, i, r in requests]
-    # No picture belongs to this <image>; a server must answer something and go on.
-    assert answers(engine, [(prompt_of("smollm2", "What is <image>?"), [], "none")])[0]
-    stop(engine)
-
-
-def stop(engine: LLM) -> None:
-    engine.llm_engine.engine_core.shutdown()
-    gc.collect()
 
 
 def reducers() -> list[str]:
@@ -91,11 +98,30 @@ def make(kind: str, folder):
         edit_json(tiny.full / "config.json", mm_patch_merge_type="spatial_unpad")
     if kind == "added tokens":
         edit_json(tiny.full / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    if kind in ("mistral", "qwen"):
+        name = f"Llava{kind.title()}ForCausalLM"
+        edit_json(tiny.full / "config.json", model_type=f"llava_{kind}", architectures=[name])
+    if kind == "qwen":  # its attention has biases
+        generator = torch.Generator().manual_seed(2)
+        parts = [n for n in tiny.language_model if re.search("[qkv]_proj", n)]
+        biases = {n.replace("weight", "bias"): torch.randn(HIDDEN, generator=generator) for n in parts}
+        single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights, **biases})
+    if kind == "llava-hf":
+        out = folder / "llava-hf"
+        assert (
+            main(["tools", "convert", "--to", kind, "--model-path", str(tiny.full), "--out", str(out)]) == 0
+        )
+        return out
     return tiny.full
 
 
-@pytest.mark.parametrize("kind", ["released", "anyres", "added tokens"])
-def test_a_checkpoint_as_released_with_every_reducer_in_one_batch(kind, tmp_path):
+KINDS = ("released", "anyres", "added tokens", "llava-hf", "mistral", "qwen")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_random_checkpoint_with_every_reducer_in_one_batch(kind, tmp_path):
+    if kind in ("mistral", "qwen"):
+        pytest.importorskip(f"llava.model.language_model.llava_{kind}")
     path = make(kind, tmp_path)
     loaded = load_pretrained_model(path, device="cpu", device_map="cpu", dtype="float32")[:3]
     pictures = [gradient(90, 60, 0), gradient(40, 200, 80), gradient(56, 56, 160)]
@@ -106,10 +132,7 @@ def test_a_checkpoint_as_released_with_every_reducer_in_one_batch(kind, tmp_path
     requests = [(one, [picture], spec) for spec in reducers() for picture in pictures]
     requests += [(two, pictures, spec) for spec in ("none", "prumerge")]
     requests += [(prompt_of("vicuna_v1", "Hello"), [], "none")]
-    engine = start(path, max_model_len=512)
-    found = answers(engine, requests)
-    stop(engine)
-    wanted = [greedy_ids(loaded, prompt, images, reducer=spec) for prompt, images, spec in requests]
+    found, wanted = both(path, loaded, requests, length=512)
     assert found == wanted
     assert len({tuple(ids) for ids in wanted}) > len(requests) // 4  # the pictures matter
 

@@ -22,6 +22,7 @@ from conftest import BASE, LORA, ROOT
 from PIL import Image
 from reference import greedy_ids, prompt_of
 
+from llava.cli import main
 from llava.mini.benchmarks import generate
 
 DEFAULT = "prumerge+(max_tokens=144)"
@@ -76,13 +77,17 @@ def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=600)
 
 
+def picture(file: Path) -> str:
+    return data_url(file.read_bytes())
+
+
 def data_url(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
-    image.save(file, format)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -103,41 +108,33 @@ def text_of(mini, prompt: str, images=(), *, reducer: str = DEFAULT, tokens: int
     return mini[0].decode(ids, skip_special_tokens=True)
 
 
-COFFEE = data_url((ROOT / "playground/pictures/coffee.jpg").read_bytes())
+COFFEE = picture(ROOT / "playground/pictures/coffee.jpg")
 
 
-def test_the_small_pope_has_the_local_answers(client, mini):
+def test_the_small_pope_has_the_local_answers(client, tmp_path):
     root = ROOT / "outputs/test-vllm/mini-8"
     root.parent.mkdir(parents=True, exist_ok=True)
     generate(root, seed=0, number=8)
     lines = (root / "pope/llava_pope_test.jsonl").read_text().splitlines()
     questions = [json.loads(line) for line in lines]
-    folder = root / "pope/val2014"
-    files = {one["image"]: (folder / one["image"]).read_bytes() for one in questions}
+    assert len(questions) == 144
 
     async def served() -> list[str]:
-        many = openai.AsyncOpenAI(base_url=client.base_url, api_key=KEY, max_retries=0, timeout=600)
-        async with many:
-            replies = await asyncio.gather(
-                *(
-                    ask(many, message(one["text"], data_url(files[one["image"]])), tokens=4)
-                    for one in questions
-                )
-            )
-        return [reply.choices[0].message.content for reply in replies]
+        async with openai.AsyncOpenAI(base_url=client.base_url, api_key=KEY, timeout=900) as many:
+            urls = {
+                name: picture(root / "pope/val2014" / name) for name in {one["image"] for one in questions}
+            }
+            asked = [ask(many, message(one["text"], urls[one["image"]]), tokens=4) for one in questions]
+            return [reply.choices[0].message.content for reply in await asyncio.gather(*asked)]
 
-    assert len(questions) == 144
-    found = asyncio.run(served())
-    wanted = [
-        text_of(
-            mini,
-            prompt_of("smollm2", f"<image>\n{one['text']}"),
-            [Image.open(folder / one["image"]).convert("RGB")],
-            tokens=4,
-        )
-        for one in questions
-    ]
-    assert found == wanted and len(set(wanted)) > 1
+    answers = tmp_path / "local.jsonl"
+    local = ["eval", "pope", "--root", str(root), "--model-path", str(LORA), "--model-base", str(BASE)]
+    local += ["--reducer", DEFAULT, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "4"]
+    assert main([*local, "--answers", str(answers), "--no-score"]) == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    wanted = {row["question_id"]: row["text"] for row in rows}
+    found = {one["question_id"]: text for one, text in zip(questions, asyncio.run(served()), strict=True)}
+    assert found == wanted and len(set(wanted.values())) > 1
 
 
 def test_streamed_pieces_make_up_the_answer(client):
@@ -159,17 +156,14 @@ def test_turns_and_several_pictures(client, mini, pictures):
     assert ask(client, *turns).choices[0].message.content == text_of(mini, prompt, [cup, cat])
 
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # orientation: turn by 90 degrees
 ODD = {
     "one pixel": encoded(Image.new("RGB", (1, 1), "red")),
     "3000 x 2": encoded(Image.linear_gradient("L").resize((3000, 2))),
     "transparent": encoded(Image.merge("RGBA", (Image.linear_gradient("L"),) * 4)),
-    "turned by EXIF": (ROOT / "playground/pictures/coffee.jpg").read_bytes(),
+    "turned by EXIF": encoded(Image.open(ROOT / "playground/pictures/chelsea.jpg"), "JPEG", exif=TURNED),
 }
-exif = Image.Exif()
-exif[0x0112] = 6  # orientation: turn by 90 degrees
-with io.BytesIO() as turned:
-    Image.open(ROOT / "playground/pictures/chelsea.jpg").save(turned, "JPEG", exif=exif)
-    ODD["turned by EXIF"] = turned.getvalue()
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -288,7 +282,7 @@ def test_two_hundred_requests_at_once_with_twenty_clients_gone_midway(client, ur
 
 
 def turns(name: str, pictures) -> list[dict]:
-    return [message(pictures[name][1], data_url((ROOT / "playground/pictures" / name).read_bytes()))]
+    return [message(pictures[name][1], picture(ROOT / "playground/pictures" / name))]
 
 
 def outcome(reply) -> tuple[str, int]:

@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava import hardware
 from llava.conversation import conv_templates, default_conv_mode
 from llava.errors import UserError
@@ -79,15 +81,18 @@ def run(args: argparse.Namespace) -> int:
     info = inspect_checkpoint(own.model_path, own.model_base)
     if not info.is_llava:
         raise UserError(f"{info.path} is {KINDS[info.kind]}: llava serve takes a LLaVA checkpoint")
+    if info.needs_base:
+        info.require_base()
     require_vllm()
     with tempfile.TemporaryDirectory(prefix="llava-serve-") as folder:
-        plan = hardware.plan(dtype=own.dtype)
-        on_cpu = plan.device.type == "cpu"
+        on_cpu = not torch.cuda.is_available()  # vLLM's device; LLAVA_DEVICE=cpu concerns the tower only
+        plan = hardware.plan("cpu" if on_cpu else "cuda", dtype=own.dtype)
         dtype = str(plan.dtype).removeprefix("torch.")
         path = whole_checkpoint(info, own.model_path, Path(folder), dtype)
         flags = server_flags(own, path, Path(folder), dtype, on_cpu=on_cpu)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *rest]
-        with subprocess.Popen(command, env=server_environment(on_cpu)) as server:
+        # A session of its own: Ctrl-C reaches the server once, through us.
+        with subprocess.Popen(command, env=server_environment(on_cpu), start_new_session=True) as server:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda number, frame: server.send_signal(number))
             return server.wait()
@@ -118,16 +123,9 @@ def whole_checkpoint(info: CheckpointInfo, name: str, folder: Path, dtype: str) 
     tokenizer, model, _, _ = load_pretrained_model(
         info.path, info.require_base().path, device="cpu", device_map="cpu", dtype=dtype
     )
-    owner = info.llava_config
-    model.config.mm_vision_tower = str(
-        resolve_directory(model.config.mm_vision_tower, beside=owner.path).resolve()
-    )
-    save_full(
-        model,
-        tokenizer,
-        path,
-        include_tower=owner.kind == "llava_hf" or model.config.unfreeze_mm_vision_tower,
-    )
+    tower = resolve_directory(model.config.mm_vision_tower, beside=info.llava_config.path)
+    model.config.mm_vision_tower = str(tower.resolve())
+    save_full(model, tokenizer, path)
     return path
 
 
@@ -140,9 +138,7 @@ def server_flags(own: argparse.Namespace, path: Path, folder: Path, dtype: str, 
     )
     flags = ["--model", str(path), "--served-model-name", own.model_path, "--config-format", NAME]
     flags += ["--dtype", dtype, "--generation-config", str(folder)]
-    flags += [
-        "--trust-request-mm-kwargs"
-    ]  # lets a request choose its reducer; the plug-in takes nothing else
+    flags += ["--trust-request-mm-kwargs"]  # a request may choose its reducer; the plug-in takes no more
     if own.reducer is not None:
         flags += ["--mm-processor-kwargs", json.dumps({"reducer": own.reducer})]
     if own.conv_mode is not None:

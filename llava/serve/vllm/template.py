@@ -12,6 +12,29 @@ SYSTEM, QUESTION, ANSWER, NEXT_QUESTION = "\ue000", "\ue001", "\ue002", "\ue003"
 """Characters no template contains, put in place of what people write."""
 
 
+TURNS = """
+{%- if messages[0]['role'] == 'system' -%}
+  {%- if not after_system -%}
+    {{- raise_exception('this prompt template has no place for a system message') -}}
+  {%- endif -%}
+  {{- before_system + messages[0]['content'] + after_system -}}
+  {%- set turns = messages[1:] -%}
+{%- else -%}
+  {{- head -}}
+  {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+  {%- set role = ['user', 'assistant'][loop.index0 % 2] -%}
+  {%- if message['role'] != role -%}
+    {{- raise_exception('messages alternate between user and assistant, the user first') -}}
+  {%- endif -%}
+  {%- if role == 'assistant' -%}{{- to_answer -}}{%- elif not loop.first -%}{{- to_question -}}{%- endif -%}
+  {{- message['content'].replace('<image>', image) -}}
+  {%- if loop.last and role == 'user' -%}{{- to_last_answer -}}{%- endif -%}
+{%- endfor -%}
+"""
+
+
 def chat_template(conversation: Conversation, *, bos: str = "", image: str = DEFAULT_IMAGE_TOKEN) -> str:
     """A conversation template in Jinja, which vLLM renders: the same string as `Conversation.get_prompt`.
 
@@ -32,24 +55,17 @@ def chat_template(conversation: Conversation, *, bos: str = "", image: str = DEF
     # `<|im_start|>system\n` and the like are part of what our templates call the system prompt.
     tag = re.match(r"(<\|\w+\|>(system)?)*\s*", conversation.system).group()
     before, _, after = dataclasses.replace(turns, system=tag + SYSTEM).get_prompt().partition(SYSTEM)
-    after = after.partition(QUESTION)[0]
-    system = f"{json.dumps(bos + before)} + messages[0]['content'] + {json.dumps(after)}"
-    if not after:
-        system = "raise_exception('this prompt template has no place for a system message')"
-    return (
-        "{%- if messages[0]['role'] == 'system' -%}{{ " + system + " }}{%- set turns = messages[1:] -%}"
-        "{%- else -%}{{ " + json.dumps(bos + head) + " }}{%- set turns = messages -%}{%- endif -%}"
-        "{%- for message in turns -%}"
-        "{%- if message['role'] != ('user', 'assistant')[loop.index0 % 2] -%}"
-        "{{ raise_exception('messages alternate between user and assistant, the user first') }}{%- endif -%}"
-        "{%- if message['role'] == 'assistant' -%}{{ " + json.dumps(to_answer) + " }}"
-        "{%- elif not loop.first -%}{{ " + json.dumps(to_question) + " }}{%- endif -%}"
-        "{{ message['content'].replace(" + f"{json.dumps(DEFAULT_IMAGE_TOKEN)}, {json.dumps(image)}" + ") }}"
-        "{%- if loop.last and message['role'] == 'user' -%}{{ "
-        + json.dumps(to_last_answer)
-        + " }}{%- endif -%}"
-        "{%- endfor -%}"
-    )
+    pieces = {
+        "head": bos + head,
+        "before_system": bos + before,
+        "after_system": after.partition(QUESTION)[0],
+        "to_answer": to_answer,
+        "to_question": to_question,
+        "to_last_answer": to_last_answer,
+        "image": image,
+    }
+    known = "".join(f"{{%- set {name} = {json.dumps(piece)} -%}}" for name, piece in pieces.items())
+    return known + TURNS
 
 
 def spelled_bos(tokenizer: Any) -> str:
