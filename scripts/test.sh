@@ -8,4 +8,5 @@ llava mini prepare > /dev/null
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
+lint-imports --no-cache --no-logo
 exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
