@@ -34,7 +34,7 @@ def write_sheet(out: Path, table: Iterable[tuple[dict[str, str], Any]], answers:
         if number == 0:
             header = ["index", *columns]
             header.insert(PREDICTION_COLUMN, "prediction")
-            sheet.append(header)
+            sheet.append([text(name) for name in header])
         line = [row.index, *(text(cells[name]) for name in columns)]
         line.insert(PREDICTION_COLUMN, text(answers.get(str(row.index), "")))
         sheet.append(line)

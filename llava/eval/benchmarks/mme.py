@@ -5,7 +5,6 @@ Perception, the sum of ten subtasks (at most 2000); Cognition sums the other fou
 """
 
 from collections import Counter
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -29,8 +28,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 def load(root: Path, questions: Path | None = None) -> list[Sample]:
     file, release = questions or root / QUESTIONS, root / RELEASE
     labels = read_labels(release) if release.is_dir() else None
-    read = partial(read_questions, file, release, key)
-    return labelled(file, read, labels, release, whole=questions is None)
+    return labelled(file, lambda: read_questions(file, release, key), labels, release, whole=not questions)
 
 
 def key(identifier: object, text: str) -> str:
@@ -80,8 +78,7 @@ def measure(unit: base.Unit) -> dict[str, float]:
             right = said == sample.reference
             cell = ("T" if right else "F") + ("P" if said == "yes" else "N")
             counts.update({"n": 1, "right": right, "other" if said == "other" else cell: 1})
-    if counts["n"] == len(unit):
-        counts.update(images=1, both=counts["right"] == len(unit))
+    counts.update(images=counts["n"] == len(unit), both=counts["right"] == len(unit))
     return {f"{unit[0][0].category}/{name}": float(count) for name, count in counts.items()}
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from llava.errors import UserError
 from llava.eval.benchmarks import base
 from llava.eval.normalize import flatten, m4c, soft_score, vqa_official
-from llava.eval.questions import Sample, read_questions, with_labels
-from llava.eval.reading import read_json
+from llava.eval.questions import Question, Sample, read_questions, with_labels
+from llava.eval.reading import read_json, read_rows
 from llava.files import write_text
 
 FOLDER = "vqav2"
@@ -49,8 +49,7 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
     if not found:
         return samples
     if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise UserError(f"{folder}: {len(found)} annotation files ({names}); leave one.")
+        raise UserError(f"{folder}: several annotation files, {', '.join(x.name for x in found)}; leave one.")
     labels = []
     for one in read_json(found[0], Annotations).annotations:
         reference = one.answer_type, one.question_type, [answer.answer for answer in one.answers]
@@ -86,14 +85,15 @@ def metrics(sums: base.Counts) -> dict:
 def optional(root: Path, samples: Sequence[Sample], listed: Path | None = None) -> list[Sample]:
     """The questions of test2015 (340,000) that are not among `samples`."""
     known = {sample.key for sample in samples}
-    questions = read_questions(listed or root / FOLDER / TEST, root / FOLDER / "test2015")
-    return [question for question in questions if question.key not in known]
+    rows = read_rows(listed or root / FOLDER / TEST, Question)
+    others = (Sample(row.question_id, row.text, None, "", where) for where, row in rows)
+    return [sample for sample in others if sample.key not in known]
 
 
 def write(out: Path, root: Path, answers: Mapping[str, str], listed: Path | None = None) -> None:
     """One entry a question of test2015, in its order; "" where there is no answer."""
-    questions = read_questions(listed or root / FOLDER / TEST)
-    upload = [{"question_id": x.id, "answer": m4c(answers.get(str(x.id), ""))} for x in questions]
+    ids = [row.question_id for _, row in read_rows(listed or root / FOLDER / TEST, Question)]
+    upload = [{"question_id": x, "answer": m4c(answers.get(str(x), ""))} for x in ids]
     write_text(out, json.dumps(upload))
 
 
