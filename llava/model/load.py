@@ -144,10 +144,12 @@ def load_language_model(
         config.vocab_size = num_tokens
 
     size = sum(tensor.nbytes for tensor in found.tensors.values())
+    name = config.name_or_path  # from_pretrained(None) writes "None" there
     with _quiet(size):
         model = LANGUAGE_MODELS[config.model_type].from_pretrained(
             None, config=config, state_dict=found.tensors, **options
         )
+    model.name_or_path = model.config.name_or_path = name
     model.generation_config = generation_config(info, model)
     return model
 
