@@ -40,8 +40,8 @@ class AnswersFile:
     def __init__(self, path: Path, lines: Sequence[dict[str, Any]], part: int | None = None):
         self.path, self.lines = path, lines
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = path if part is None else Files(path).part(part)
-        self._descriptor = self._lock(own, self.WAIT_SECONDS)
+        self.own = path if part is None else Files(path).part(part)
+        self._descriptor = self._lock(self.own, self.WAIT_SECONDS)
         whole = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0).rfind(b"\n") + 1
         os.ftruncate(self._descriptor, whole)
 
@@ -49,7 +49,11 @@ class AnswersFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        try:
+            if os.fstat(self._descriptor).st_size == 0 and _is_at(self.own, self._descriptor):
+                self.own.unlink()  # a command that failed before its first answer leaves nothing behind
+        finally:
+            os.close(self._descriptor)
 
     def append(self, *rows: dict[str, Any]) -> None:
         self._write("".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -115,7 +119,7 @@ class AnswersFile:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                if _is_at(path, descriptor):
                     return descriptor  # and not a part that was merged and deleted meanwhile
             except BlockingIOError:
                 if time.monotonic() >= deadline:
@@ -125,6 +129,14 @@ class AnswersFile:
                     ) from None
                 time.sleep(0.1)
             os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether this open file is still the one with that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _whole_lines(file: Path) -> list[bytes]:
