@@ -39,6 +39,16 @@ SPECS = [
     "prumerge+(tokens=20)",
     "prumerge+(min_tokens=8, max_tokens=24)",
     "prumerge+(merge=false)",
+    "cdpruner(tokens=20)",
+    "divprune(tokens=20)",
+    "evit(tokens=20)",
+    "hiprune(tokens=20, alpha=0.5)",
+    "holov(tokens=20)",
+    "mmtok(tokens=20)",
+    "scope(tokens=20)",
+    "tome(tokens=20)",
+    "visionzip(tokens=20)",
+    "vispruner(tokens=20)",
 ]
 READS_CLS = [spec for spec in SPECS if spec.startswith(("prumerge", "topk"))]
 
@@ -58,7 +68,31 @@ def make_features(
     key = torch.randn(batch, length + 1, width, generator=generator)
     query = torch.randn(batch, width, generator=generator) * sharp
     query = query * torch.linspace(0.4, 1.6, max(batch, 2))[:batch, None]
-    return VisionFeatures(patches.to(dtype), query.to(dtype), key.to(dtype), 4, grid)
+    features = VisionFeatures(patches.to(dtype), query.to(dtype), key.to(dtype), 4, grid)
+    return dataclasses.replace(features, **optional_fields(batch, length, width, dtype))
+
+
+def optional_fields(batch: int, length: int, width: int, dtype: torch.dtype) -> dict:
+    """What rivals read beside; image i's question has i + 1 segments and 2 i + 3 words."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    fields = {
+        "cls": draw(batch, 1, width),
+        "cls_attn": draw(batch, 4, length + 1).softmax(2)[..., 1:],
+        "block_key": draw(batch, length + 1, width),
+        "projected": draw(batch, length, 24),
+        "attn_mid": draw(batch, length + 1).softmax(1),
+        "attn_deep": draw(batch, length + 1).softmax(1),
+        "image_embeds": draw(batch, length, 12),
+    }
+    texts = {
+        "text_embeds": [draw(i + 1, 12).to(dtype) for i in range(batch)],
+        "text_tokens": [draw(2 * i + 3, 24).to(dtype) for i in range(batch)],
+    }
+    return {name: value.to(dtype) for name, value in fields.items()} | texts
 
 
 # --- a slow obvious version: one image, one token at a time, in float64 ---
@@ -237,12 +271,11 @@ def check_contract(spec: str, features: VisionFeatures) -> ReducedTokens:
         assert torch.equal(parts[image], reduced.tokens[image, :count])
         assert not reduced.tokens[image, count:].any()
         assert (reduced.kept[image, count:] == -1).all()
-        kept = [patch for patch in reduced.kept[image].tolist() if patch >= 0]
-        assert len(set(kept)) == len(kept) and all(patch < length for patch in kept)
-        assert reduced.kept[image, : len(kept)].tolist() == kept  # an appended token comes last
+        kept = {row: patch for row, patch in enumerate(reduced.kept[image].tolist()) if patch >= 0}
+        assert len(set(kept.values())) == len(kept) and all(patch < length for patch in kept.values())
         source = reduced.source[image]
         assert int(source.min()) >= -1 and int(source.max()) < count
-        for row, patch in enumerate(kept):
+        for row, patch in kept.items():
             assert int(source[patch]) == row
     return reduced
 
@@ -429,8 +462,9 @@ class Spy(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith(("scope", "mmtok"))])
 def test_one_host_sync_a_batch(spec, monkeypatch):
+    """But for the two whose greedy search asks at every choice."""
     features = make_features(4, sharp=2.0)
     lists = []
     tolist = Tensor.tolist

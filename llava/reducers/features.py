@@ -79,7 +79,7 @@ class VisionFeatures:
 
     def float(self) -> "VisionFeatures":
         """The same in float32: a copy, or itself where it is so already."""
-        exact = {
+        exact: dict[str, Any] = {
             name: value.float() if isinstance(value, Tensor) else [text.float() for text in value]
             for name, value in self._given().items()
         }

@@ -78,7 +78,7 @@ def cover(
         # The largest bound itself is among them, which the top of many equals need not hold.
         top = bound.topk(min(LOOK_AHEAD, length - len(chosen))).indices
         some = torch.cat([pick, top], 1)
-        candidates = flat.index_select(0, (some + first).flatten()).view(batch, -1, rows)
+        candidates = flat.index_select(0, (some + first).flatten()).view(batch, some.shape[1], rows)
         gain = candidates.sub_(best).clamp_(min=0).sum(2)
         bound.scatter_(1, some, combine(gain, weight.gather(1, some)))
         pick = bound.argmax(1, keepdim=True)

@@ -52,7 +52,7 @@ def _thinned(similarity: Tensor, left: Tensor, count: int) -> Tensor:
         even, odd = left[:, ::2], left[:, 1::2]
         drop = min(8, left.shape[1] - count, even.shape[1])
         # To its most similar odd one: whole rows of the odd ones, then the columns of the even ones.
-        rows = flat.index_select(0, (odd + first).flatten()).view(batch, -1, length)
+        rows = flat.index_select(0, (odd + first).flatten()).view(batch, odd.shape[1], length)
         twin = rows.amax(1).gather(1, even)
         order = twin.argsort(dim=1, descending=True, stable=True)
         # The survivors' new order decides who is even in the next round: it is part of the method.
