@@ -12,6 +12,7 @@ import time
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.initialization import no_init_weights
 
 from llava import hardware
 from llava.plug import reduce_tokens, restore
@@ -34,8 +35,13 @@ def build(width: int, layers: int, tower_layers: int, plan: hardware.Plan) -> Ll
         patch_size=14,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=31999, dtype=plan.dtype)
-    with torch.device(plan.device):
-        return LlavaForConditionalGeneration._from_config(config, dtype=plan.dtype).eval()
+    with torch.device(plan.device), no_init_weights():
+        model = LlavaForConditionalGeneration._from_config(config, dtype=plan.dtype).eval()
+    noise = 0.02 * torch.randn(1 << 20, device=plan.device)
+    for parameter in model.parameters():  # the same noise over and over: drawing a billion takes longer
+        for part in parameter.data.view(-1).split(len(noise)):
+            part.copy_(noise[: len(part)])
+    return model
 
 
 def flops(model: LlavaForConditionalGeneration, positions: int) -> float:
@@ -99,8 +105,8 @@ def main() -> None:
     median = {name: {part: statistics.median(t) for part, t in times[name].items()} for name in names}
     print(
         f"{plan.device}, {plan.dtype}, {torch.get_num_threads()} threads: {arguments.layers} layers "
-        f"{arguments.width} wide, "
-        f"{arguments.tower_layers} of CLIP-L, {arguments.text} text tokens, median of {arguments.rounds}"
+        f"{arguments.width} wide, {arguments.tower_layers} of CLIP-L, {arguments.text} text tokens, "
+        f"median of {arguments.rounds}"
     )
     print(f"{'':24}{'positions':>10}{'whole ms':>16}{'language model ms':>24}{'its FLOPs':>12}")
     for name in names:

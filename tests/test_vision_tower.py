@@ -112,17 +112,11 @@ def test_equals_the_full_model(kind, select_layer, size):
         torch.testing.assert_close(features.query, query[:, 0], atol=1e-5, rtol=0)
         torch.testing.assert_close(features.key[:, 0], key[:, 0], atol=1e-5, rtol=0)
         torch.testing.assert_close(features.cls, states[select_layer][:, :1], atol=1e-5, rtol=0)
+        whole = VisionTower(model, select_layer=select_layer, select_feature="cls_patch").tokens(pixels)
+        torch.testing.assert_close(whole, torch.cat([features.cls, features.patches], 1), atol=0, rtol=0)
     assert features.grid == (size[0] // 14, size[1] // 14)
     assert features.num_heads == 4
     torch.testing.assert_close(tower.tokens(pixels), features.patches, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["clip", "dinov2", "registers"])
-def test_cls_patch_keeps_cls_in_front(kind):
-    model, prefix, pixels = make_model(kind), PREFIX[kind], random_pixels(56, 56)
-    state = full_model(model, pixels)[0][-2]
-    tokens = VisionTower(model, select_feature="cls_patch").tokens(pixels)
-    torch.testing.assert_close(tokens, torch.cat([state[:, :1], state[:, prefix:]], 1), atol=1e-5, rtol=0)
 
 
 def test_probe_attention_is_that_of_the_pooling_head():
