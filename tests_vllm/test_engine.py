@@ -16,6 +16,13 @@ from llava.model.builder import load_pretrained_model
 from llava.reducers import ReducerSpecError, available_reducers, build_reducer
 from tests.tiny_checkpoints import HIDDEN, edit_json, family, single_safetensors
 
+ENGINES = get_context("forkserver")
+ENGINES.set_forkserver_preload(
+    ["vllm.entrypoints.llm", "vllm.model_executor.models.llama", "llava.model.builder"]
+)
+"""Each engine gets a process with vLLM imported and nothing else done: the CPU build cannot start a second
+engine in one process, nor one beside whatever else has loaded llvmlite."""
+
 Request = tuple[str, list[Image.Image], str]
 """A prompt, its pictures and their reducer."""
 
@@ -43,12 +50,8 @@ def served(path: Path, requests: list[Request], length: int, new: int) -> list[l
 
 
 def both(path: Path, loaded, requests: list[Request], *, length: int, new: int = 16):
-    """New ids of the requests by vLLM and, meanwhile, by our own model.
-
-    The engine gets a process of its own: the CPU build cannot start a second one where the first has left
-    its compiler.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+    """New ids of the requests by vLLM and, meanwhile, by our own model."""
+    with ProcessPoolExecutor(1, mp_context=ENGINES) as pool:
         found = pool.submit(served, path, requests, length, new)
         wanted = [
             greedy_ids(loaded, prompt, images, reducer=spec, new=new) for prompt, images, spec in requests
@@ -107,11 +110,9 @@ def make(kind: str, folder):
         biases = {n.replace("weight", "bias"): torch.randn(HIDDEN, generator=generator) for n in parts}
         single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights, **biases})
     if kind == "llava-hf":
-        out = folder / "llava-hf"
-        assert (
-            main(["tools", "convert", "--to", kind, "--model-path", str(tiny.full), "--out", str(out)]) == 0
-        )
-        return out
+        flags = ["--to", kind, "--model-path", str(tiny.full), "--out", str(folder / kind)]
+        assert main(["tools", "convert", *flags]) == 0
+        return folder / kind
     return tiny.full
 
 
@@ -125,10 +126,8 @@ def test_a_random_checkpoint_with_every_reducer_in_one_batch(kind, tmp_path):
     path = make(kind, tmp_path)
     loaded = load_pretrained_model(path, device="cpu", device_map="cpu", dtype="float32")[:3]
     pictures = [gradient(90, 60, 0), gradient(40, 200, 80), gradient(56, 56, 160)]
-    one, two = (
-        prompt_of("vicuna_v1", "<image>\nSay."),
-        prompt_of("vicuna_v1", "<image>\n<image>\nA?", "B", "c <image>?"),
-    )
+    one = prompt_of("vicuna_v1", "<image>\nSay.")
+    two = prompt_of("vicuna_v1", "<image>\n<image>\nA?", "B", "c <image>?")
     requests = [(one, [picture], spec) for spec in reducers() for picture in pictures]
     requests += [(two, pictures, spec) for spec in ("none", "prumerge")]
     requests += [(prompt_of("vicuna_v1", "Hello"), [], "none")]
