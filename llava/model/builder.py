@@ -126,14 +126,14 @@ def load_pretrained_model(
     adapted = info.kind == "lora"
     if info.is_llava:
         raw = llava_config_dict(info) if customized_config is None else _config_dict(customized_config)
-        if reducer is not None:
-            raw["mm_token_reducer"] = reducer
-        config = build_config(raw, info)
+        config = build_config({**raw, "mm_token_reducer": "none"} if reducer else raw, info)
         tokenizer = tokenizer_of(info, config)
         weights = read_model_weights(info)
         if adapted and merge_lora and "quantization_config" in options:
             weights, adapted = merge_weights(info, config, weights), False
         model = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
+        if reducer is not None:
+            model.set_reducer(reducer)
     else:
         raw, tokenizer = info.config, tokenizer_of(info)
         model = load_plain(info, **options)
@@ -146,7 +146,7 @@ def load_pretrained_model(
         image_processor = tower.image_processor
         if vision_tower is not None:
             model.config.mm_vision_tower = str(vision_tower)
-        if raw.get("mm_token_reducer") is None:
+        if reducer is None and raw.get("mm_token_reducer") is None:
             logger.warning(
                 "%s does not say which tokens to use: all %d visual tokens of an image are; "
                 "--reducer prumerge+ (reducer=) keeps fewer",

@@ -14,7 +14,7 @@ model:
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -90,7 +90,11 @@ class LlavaMetaConfig(PreTrainedConfig):
     unfreeze_mm_vision_tower: bool = False
 
 
-class LlavaMetaModel:
+# Mixins: what they use of a language model comes from the class they are combined with.
+_Model: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class LlavaMetaModel(_Model):
     """A language model's body with the two modules whose weights LLaVA keeps beside it.
 
     Attributes:
@@ -120,7 +124,7 @@ class LlavaMetaModel:
             initialization.normal_(self.image_newline, std=self.config.hidden_size**-0.5)
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(_Model):
     """LLaVA on a language model. See the file's head for what it takes."""
 
     config_class: ClassVar[type[LlavaMetaConfig]]
@@ -138,7 +142,7 @@ class LlavaMetaForCausalLM:
         self.model = self.body_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.set_reducer(config.mm_token_reducer)
+        self.set_reducer(config.mm_token_reducer, from_checkpoint=True)
         self.post_init()
 
     # Parts
@@ -176,14 +180,14 @@ class LlavaMetaForCausalLM:
         """The token reducer: a callable from VisionFeatures to ReducedTokens, see `llava.reducers`."""
         return self._reducer
 
-    def set_reducer(self, spec: str) -> None:
+    def set_reducer(self, spec: str, *, from_checkpoint: bool = False) -> None:
         """Reduces visual tokens as `spec` says from now on; saved with the config.
 
         Raises:
-            UserError: no such reducer or option.
+            UserError: no such reducer or option; a spec from a checkpoint that names a Python file.
         """
         try:
-            self._reducer = build_reducer(spec)
+            self._reducer = build_reducer(spec, from_checkpoint=from_checkpoint)
         except ReducerSpecError as error:
             raise UserError(str(error)) from error
         self.config.mm_token_reducer = self._reducer.spec
@@ -219,7 +223,7 @@ class LlavaMetaForCausalLM:
                 f"{tower.select_feature!r}: set it to 'patch', or use the reducer 'none'"
             )
         try:
-            return self.reducer(tower(pixel_values)).unbind()
+            return self.reducer(tower(pixel_values, self.reducer.reads)).unbind()
         except ReducerInputError as error:
             raise UserError(str(error)) from error
 

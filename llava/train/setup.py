@@ -105,6 +105,8 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
         )
         options["device_map"] = {"": training.device}  # quantized weights cannot be moved later
     llava = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
+    if model.mm_token_reducer is not None:
+        llava.set_reducer(model.mm_token_reducer)
     tower = tower_of(info, config, weights, model.vision_tower, device=llava.device, dtype=dtype)
     set_seed(training.seed)  # a new projector's start; how many numbers loading drew depends on sharding
     llava.set_vision_tower(tower)
@@ -172,6 +174,8 @@ def _config(
     }
     dropped = ("dtype", "torch_dtype", "quantization_config")
     kept = {name: value for name, value in recorded.items() if name not in dropped}
+    if model.mm_token_reducer is not None:
+        chosen["mm_token_reducer"] = "none"  # what the user names is set later: it may be in a file
     config = build_config({**kept, **chosen}, info)
     config._name_or_path = model.model_name_or_path
     return config
