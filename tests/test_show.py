@@ -2,11 +2,13 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reducer_features import optional_fields
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.analysis import show
@@ -113,7 +115,7 @@ def features(cls: bool = True) -> VisionFeatures:
 
 @pytest.mark.parametrize("name", available_reducers())
 def test_four_panels_of_every_reducer(name, tmp_path):
-    one = features()
+    one = replace(features(), **optional_fields(1, 64, 16, torch.float32))
     out = tmp_path / "made" / "sheet.png"
     show.figure(Image.new("RGB", (64, 64)), one, build_reducer(name)(one), title=name, out=out)
     with Image.open(out) as sheet:
