@@ -30,7 +30,7 @@ PATCHES = SIDE * SIDE
 
 
 def smooth_features(batch: int) -> VisionFeatures:
-    """Random fields that vary slowly over the image, plus noise: neighbours are similar, as in real features."""
+    """Random fields that vary slowly over the image, plus noise: neighbours are similar."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -176,13 +176,13 @@ def main() -> None:
         "faster",
         "same_tokens",
     ]
-    print("  ".join(f"{name:>{20 if name == 'reducer' else 11}}" for name in columns))
+    print("  ".join(f"{name:>{24 if name == 'reducer' else 11}}" for name in columns))
     rows = []
     for batch in args.batch:
         features = smooth_features(batch)
         for name in (*sorted(GREEDY), *OTHERS):
             rows.append(measure(name, features, args.tokens, args.rounds))
-            cells = [(str(rows[-1].get(column, "")), 20 if column == "reducer" else 11) for column in columns]
+            cells = [(str(rows[-1].get(column, "")), 24 if column == "reducer" else 11) for column in columns]
             print("  ".join(f"{text:>{width}}" for text, width in cells), flush=True)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reducer_features import optional_fields
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,29 +71,6 @@ def make_features(
     query = query * torch.linspace(0.4, 1.6, max(batch, 2))[:batch, None]
     features = VisionFeatures(patches.to(dtype), query.to(dtype), key.to(dtype), 4, grid)
     return dataclasses.replace(features, **optional_fields(batch, length, width, dtype))
-
-
-def optional_fields(batch: int, length: int, width: int, dtype: torch.dtype) -> dict:
-    """What rivals read beside; image i's question has i + 1 segments and 2 i + 3 words."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    fields = {
-        "cls": draw(batch, 1, width),
-        "cls_attn": draw(batch, 4, length + 1).softmax(2)[..., 1:],
-        "block_key": draw(batch, length + 1, width),
-        "projected": draw(batch, length, 24),
-        "attn_mid": draw(batch, length + 1).softmax(1),
-        "attn_deep": draw(batch, length + 1).softmax(1),
-        "image_embeds": draw(batch, length, 12),
-    }
-    texts = {
-        "text_embeds": [draw(i + 1, 12).to(dtype) for i in range(batch)],
-        "text_tokens": [draw(2 * i + 3, 24).to(dtype) for i in range(batch)],
-    }
-    return {name: value.to(dtype) for name, value in fields.items()} | texts
 
 
 # --- a slow obvious version: one image, one token at a time, in float64 ---

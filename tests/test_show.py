@@ -2,11 +2,13 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reducer_features import optional_fields
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.analysis import show
@@ -111,9 +113,9 @@ def features(cls: bool = True) -> VisionFeatures:
     return VisionFeatures(patches, query if cls else None, key if cls else key[:, 1:], 2, (8, 8))
 
 
-@pytest.mark.parametrize("name", ["none", "pool", "topk", "prumerge+"])
+@pytest.mark.parametrize("name", ["none", "pool", "topk", "prumerge+", "visionzip", "tome"])
 def test_four_panels_of_every_kind_of_reducer(name, tmp_path):
-    one = features()
+    one = replace(features(), **optional_fields(1, 64, 16, torch.float32))
     out = tmp_path / "made" / "sheet.png"
     show.figure(Image.new("RGB", (64, 64)), one, build_reducer(name)(one), title=name, out=out)
     with Image.open(out) as sheet:
