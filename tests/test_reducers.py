@@ -20,7 +20,7 @@ from llava.reducers import (
     build_reducer,
 )
 from llava.reducers.baselines import grid_shape
-from llava.reducers.ops import cls_attention
+from llava.reducers.scores import patch_scores
 
 HERE = Path(__file__).parent
 SPECS = [
@@ -159,7 +159,7 @@ def run_spec(run: dict) -> str:
 def test_released_outputs(path: Path):
     case, tensors, features = read_golden(path)
     torch.testing.assert_close(
-        cls_attention(features), tensors["cls_attn"], atol=1e-6, rtol=0, check_stride=False
+        patch_scores(features), tensors["cls_attn"], atol=1e-6, rtol=0, check_stride=False
     )
     for run in case["runs"]:
         reduced = build_reducer(run_spec(run))(features)

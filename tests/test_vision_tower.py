@@ -144,7 +144,7 @@ def test_runs_no_block_whose_output_nobody_reads(kind, select_layer, runs):
     rows_through_query: list[int] = []
     for index, block in enumerate(tower.encoder.blocks):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    query, _ = tower.encoder.last_query_key()
+    query, _ = tower.encoder.query_key(tower.encoder.blocks[-1])
     query.register_forward_hook(
         lambda _m, inputs, _o: rows_through_query.append(inputs[0].shape[:-1].numel())
     )
@@ -178,7 +178,9 @@ def test_an_encoder_is_differentiable_and_leaves_the_model_as_it_is(kind):
 
     model.zero_grad()
     heard = []
-    hook = encoder.last_query_key()[1].register_forward_hook(lambda _m, _i, output: heard.append(output))
+    hook = encoder.query_key(encoder.blocks[-1])[1].register_forward_hook(
+        lambda _m, _i, output: heard.append(output)
+    )
     states = model(pixels, output_hidden_states=True).hidden_states
     hook.remove()
     prefix, (key,) = PREFIX[kind], heard
@@ -413,3 +415,35 @@ def test_reference_from_pixels_to_pruned_tokens(golden):
             torch.testing.assert_close(tokens, file.get_tensor(f"{run['id']}.tokens"), atol=2e-5, rtol=0)
             seen += 1
     assert seen > 0
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2", "registers"])
+def test_attention_fields_are_those_of_the_whole_model(kind):
+    """transformers' own attention maps and hidden states, of the block whose output the patches are."""
+    model, pixels = make_model(kind), random_pixels(70, 56)
+    prefix = VisionTower(model).encoder.num_prefix_tokens
+    reads = ["cls", "cls_attn", "block_key", "attn_mid", "attn_deep"]
+    features = VisionTower(model)(pixels, reads)
+    model.set_attn_implementation("eager")
+    options = {"interpolate_pos_encoding": True} if kind == "clip" else {}
+    with torch.no_grad():
+        output = model(pixels, output_attentions=True, output_hidden_states=True, **options)
+    mid, deep = (output.attentions[block] for block in (1, 2))  # of 4 blocks; -2: the output of block 2
+    close = {"atol": 1e-6, "rtol": 1e-4}
+    torch.testing.assert_close(features.cls, output.hidden_states[-2][:, :1], **close)
+    torch.testing.assert_close(features.cls_attn, deep[:, :, 0, prefix:], **close)
+    for field, attention in ((features.attn_mid, mid), (features.attn_deep, deep)):
+        received = attention.mean((1, 2))
+        rows = torch.cat([received[:, :1], received[:, prefix:]], dim=1)
+        torch.testing.assert_close(field, rows, **close)
+    assert features.block_key.shape == features.key.shape
+
+
+@pytest.mark.parametrize("spec", ["visionzip", "scope", "vispruner", "hiprune", "holov", "tome", "evit"])
+def test_rivals_reduce_what_the_tower_gives(spec):
+    reducer = build_reducer(f"{spec}(tokens=12)")
+    tower, pixels = VisionTower(clip()), random_pixels(84, 84)
+    both = reducer(tower(pixels, reducer.reads))
+    one = reducer(tower(pixels[1:], reducer.reads))
+    torch.testing.assert_close(both.unbind()[1], one.unbind()[0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(both.source[1:], one.source)

@@ -23,8 +23,8 @@ from llava.mm_utils import expand2square, load_image, mean_colour
 from llava.model.checkpoints import inspect_checkpoint, resolve_directory
 from llava.model.vision_tower import load_vision_tower
 from llava.reducers import ReducedTokens, ReducerInputError, ReducerSpecError, VisionFeatures, build_reducer
-from llava.reducers.ops import cls_attention
 from llava.reducers.prumerge import outlier_fence
+from llava.reducers.scores import patch_scores
 
 MINI_TOWER = Path("checkpoints/mini-base/vision_tower")
 
@@ -177,7 +177,7 @@ def figure(
     sheet = charts.new_figure(14.6, 6.3, dpi=max(110, grid[1] * CELL / 3.5), layout="constrained")
     if features.has_cls:
         axes = sheet.subplot_mosaic([*rows, ["curve"] * 4], height_ratios=(3.5, 1.1))
-        attention = cls_attention(features)[0].double().cpu().numpy()
+        attention = patch_scores(features)[0].double().cpu().numpy()
         noted = _heat(axes["attention"], whole, attention, grid)
         _curve(axes["curve"], attention, patches)
     else:

@@ -13,6 +13,7 @@ model:
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -223,7 +224,10 @@ class LlavaMetaForCausalLM(_Model):
                 f"{tower.select_feature!r}: set it to 'patch', or use the reducer 'none'"
             )
         try:
-            return self.reducer(tower(pixel_values, self.reducer.reads)).unbind()
+            features = tower(pixel_values, self.reducer.asks)
+            if "projected" in self.reducer.reads:
+                features = replace(features, projected=torch.stack(self.project(features.patches.unbind())))
+            return self.reducer(features).unbind()
         except ReducerInputError as error:
             raise UserError(str(error)) from error
 

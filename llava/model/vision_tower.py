@@ -70,14 +70,13 @@ class VisionEncoder:
     def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return block(hidden, attention_mask=None)
 
-    def last_norm(self) -> nn.Module:
-        """The layer norm in front of the last block's attention."""
-        return self.blocks[-1].layer_norm1
+    def norm(self, block: nn.Module) -> nn.Module:
+        """The layer norm in front of a block's attention."""
+        return block.layer_norm1
 
-    def last_query_key(self) -> tuple[nn.Module, nn.Module]:
-        """The last block's q and k projections."""
-        attention = self.blocks[-1].self_attn
-        return attention.q_proj, attention.k_proj
+    def query_key(self, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """A block's q and k projections."""
+        return block.self_attn.q_proj, block.self_attn.k_proj
 
     @property
     def has_probe(self) -> bool:
@@ -114,17 +113,18 @@ class VisionEncoder:
         depth, prefix = len(self.blocks), self.num_prefix_tokens
         indices = [layer % (depth + 1) for layer in layers]
         with_probe = "probe_attention" in reads and self.has_probe
-        # State depth - 1 is what the last block reads; only a probe needs that block to run.
-        states = self.hidden_states(pixel_values, [*indices, depth if with_probe else depth - 1, depth - 1])
+        # The block whose output the patches are (none for the embedding), and one at 9/24 of the depth.
+        block, mid = indices[0] - 1, int(9 * depth / 24 + 0.5) - 1
+        # State i is what block i reads. The last block itself runs for a probe only.
+        wanted = [*indices, depth - 1, max(block, 0), mid, depth if with_probe else 0]
+        states = self.hidden_states(pixel_values, wanted)
         selected = states[indices[0]]
         if len(indices) > 1:
             selected = torch.cat([states[index] for index in indices], dim=-1)
 
-        normed = self.last_norm()(states[depth - 1])
-        query_projection, key_projection = self.last_query_key()
-        key = key_projection(normed)
-        if prefix > 1:  # registers are not patches and not CLS
-            key = torch.cat([key[:, :1], key[:, prefix:]], dim=1)
+        normed = self.norm(self.blocks[-1])(states[depth - 1])
+        query_projection, key_projection = self.query_key(self.blocks[-1])
+        key = self._without_registers(key_projection(normed))
         mean_query = None
         if "mean_query" in reads:  # the projection is affine: the mean's query is the mean query
             mean_query = query_projection(normed[:, prefix:].mean(1))
@@ -138,7 +138,46 @@ class VisionEncoder:
             cls=selected[:, :1] if "cls" in reads and self.has_cls else None,
             mean_query=mean_query,
             probe_attention=self.probe_attention(states[depth]) if with_probe else None,
+            **(self._attention(block, mid, states, reads) if block >= 0 else {}),
         )
+
+    def _attention(
+        self, block: int, mid: int, states: dict[int, Tensor], reads: Collection[str]
+    ) -> dict[str, Tensor]:
+        """What rivals read of the attention in `block` and `mid`: those of block_key, cls_attn, attn_mid and
+        attn_deep that are asked for. Without a CLS token there is only block_key."""
+        fields: dict[str, Tensor] = {}
+        if {"block_key", "cls_attn"} & set(reads):
+            query, key = self._query_key(block, states[block])
+            fields["block_key"] = self._without_registers(key.flatten(2))
+        if "cls_attn" in reads and self.has_cls:
+            # One row of the attention map; multiply and sum, because the last bit of a product differs with
+            # the size of the batch.
+            logits = (query[:, :1].float() * key.float()).sum(3) * query.shape[3] ** -0.5  # [B, rows, H]
+            fields["cls_attn"] = logits.softmax(1).transpose(1, 2)[:, :, self.num_prefix_tokens :]
+        for name, number in (("attn_mid", mid), ("attn_deep", block)):
+            if name in reads and self.has_cls:
+                query, key = (x.float().transpose(1, 2) for x in self._query_key(number, states[number]))
+                # The whole map, [H, rows, rows] float32 an image (21 MB for 576 patches and 16 heads), so one
+                # image at a time.
+                scaled = query * query.shape[3] ** -0.5
+                received = [
+                    (q @ k.transpose(1, 2)).softmax(2).mean((0, 1)) for q, k in zip(scaled, key, strict=True)
+                ]
+                fields[name] = self._without_registers(torch.stack(received))
+        return {name: value for name, value in fields.items() if name in reads}
+
+    def _query_key(self, number: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, rows, H, C / H] queries and keys of a block, bias included and unscaled, from what it reads."""
+        block = self.blocks[number]
+        normed, heads = self.norm(block)(hidden), self.model.config.num_attention_heads
+        query, key = (projection(normed).unflatten(2, (heads, -1)) for projection in self.query_key(block))
+        return query, key
+
+    def _without_registers(self, rows: Tensor) -> Tensor:
+        """[B, rows, ...] without what stands between CLS and the patches."""
+        prefix = self.num_prefix_tokens
+        return rows if prefix < 2 else torch.cat([rows[:, :1], rows[:, prefix:]], dim=1)
 
 
 class CLIPEncoder(VisionEncoder):
@@ -193,11 +232,11 @@ class Dinov2Encoder(VisionEncoder):
     def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return block(hidden)
 
-    def last_norm(self) -> nn.Module:
-        return self.blocks[-1].norm1
+    def norm(self, block: nn.Module) -> nn.Module:
+        return block.norm1
 
-    def last_query_key(self) -> tuple[nn.Module, nn.Module]:
-        attention = self.blocks[-1].attention
+    def query_key(self, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+        attention = block.attention
         if hasattr(attention, "q_proj"):
             return attention.q_proj, attention.k_proj
         return attention.attention.query, attention.attention.key  # transformers 5.17

@@ -35,12 +35,13 @@ def reduce_tokens(model: PreTrainedModel, spec: str | Reducer | None = None) -> 
     """
     untouched = type(model).untouched if isinstance(model, ReducedModel) else type(model)
     family = family_of(untouched)
-    if spec is None and (spec := getattr(model.config, "mm_token_reducer", None)) is None:
+    recorded = spec is None
+    if recorded and (spec := getattr(model.config, "mm_token_reducer", None)) is None:
         raise ValueError(
             "this model's config records no reducer (mm_token_reducer): name one, for example "
             'reduce_tokens(model, "prumerge+(tokens=144)")'
         )
-    reducer = build_reducer(spec)
+    reducer = build_reducer(spec, from_checkpoint=recorded)
     if reducer.name != "none":
         kind = model.config.vision_config.model_type
         if kind not in ENCODERS:

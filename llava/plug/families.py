@@ -7,7 +7,7 @@ tower and projector and sees one tile or one frame at a time.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -109,13 +109,15 @@ class Llava:
         tower = getattr(self.model, self.image_tower) if tower is None else tower
         keeps_cls = self.keeps_cls(inputs) if keeps_cls is None else keeps_cls
         encoder = ENCODERS[tower.config.model_type](tower)
-        reads = {*getattr(self.reducer, "reads", ()), *(["cls"] if keeps_cls else [])}
+        reads = {*self.reducer.asks, *(["cls"] if keeps_cls else [])}
         features = encoder.features(pixels.to(_device(tower)), self.layers(inputs), reads)
         # The untouched class drops the first row where it does not keep CLS, even where there is none.
         rows = features.patches.shape[1] + encoder.num_prefix_tokens - (not keeps_cls)
         if pool is not None:
             features = pool(features)
 
+        if "projected" in reads:
+            features = replace(features, projected=self.model.multi_modal_projector(features.patches))
         blocks = self.reducer(features).unbind()
         if keeps_cls and features.cls is not None:
             blocks = [torch.cat([cls, block]) for cls, block in zip(features.cls, blocks, strict=True)]

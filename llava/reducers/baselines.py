@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.ops import cls_attention_per_head, pick, require_finite
+from llava.reducers.ops import pick, require_finite
 from llava.reducers.registry import Reducer, option, register
+from llava.reducers.scores import SCORES, patch_scores, score_reads
 
 QUARTER = 144
 """Tokens of a baseline that is given no number: a quarter of CLIP-L/14-336's 576, PruMerge+'s average."""
@@ -73,13 +74,19 @@ class TopAttention(Reducer):
 
     Attributes:
         tokens: how many (all N where there are fewer).
+        score: what stands for the attention of CLS: cls, probe or mean (`scores.SCORES`); the first there is.
     """
 
     tokens: int = option(QUARTER, low=1)
+    score: str | None = option(None, choices=SCORES)
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        return score_reads(self.score)
 
     def reduce(self, features: VisionFeatures) -> ReducedTokens:
-        """Raises ReducerInputError where there is no CLS token, or its attention is not finite."""
-        score = cls_attention_per_head(features).mean(1)
+        """Raises ReducerInputError where there is nothing to score patches by, or it is not finite."""
+        score = patch_scores(features, self.score, heads=features.num_heads)
         require_finite(score.isfinite().all(1).tolist())
         best = score.sort(dim=1, descending=True, stable=True).indices[:, : self.tokens]
         return pick(features.patches, best.sort(dim=1).values)

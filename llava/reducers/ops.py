@@ -8,49 +8,8 @@ kernels of those differ with the batch size, and a last bit would then decide wh
 import torch
 from torch import Tensor
 
-from llava.reducers.features import ReducedTokens, VisionFeatures
+from llava.reducers.features import ReducedTokens
 from llava.reducers.registry import ReducerInputError
-
-
-def cls_attention(features: VisionFeatures) -> Tensor:
-    """PruMerge's attention of the CLS row: softmax(q_cls . k_j / sqrt(C)) over all N + 1 rows, CLS dropped.
-
-    One head of C channels, not the tower's heads (facts of the released code, 42Shawn/LLaVA-PruMerge), so a
-    row sums to less than 1; it is not renormalised.
-
-    Returns:
-        [B, N] float32, the same bits for an image whatever batch it comes in.
-
-    Raises:
-        ReducerInputError: the tower has no CLS token.
-    """
-    return _attention(features, heads=1)[:, 0]
-
-
-def cls_attention_per_head(features: VisionFeatures) -> Tensor:
-    """The tower's own attention of the CLS row: softmax(q_h . k_h / sqrt(C / heads)), CLS dropped.
-
-    Returns:
-        [B, heads, N] float32, the same bits for an image whatever batch it comes in.
-
-    Raises:
-        ReducerInputError: the tower has no CLS token.
-    """
-    return _attention(features, heads=features.num_heads)
-
-
-def _attention(features: VisionFeatures, heads: int) -> Tensor:
-    """[B, heads, N] attention of the CLS query over all keys, the CLS column dropped after the softmax."""
-    if features.query is None:
-        raise ReducerInputError(
-            "this method reads the attention of the CLS token, and this vision tower has none: "
-            "use pool, grid or random with it"
-        )
-    width = features.key.shape[2] // heads
-    # float32 first: q . k in float16 can overflow. Multiply and sum, not a product, see above.
-    query = (features.query.float() * width**-0.5).unsqueeze(1)  # [B, 1, C]
-    logits = (features.key.float() * query).unflatten(2, (heads, width)).sum(3)  # [B, N + 1, heads]
-    return logits.softmax(1)[:, 1:].transpose(1, 2)
 
 
 def require_finite(finite: list[bool]) -> None:

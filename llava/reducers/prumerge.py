@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava.reducers.features import ReducedTokens, VisionFeatures
-from llava.reducers.ops import cls_attention, inverse, require_finite
+from llava.reducers.ops import inverse, require_finite
 from llava.reducers.registry import Reducer, ReducerSpecError, option, register
+from llava.reducers.scores import SCORES, patch_scores, score_reads
 
 NEIGHBOURS = 32
 """How many patches are merged into each that is kept, as released."""
@@ -37,6 +38,7 @@ class PruMerge(Reducer):
         min_tokens: keep at least this many, the next by attention where outliers are fewer.
         max_tokens: keep at most this many, the first by attention.
         merge: false: the selection alone, kept patches as they are, no token appended (at least one is kept).
+        score: what stands for the attention of CLS: cls, probe or mean (`scores.SCORES`); the first there is.
     """
 
     ratio: float | None = option(None, low=0, high=1, open_low=True)
@@ -44,6 +46,7 @@ class PruMerge(Reducer):
     min_tokens: int | None = option(None, low=1)
     max_tokens: int | None = option(None, low=1)
     merge: bool | None = None
+    score: str | None = option(None, choices=SCORES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,16 +59,20 @@ class PruMerge(Reducer):
                 f"reducer {self.name!r}: min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}"
             )
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        return score_reads(self.score)
+
     def reduce(self, features: VisionFeatures) -> ReducedTokens:
         """[B, N, C] patches -> at most N + 1 tokens an image, the appended one last.
 
         Scores and sums are float32 whatever the features are; the tokens have the patches' dtype.
 
         Raises:
-            ReducerInputError: no CLS token, or values that are NaN or infinite.
+            ReducerInputError: nothing to score patches by, or values that are NaN or infinite.
         """
         exact = features.float()  # once, for scores, similarities and sums
-        attention = cls_attention(exact)
+        attention = patch_scores(exact, self.score)
         order, count = self.select(*attention.sort(dim=1, descending=True, stable=True))
         if self.merge is False:
             count = count.clamp(min=1)
@@ -135,7 +142,7 @@ class PruMergePlus(PruMerge):
             attention.
         min_tokens: at least this many, more by attention where there are fewer.
         max_tokens: at most this many: at most half by attention, the comb thinned evenly to fit.
-        merge: as for `prumerge`.
+        merge, score: as for `prumerge`.
     """
 
     def select(self, descending: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,10 +35,16 @@ class ReducerInputError(ValueError):
 
 
 def option(
-    default: Any, *, low: float | None = None, high: float | None = None, open_low: bool = False
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    choices: Iterable[str] = (),
 ) -> Any:
-    """A dataclass field with a range: low <= value <= high, or low < value where `open_low`."""
-    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
+    """A dataclass field with a range: low <= value <= high, or low < value if `open_low`; or of `choices`."""
+    limits = {"low": low, "high": high, "open_low": open_low, "choices": tuple(choices)}
+    return field(default=default, metadata=limits)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ class Reducer:
     name: ClassVar[str] = ""
     reads: ClassVar[tuple[str, ...]] = ()
     """The optional fields of VisionFeatures that the method needs; nobody computes the others for it."""
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """What a tower is asked for: the fields in `reads`, and those that are read where they exist."""
+        return self.reads
 
     def __post_init__(self) -> None:
         """Checks every option against its type and range, however the reducer was made.
@@ -275,6 +286,9 @@ def _check(reducer: Reducer, name: str, value: Any, kind: type, optional: bool, 
         or (kind is str and not _WORD.fullmatch(value))
     ):
         raise ReducerSpecError(f"reducer {reducer.name!r}: {name} is {_WORDS[kind]}, not {value!r}")
+    if limits.get("choices") and value not in limits["choices"]:
+        known = ", ".join(limits["choices"])
+        raise ReducerSpecError(f"reducer {reducer.name!r}: {name} is one of {known}, not {value!r}")
     low, high, open_low = limits.get("low"), limits.get("high"), limits.get("open_low", False)
     if low is not None and (value <= low if open_low else value < low):
         bound = "above" if open_low else "at least"

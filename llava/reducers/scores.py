@@ -42,8 +42,8 @@ def patch_scores(features: VisionFeatures, score: str | None = None, *, heads: i
     given = [name for name, field in SCORES.items() if getattr(features, field) is not None]
     if (score or next(iter(given), None)) not in given:
         raise ReducerInputError(
-            f"this vision tower gives no {score or 'attention'} for the score of its patches: use score="
-            f"{' or score='.join(given) or '...'}, or pool, grid or random"
+            f"this vision tower gives no {score or 'CLS attention'} to score patches by: use "
+            f"{' or '.join(f'score={name}' for name in given) or 'pool, grid or random'}"
         )
     score = score or given[0]
     if score == "probe":
