@@ -50,8 +50,8 @@ def patch_scores(features: VisionFeatures, score: str | None = None, *, heads: i
         return features.probe_attention.float()
     query = features.query if score == "cls" else features.mean_query
     batch, rows, width = features.key.shape
-    key = features.key.float().view(batch, rows, heads, -1)
+    key = features.key.float().view(batch, rows, heads, width // heads)
     # Products and sums rather than a matrix product, whose last bits depend on the batch.
-    logits = (key * (query.float() * (width // heads) ** -0.5).view(batch, 1, heads, -1)).sum(3)
+    logits = (key * (query.float() * (width // heads) ** -0.5).view(batch, 1, heads, width // heads)).sum(3)
     attention = logits.softmax(1).mean(2)
     return attention[:, 1:] if features.has_cls else attention
