@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from PIL import Image
+from test_llava_llama import GREEDY, IMAGE, make_model, pictures
 from transformers import CLIPImageProcessorPil
 
 from llava.errors import UserError
@@ -13,7 +14,6 @@ from llava.mm_utils import process_images, unpad_image
 from llava.model.anyres import share_out
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.reducers import build_reducer
-from tests.test_llava_llama import GREEDY, IMAGE, make_model, pictures
 
 PINPOINTS = [[84, 168], [168, 84], [168, 168]]
 WIDE = (200, 120)
@@ -185,3 +185,15 @@ def test_shared_needs_a_fixed_number():
     with pytest.raises(UserError, match="prumerge"):
         model.set_reducer("prumerge(ratio=0.5)")
     assert model.reducer.name == "none"
+
+
+def test_merged_tokens_are_joined_flat():
+    model = make_anyres("prumerge+")
+    separate = torch.cat(model.project(model.encode_images(views())))
+    (found,) = model.embed_images(views()[None], [WIDE])
+    torch.testing.assert_close(found, separate, atol=1e-5, rtol=0)
+
+
+def test_tiles_in_rows_need_the_size_of_the_picture():
+    with pytest.raises(UserError, match="image_sizes"):
+        make_anyres().generate(torch.tensor([[1, IMAGE]]), images=[views()], **GREEDY)

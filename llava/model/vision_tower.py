@@ -301,10 +301,6 @@ class VisionTower(nn.Module):
         return self.grid[0] * self.grid[1]
 
     @property
-    def num_patches_per_side(self) -> int:
-        return self.grid[0]
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.backbone.dtype
 
