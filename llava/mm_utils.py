@@ -61,7 +61,7 @@ def load_image(source: str | Path | bytes, *, exif: bool = False, name: str | No
         with warnings.catch_warnings():
             # Pillow only warns up to twice its bound; ours is checked below, before any pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise _too_large(label) from None
     except UnidentifiedImageError:

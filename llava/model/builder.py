@@ -128,6 +128,7 @@ def load_pretrained_model(
         options["quantization_config"] = quantization(8 if load_8bit else 4, plan.dtype)
 
     adapted = info.kind == "lora"
+    model: Any  # a LLaVA, or a language model alone
     if info.is_llava:
         raw = llava_config_dict(info) if customized_config is None else _config_dict(customized_config)
         if anyres is not None:

@@ -132,7 +132,7 @@ class LlavaMetaModel(_Model):
 class LlavaMetaForCausalLM(_Model):
     """LLaVA on a language model. See the file's head for what it takes."""
 
-    config_class: ClassVar[type[LlavaMetaConfig]]
+    config_class: type[LlavaMetaConfig]
     body_class: ClassVar[type[LlavaMetaModel]]
     """The language model's body, with LlavaMetaModel."""
     text_class: ClassVar[type[PreTrainedModel]]
@@ -140,7 +140,7 @@ class LlavaMetaForCausalLM(_Model):
     """The language model without LLaVA, and its config; `register` finds them."""
 
     # The tower comes from its own path.
-    _keys_to_ignore_on_load_unexpected = (r"(^|\.)vision_tower\.",)
+    _keys_to_ignore_on_load_unexpected: Any = (r"(^|\.)vision_tower\.",)
 
     def __init__(self, config: LlavaMetaConfig):
         PreTrainedModel.__init__(self, config)  # the language model's own would build a second body
@@ -285,8 +285,8 @@ class LlavaMetaForCausalLM(_Model):
         # One batch per size. (Under ZeRO-3 every rank must see as many sizes; training feeds one.)
         for shape in dict.fromkeys(views.shape[1:] for views in pictures):
             rows = [row for row, views in enumerate(pictures) if views.shape[1:] == shape]
-            views = torch.cat([pictures[row] for row in rows])
-            encoded = iter(self._encode(views, [len(pictures[row]) for row in rows]))
+            batch = torch.cat([pictures[row] for row in rows])
+            encoded = iter(self._encode(batch, [len(pictures[row]) for row in rows]))
             for row in rows:
                 reduced[row] = list(islice(encoded, len(pictures[row])))
         blocks = iter(self.project([tokens for views in reduced for tokens, _ in views]))

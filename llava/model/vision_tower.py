@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -51,12 +51,16 @@ class VisionEncoder:
     has_cls: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        self.model: Any = model  # its parts differ from family to family
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks; each is called with the hidden states alone."""
         return self.model.encoder.layers
+
+    @property
+    def last_block(self) -> Any:
+        return self.blocks[-1]
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -72,11 +76,11 @@ class VisionEncoder:
 
     def last_norm(self) -> nn.Module:
         """The layer norm in front of the last block's attention."""
-        return self.blocks[-1].layer_norm1
+        return self.last_block.layer_norm1
 
     def last_query_key(self) -> tuple[nn.Module, nn.Module]:
         """The last block's q and k projections."""
-        attention = self.blocks[-1].self_attn
+        attention = self.last_block.self_attn
         return attention.q_proj, attention.k_proj
 
     @property
@@ -180,7 +184,7 @@ class SiglipEncoder(VisionEncoder):
 class Dinov2Encoder(VisionEncoder):
     """DINOv2. Its position table (37 x 37 as released) is interpolated to the image in `embeddings`."""
 
-    model_class = Dinov2Model
+    model_class: ClassVar[type[PreTrainedModel]] = Dinov2Model
     processor_class = BitImageProcessorPil
 
     @property
@@ -194,10 +198,10 @@ class Dinov2Encoder(VisionEncoder):
         return block(hidden)
 
     def last_norm(self) -> nn.Module:
-        return self.blocks[-1].norm1
+        return self.last_block.norm1
 
     def last_query_key(self) -> tuple[nn.Module, nn.Module]:
-        attention = self.blocks[-1].attention
+        attention = self.last_block.attention
         if hasattr(attention, "q_proj"):
             return attention.q_proj, attention.k_proj
         return attention.attention.query, attention.attention.key  # transformers 5.17
@@ -284,7 +288,7 @@ class VisionTower(nn.Module):
     @property
     def image_size(self) -> int:
         """Side in pixels of the square images this tower is fed with."""
-        processor = self.image_processor
+        processor: Any = self.image_processor
         if processor is None:
             return self.config.image_size
         return (processor.crop_size if processor.do_center_crop else processor.size)["height"]
@@ -403,7 +407,7 @@ def load_vision_tower(
     hf_logging.set_verbosity_error()
     try:
         with _reading(f"the vision tower's weights in {weights}"):
-            model, info = encoder.model_class.from_pretrained(
+            loaded: Any = encoder.model_class.from_pretrained(
                 None if state_dict is not None else path,
                 config=config,
                 state_dict=state_dict,
@@ -415,6 +419,7 @@ def load_vision_tower(
             )
     finally:
         hf_logging.set_verbosity(verbosity)
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"the vision tower in {weights} lacks {len(missing)} weights ({missing[0]}, ...): "
