@@ -61,7 +61,7 @@ def load_image(source: str | Path | bytes, *, exif: bool = False, name: str | No
         with warnings.catch_warnings():
             # Pillow only warns up to twice its bound; ours is checked below, before any pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise _too_large(label) from None
     except UnidentifiedImageError:
@@ -148,8 +148,9 @@ def process_images(
 ) -> torch.Tensor | list[torch.Tensor]:
     """Images as the vision tower takes them, by `model_cfg.image_aspect_ratio`.
 
-    "pad": squared on the processor's mean colour; "anyres": a small copy and tiles, [tiles, 3, S, S] each;
-    anything else: the processor alone (shortest edge to S, centre crop).
+    "pad": squared on the processor's mean colour; "anyres": a small copy and tiles, [tiles, 3, S, S] each
+    (with `mm_anyres_budget` "papers" of the picture resized to 2 x 2 tiles, aspect not kept); anything else:
+    the processor alone (shortest edge to S, centre crop).
     Returns float32 [n, 3, S, S] ([n, tiles, 3, S, S] for anyres), or a list where shapes differ. No image, no
     tensor: an empty list.
     """
@@ -159,7 +160,11 @@ def process_images(
     for image in images:
         image = to_rgb(image)
         if aspect == "anyres":
-            pixels.append(process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints))
+            pinpoints = model_cfg.image_grid_pinpoints
+            if getattr(model_cfg, "mm_anyres_budget", "tile") == "papers":
+                pinpoints = [(2 * _tile_side(image_processor),) * 2]
+                image = image.resize(pinpoints[0])
+            pixels.append(process_anyres_image(image, image_processor, pinpoints))
             continue
         if aspect == "pad":
             image = expand2square(image, mean_colour(image_processor))
@@ -238,17 +243,20 @@ def process_anyres_image(
     image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """Float32 [1 + tiles, 3, S, S]: the whole image squeezed to a square, then its tiles row by row."""
-
-    def edge(size: Any) -> int:
-        """CLIP's processor names the shortest edge it resizes to, SigLIP's a height and a width."""
-        return dict(size).get("height") or dict(size)["shortest_edge"]
-
     best = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
-    cropped = getattr(processor, "do_center_crop", False)  # SigLIP's processor crops nothing
-    tile = edge(processor.crop_size if cropped else processor.size)
-    tiles = divide_to_patches(resize_and_pad_image(image, best), tile)
-    side = edge(processor.size)
+    tiles = divide_to_patches(resize_and_pad_image(image, best), _tile_side(processor))
+    side = _edge(processor.size)
     return torch.stack([_pixels(view, processor) for view in [image.resize((side, side)), *tiles]])
+
+
+def _tile_side(processor: Any) -> int:
+    """Pixels of a tile: what the processor gives. SigLIP's crops nothing."""
+    return _edge(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
+
+
+def _edge(size: Any) -> int:
+    """CLIP's processor names the shortest edge it resizes to, SigLIP's a height and a width."""
+    return dict(size).get("height") or dict(size)["shortest_edge"]
 
 
 def unpad_image(tensor: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:

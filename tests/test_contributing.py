@@ -41,7 +41,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def test_the_new_reducer(root: Path, tmp_path: Path) -> None:
     page = root / "CONTRIBUTING.md"
-    code, _ = blocks(page, "python")
+    code, *_ = blocks(page, "python")
     name = re.findall(r"say `(\w+)\.py`", page.read_text())[0]
     (line,) = re.findall(rf"`(from llava\.reducers import .*{name})`", page.read_text())
 
@@ -68,7 +68,7 @@ def test_the_new_reducer(root: Path, tmp_path: Path) -> None:
 
 def test_the_new_benchmark(root: Path, tmp_path: Path) -> None:
     page = root / "CONTRIBUTING.md"
-    _, code = blocks(page, "python")
+    _, code, *_ = blocks(page, "python")
     *_, script = blocks(page, "bash")
     shutil.copytree(root / "llava", tmp_path / "llava", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(root / "scripts/v1_5", tmp_path / "scripts/v1_5")

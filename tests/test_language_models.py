@@ -1,6 +1,11 @@
 """LLaVA on every language model of the table: the ids transformers' own classes give, and training."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,7 +193,19 @@ def test_llava_next_of_transformers(tmp_path: Path, text_type: str) -> None:
         assert model.config.image_aspect_ratio == "anyres"
         prompt = torch.tensor([[*BEFORE, -200, *AFTER]])
         found = model(prompt, images=[crops], image_sizes=[(width, height)]).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+    # The budget goes through the loader into the config; it is a budget for tiles only.
+    options = {"device": "cpu", "reducer": "topk(tokens=9)", "anyres": "shared"}
+    shared = load_pretrained_model(tmp_path, **options)[1]
+    assert shared.config.mm_anyres_budget == "shared"
+    (joined,) = shared.embed_images([crops], [(width, height)])
+    kept = sum(len(tokens) for tokens, _ in shared._encode(crops, [3]))
+    assert kept == 9 and kept < len(joined) <= kept + side  # ends of the rows that have a patch
+    shared.save_pretrained(tmp_path / "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved").mm_anyres_budget == "shared"
+    with pytest.raises(UserError, match="'smaller'"):
+        load_pretrained_model(tmp_path, device="cpu", anyres="smaller")
 
 
 @pytest.mark.parametrize("text_type", ["qwen2", "mistral"])
@@ -255,3 +272,19 @@ def test_auto_classes_know_the_language_models(tmp_path: Path) -> None:
         again = AutoConfig.from_pretrained(tmp_path / f"config-{name}")
         assert type(again) is our.config_class
         assert AutoModelForCausalLM._model_mapping[type(again)] is our
+
+
+def test_the_file_that_contributing_shows(root: Path, tmp_path: Path) -> None:
+    """Put where it says, it passes what the models of the table pass."""
+    page = (root / "CONTRIBUTING.md").read_text()
+    (name,) = re.findall(r"`llava/model/language_model/`, say `(\w+)\.py`", page)
+    (code,) = re.findall(r"^<!-- tests/test_language_models.+\n```python\n(.*?)^```$", page, re.M | re.S)
+    for folder in ("llava", "tests"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    (tmp_path / f"llava/model/language_model/{name}.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "tests/test_language_models.py", "-k"]
+    command += [f"{name} or auto_classes"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and " 2 passed" in done.stdout, done.stdout[-3000:]

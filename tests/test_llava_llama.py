@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -432,13 +431,6 @@ def test_a_cache_by_its_new_and_its_old_name(name):
     torch.testing.assert_close(rest, whole[:, length:])
 
 
-@pytest.mark.parametrize("ids", [[7], [IMAGE]])
-def test_prompts_of_one_id(ids):
-    model = make_model()
-    images = pictures(1) if ids == [IMAGE] else None
-    assert model.generate(torch.tensor([ids]), images=images, **GREEDY).shape == (1, 6)
-
-
 def test_text_only_equals_llama():
     """No image, no difference: the ids and logits of LlamaForCausalLM with the same weights."""
     model = make_model()
@@ -590,18 +582,6 @@ def test_config_fields_are_typed():
             LlavaConfig(**{field: value})
 
 
-def test_lora_around_it():
-    model = make_model("prumerge+")
-    expected = model.generate(MIXED, images=pictures(4), **GREEDY)
-    targets = r"model\.layers\..*\.(q_proj|v_proj)"
-    lora = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
-    assert torch.equal(lora.generate(input_ids=MIXED, images=pictures(4), **GREEDY), expected)
-    lora.train()
-    lora(MIXED, images=pictures(4), labels=[row.clamp(min=0) for row in MIXED]).loss.backward()
-    trained = [name for name, p in lora.named_parameters() if p.grad is not None]
-    assert len(trained) == 2 * 2 * 2 and all("lora_" in name for name in trained)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     model = make_model()
@@ -612,33 +592,6 @@ def test_half_precision(dtype):
     assert (half.float() - full).abs().max() < 0.1 * full.abs().max()
     model.set_reducer("prumerge+")  # may choose other patches than in float32, so: it runs
     assert model.generate(MIXED, images=pictures(4), **GREEDY).shape == (4, 6)
-
-
-def make_anyres(merge: str, reducer: str = "none") -> LlavaLlamaForCausalLM:
-    return make_model(
-        reducer,
-        mm_patch_merge_type=merge,
-        image_aspect_ratio="anyres",
-        image_grid_pinpoints=[[84, 168], [168, 84]],
-    )
-
-
-def test_anyres_spatial_puts_tiles_side_by_side():
-    """Two tiles beside one another: each row of the picture is a row of the left and one of the right."""
-    model = make_anyres("spatial")
-    crops = pictures(3)
-    overview, left, right = model.project(model.encode_images(crops))
-    rows = [torch.cat([left[6 * r : 6 * r + 6], right[6 * r : 6 * r + 6]]) for r in range(6)]
-    (found,) = model.embed_images([crops], [(200, 100)])
-    torch.testing.assert_close(found, torch.cat([overview, *rows]), atol=1e-6, rtol=0)
-
-
-def test_anyres_with_a_reducer_reduces_each_crop():
-    model = make_anyres("spatial_unpad", "prumerge+")
-    crops = pictures(3)
-    separate = torch.cat(model.project(model.encode_images(crops)))
-    (found,) = model.embed_images(crops[None], [(200, 100)])
-    torch.testing.assert_close(found, separate, atol=1e-6, rtol=0)
 
 
 # Bad input
@@ -669,8 +622,6 @@ def test_what_cannot_work_says_so():
         model(MIXED[0][None], images=pictures(1), visual_tokens=model.encode_images(pictures(1)))
     with pytest.raises(UserError, match="prompt"):
         model.generate(images=pictures(1))
-    with pytest.raises(UserError, match="image_sizes"):
-        make_anyres("spatial").generate(MIXED[:1], images=[pictures(3)], **GREEDY)
     model.set_vision_tower(make_tower(select_feature="cls_patch"))
     assert len(model.encode_images(pictures(1))[0]) == VISUAL_TOKENS + 1
     model.set_reducer("prumerge")

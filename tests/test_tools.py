@@ -103,10 +103,22 @@ def test_merge_adapter_of_a_plain_language_model(tiny: Family) -> None:
     torch.testing.assert_close(load(out)[1](ids).logits, expected, atol=1e-6, rtol=0)
 
 
-def test_nothing_to_merge(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool("tools", "merge-lora", "--model-path", tiny.full, "--out", tiny.root / "out") == 2
-    assert "nothing to merge" in capsys.readouterr().err
-    assert not (tiny.root / "out").exists()
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("merge-lora", "--model-path", "llava-tiny", "--out"), "nothing to merge"),
+        (("extract-projector", "--model-path", "base-tiny", "--output"), "no projector"),
+        (("consolidate", "--src", "llava-tiny-lora", "--dst"), "llava tools merge-lora"),
+    ],
+)
+def test_checkpoints_that_a_tool_is_not_for(
+    tiny: Family, words: tuple[str, ...], named: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.root)
+    edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path="base-tiny")
+    assert tool("tools", *words, "out.bin") == 2
+    assert named in capsys.readouterr().err
+    assert not (tiny.root / "out.bin").exists()
 
 
 def test_a_failed_tool_leaves_nothing(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,11 +165,6 @@ def test_extracted_projector_is_a_checkpoint(tiny: Family) -> None:
     assert torch.equal(logits(out, tiny.base), logits(tiny.full))
 
 
-def test_nothing_to_extract(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool("tools", "extract-projector", "--model-path", tiny.base, "--output", tiny.root / "x.bin") == 2
-    assert "holds no projector" in capsys.readouterr().err
-
-
 # Consolidating
 
 
@@ -199,12 +206,6 @@ def test_a_tower_that_was_trained_along_is_merged_too(tiny: Family) -> None:
     torch.testing.assert_close(logits(tiny.root / "merged"), expected, atol=1e-5, rtol=0)
     convert("llava-hf", tiny.root / "merged", tiny.root / "hf")
     torch.testing.assert_close(logits(tiny.root / "hf"), expected, atol=1e-5, rtol=0)
-
-
-def test_consolidate_is_for_whole_models(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path="base-tiny")
-    assert tool("tools", "consolidate", "--src", tiny.lora, "--dst", tiny.root / "out") == 2
-    assert "llava tools merge-lora" in capsys.readouterr().err
 
 
 # llava-hf

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from llava import hardware
 from llava.errors import UserError
+from llava.model.anyres import BUDGETS
 from llava.model.checkpoints import (
     KINDS,
     inspect_checkpoint,
@@ -64,6 +65,7 @@ def load_pretrained_model(
     customized_config: str | Path | Mapping[str, Any] | PreTrainedConfig | None = None,
     use_flash_attention_2: bool = False,
     multimodal: bool | None = None,
+    anyres: str | None = None,
 ):
     """A model ready to answer, with its tokenizer and image processor.
 
@@ -86,6 +88,8 @@ def load_pretrained_model(
         dtype, torch_dtype: "float16", "bfloat16" or "float32" instead of the device's best.
         customized_config: config.json (its path or content) instead of the checkpoint's.
         multimodal: accepted, because evaluation harnesses pass it.
+        anyres: "tile", "shared" or "papers" instead of config.json's `mm_anyres_budget`: how many tokens the
+            tiles of a LLaVA-1.6 picture keep (`llava.model.anyres`).
 
     Returns:
         (tokenizer, model, image_processor, context_len); the processor is None for a model without vision.
@@ -124,8 +128,16 @@ def load_pretrained_model(
         options["quantization_config"] = quantization(8 if load_8bit else 4, plan.dtype)
 
     adapted = info.kind == "lora"
+    model: Any  # a LLaVA, or a language model alone
     if info.is_llava:
         raw = llava_config_dict(info) if customized_config is None else _config_dict(customized_config)
+        if anyres is not None:
+            if anyres not in BUDGETS or raw.get("image_aspect_ratio") != "anyres":
+                raise UserError(
+                    f"anyres={anyres!r}: it is one of {', '.join(BUDGETS)}, for checkpoints that cut "
+                    f"pictures into tiles (image_aspect_ratio is {raw.get('image_aspect_ratio')!r} here)"
+                )
+            raw = {**raw, "mm_anyres_budget": anyres}
         config = build_config({**raw, "mm_token_reducer": "none"} if reducer else raw, info)
         tokenizer = tokenizer_of(info, config)
         weights = read_model_weights(info)

@@ -14,6 +14,7 @@ model:
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -35,11 +36,13 @@ from transformers.utils import logging
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
-from llava.mm_utils import get_anyres_image_grid_shape, unpad_image
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.anyres import KEEPS_PLACES, join_tiles, reduce_views
 from llava.model.projector import build_projector
 from llava.model.splice import Layout, gather, lay_out, split_padding
 from llava.model.vision_tower import VisionTower
 from llava.reducers import ReducerInputError, ReducerSpecError, build_reducer
+from llava.reducers.scores import score_reads
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +51,7 @@ CACHE_NAME = "cache" if _renamed else "past_key_values"
 """What the installed transformers calls the keys and values of earlier positions: 5.24 gave it a new name."""
 
 Images = Tensor | Sequence[Tensor]
-"""[n, 3, H, W] or a list of [3, H, W]; for anyres [n, crops, 3, H, W] or a list of [crops, 3, H, W]."""
+"""[n, 3, H, W] or a list of [3, H, W]; for anyres [n, views, 3, H, W] or a list of [views, 3, H, W]."""
 
 
 @strict
@@ -61,7 +64,8 @@ class LlavaMetaConfig(PreTrainedConfig):
         mm_hidden_size: width of the tower's patches; None: no projector yet.
         mm_projector_type: see `llava.model.projector`.
         mm_vision_select_layer, mm_vision_select_feature: see `llava.model.vision_tower`.
-        mm_patch_merge_type: how the crops of an anyres image are joined: flat, spatial or spatial_unpad.
+        mm_patch_merge_type: how the tiles of an anyres image are joined: flat, spatial or spatial_unpad.
+        mm_anyres_budget: how many tokens they keep: tile, shared or papers, see `llava.model.anyres`.
         image_aspect_ratio, image_grid_pinpoints: how pictures become pixels, see `llava.mm_utils`.
         mm_use_im_start_end, mm_use_im_patch_token: which tokens were added to the vocabulary. True is what
             LLaVA takes the latter for where a config does not say.
@@ -79,6 +83,7 @@ class LlavaMetaConfig(PreTrainedConfig):
     mm_vision_select_layer: int = -2
     mm_vision_select_feature: str = "patch"
     mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    mm_anyres_budget: Literal["tile", "shared", "papers"] = "tile"
     image_aspect_ratio: str | None = None
     image_grid_pinpoints: list | str | None = None
     mm_use_im_start_end: bool = False
@@ -128,7 +133,7 @@ class LlavaMetaModel(_Model):
 class LlavaMetaForCausalLM(_Model):
     """LLaVA on a language model. See the file's head for what it takes."""
 
-    config_class: ClassVar[type[LlavaMetaConfig]]
+    config_class: type[LlavaMetaConfig]
     body_class: ClassVar[type[LlavaMetaModel]]
     """The language model's body, with LlavaMetaModel."""
     text_class: ClassVar[type[PreTrainedModel]]
@@ -136,7 +141,7 @@ class LlavaMetaForCausalLM(_Model):
     """The language model without LLaVA, and its config; `register` finds them."""
 
     # The tower comes from its own path.
-    _keys_to_ignore_on_load_unexpected = (r"(^|\.)vision_tower\.",)
+    _keys_to_ignore_on_load_unexpected: Any = (r"(^|\.)vision_tower\.",)
 
     def __init__(self, config: LlavaMetaConfig):
         PreTrainedModel.__init__(self, config)  # the language model's own would build a second body
@@ -185,17 +190,24 @@ class LlavaMetaForCausalLM(_Model):
         """Reduces visual tokens as `spec` says from now on; saved with the config.
 
         Raises:
-            UserError: no such reducer or option; a spec from a checkpoint that names a Python file.
+            UserError: no such reducer or option; a spec from a checkpoint that names a Python file; no fixed
+                number of tokens where the tiles of an image share it.
         """
         try:
-            self._reducer = build_reducer(spec, from_checkpoint=from_checkpoint)
+            reducer = build_reducer(spec, from_checkpoint=from_checkpoint)
         except ReducerSpecError as error:
             raise UserError(str(error)) from error
+        fixed = reducer.name == "none" or getattr(reducer, "tokens", None) is not None
+        if self.config.mm_anyres_budget == "shared" and not fixed:
+            raise UserError(
+                f"mm_anyres_budget 'shared' shares out a fixed number of tokens, and {spec!r} has none: "
+                f"write {reducer.name}(tokens=640), or use the budget 'tile'"
+            )
+        self._reducer = reducer
         self.config.mm_token_reducer = self._reducer.spec
 
     # Pixels to embeddings
 
-    @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> list[Tensor]:
         """The visual tokens of B images: tower, then reducer, before the projector. They may be cached.
 
@@ -208,6 +220,15 @@ class LlavaMetaForCausalLM(_Model):
         Raises:
             UserError: no tower, pixels that are NaN or infinite, a reducer that cannot work with this tower.
         """
+        return [tokens for tokens, _ in self._encode(pixel_values, [1] * len(pixel_values))]
+
+    @torch.no_grad()
+    def _encode(self, pixel_values: Tensor, pictures: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The visual tokens [K_i, mm_hidden_size] of B views, and the patches [K_i] that they stand for.
+
+        Args:
+            pictures: how many views each picture has, see `llava.model.anyres`.
+        """
         tower = self.model.vision_tower
         if tower is None:
             raise UserError(
@@ -217,17 +238,20 @@ class LlavaMetaForCausalLM(_Model):
         if not pixel_values.isfinite().all():
             raise UserError("the pixels of an image are NaN or infinite: check how it was processed")
         if self.reducer.name == "none":
-            return list(tower.tokens(pixel_values))
+            tokens = tower.tokens(pixel_values)
+            return [(view, torch.arange(len(view), device=view.device)) for view in tokens]
         if tower.select_feature != "patch":
             raise UserError(
                 f"reducer {self.reducer.spec!r} reduces patches, but mm_vision_select_feature is "
                 f"{tower.select_feature!r}: set it to 'patch', or use the reducer 'none'"
             )
+        budget = self.config.mm_anyres_budget
+        reads = (*self.reducer.asks, *(score_reads(None) if budget == "shared" else ()))
         try:
-            features = tower(pixel_values, self.reducer.asks)
-            if "projected" in self.reducer.reads:
+            features = tower(pixel_values, reads)
+            if "projected" in reads:
                 features = replace(features, projected=torch.stack(self.project(features.patches.unbind())))
-            return self.reducer(features).unbind()
+            return reduce_views(self.reducer, features, pictures, budget)
         except ReducerInputError as error:
             raise UserError(str(error)) from error
 
@@ -247,7 +271,7 @@ class LlavaMetaForCausalLM(_Model):
         self, images: Images, image_sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[Tensor]:
         """What the language model reads for each picture: tower, reducer, projector; an anyres picture's
-        crops joined. A conversation keeps them and passes them to `generate` as `visual_embeds` in each turn.
+        tiles joined. A conversation keeps them and passes them to `generate` as `visual_embeds` in each turn.
 
         Args:
             images, image_sizes: as in `forward`.
@@ -258,65 +282,60 @@ class LlavaMetaForCausalLM(_Model):
         Raises:
             UserError: as `encode_images`; sizes missing for a spatial merge type.
         """
-        crops = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
-        per_image = [len(crop) for crop in crops]
-        blocks = self.project(self._encode_by_size([view for crop in crops for view in crop]))
+        if isinstance(images, Tensor) and images.ndim == 4:  # plain images, of one view and no rows to end
+            return self.project(self.encode_images(images))
+        pictures = [image if image.ndim == 4 else image[None] for image in images]
+        reduced: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pictures]
+        # One batch per size. (Under ZeRO-3 every rank must see as many sizes; training feeds one.)
+        for shape in dict.fromkeys(views.shape[1:] for views in pictures):
+            rows = [row for row, views in enumerate(pictures) if views.shape[1:] == shape]
+            batch = torch.cat([pictures[row] for row in rows])
+            encoded = iter(self._encode(batch, [len(pictures[row]) for row in rows]))
+            for row in rows:
+                reduced[row] = list(islice(encoded, len(pictures[row])))
+        blocks = iter(self.project([tokens for views in reduced for tokens, _ in views]))
 
-        merge = self.config.mm_patch_merge_type
-        if merge.startswith("spatial") and self.reducer.name != "none":
+        merge, tower = self.config.mm_patch_merge_type, self.model.vision_tower
+        if merge != "flat" and (self.reducer.name not in KEEPS_PLACES or tower.select_feature != "patch"):
             logger.warning_once(
-                f"mm_patch_merge_type {merge!r} needs every patch in its place; with the reducer "
-                f"{self.reducer.spec!r} the crops of an image are reduced each by itself and joined flat"
+                f"mm_patch_merge_type {merge!r} needs patches in their places; the tokens of the reducer "
+                f"{self.reducer.spec!r} are not, so the tiles of an image are joined flat, without row ends"
             )
             merge = "flat"
-        is_single = isinstance(images, Tensor) and images.ndim == 4  # plain images know nothing of crops
-        groups, start = [], 0
-        for index, count in enumerate(per_image):
-            group = blocks[start : start + count]
-            start += count
-            if merge == "flat" or is_single:
-                groups.append(group[0] if count == 1 else torch.cat(group))
-            else:
+        joined = []
+        for index, views in enumerate(reduced):
+            overview, *tiles = islice(blocks, len(views))
+            if merge == "flat":
+                joined.append(torch.cat([overview, *tiles]))
+                continue
+            newline = self.model.image_newline if merge == "spatial_unpad" else None
+            if tiles:
+                kept = [patches for _, patches in views[1:]]
                 size = None if image_sizes is None else image_sizes[index]
-                groups.append(self._merge_crops(group, merge, size))
-        return groups
+                rest = self._join_tiles(tiles, kept, newline, size)
+            else:
+                rest = overview[:0] if newline is None else newline[None].to(overview)
+            joined.append(torch.cat([overview, rest]))
+        return joined
 
-    def _encode_by_size(self, views: list[Tensor]) -> list[Tensor]:
-        """`encode_images` over single views [3, H, W], one batch per size, results in the given order.
-
-        (Under ZeRO-3 every rank must see as many sizes as the others; training feeds one.)
-        """
-        tokens: list[Tensor | None] = [None] * len(views)
-        for shape in dict.fromkeys(view.shape for view in views):
-            rows = [row for row, view in enumerate(views) if view.shape == shape]
-            encoded = self.encode_images(torch.stack([views[row] for row in rows]))
-            for row, token in zip(rows, encoded, strict=True):
-                tokens[row] = token
-        return tokens
-
-    def _merge_crops(self, crops: list[Tensor], merge: str, size: tuple[int, int] | None) -> Tensor:
-        """LLaVA-1.6's joining of one image: the small copy, then the tiles' patches by rows of the picture.
-
-        With spatial_unpad the rows and columns that saw only padding go, and image_newline ends each row.
-        """
-        newline = self.model.image_newline if merge == "spatial_unpad" else None
-        overview, tiles = crops[0], crops[1:]
-        if not tiles:
-            return overview if newline is None else torch.cat([overview, newline[None].to(overview)])
+    def _join_tiles(
+        self,
+        tiles: list[Tensor],
+        kept: list[Tensor],
+        newline: Tensor | None,
+        size: tuple[int, int] | None,
+    ) -> Tensor:
+        """A picture's tiles by its rows, see `llava.model.anyres.join_tiles`."""
+        tower = self.model.vision_tower
+        if self.config.mm_anyres_budget == "papers":  # 2 x 2, resized and not padded
+            return join_tiles(tiles, kept, 2, tower.grid, newline)
         if size is None:
             raise UserError(
-                f"mm_patch_merge_type {merge!r} needs image_sizes=, the (width, height) of each picture"
+                f"mm_patch_merge_type {self.config.mm_patch_merge_type!r} needs image_sizes=, the (width, "
+                "height) of each picture"
             )
-        tower = self.model.vision_tower
-        rows, columns = tower.grid
-        across, down = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.image_size)
-        picture = torch.stack(tiles).view(down, across, rows, columns, -1)
-        picture = picture.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # [hidden, rows, columns]
-        if newline is not None:
-            picture = unpad_image(picture, size)
-            line_ends = newline.to(picture)[:, None, None].expand(-1, picture.shape[1], 1)
-            picture = torch.cat([picture, line_ends], dim=2)
-        return torch.cat([overview, picture.flatten(1).T])
+        across, _ = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.image_size)
+        return join_tiles(tiles, kept, across, tower.grid, newline, size)
 
     def _prepare(
         self,

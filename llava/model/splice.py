@@ -144,5 +144,5 @@ def gather(layout: Layout, text: Tensor, visual: Sequence[Tensor]) -> Tensor:
     return embeds.view(*layout.source.shape, -1)
 
 
-def _pad(rows: Sequence[Tensor], value: int, side: str) -> Tensor:
+def _pad(rows: list[Tensor], value: int, side: str) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)

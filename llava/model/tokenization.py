@@ -23,8 +23,7 @@ from llava.model.checkpoints.inspect import read_json
 from llava.model.checkpoints.locate import resolve_directory
 
 _SPACE = "▁"  # how sentencepiece writes a space (U+2581)
-_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-_FILES += ("chat_template*",)
+_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:

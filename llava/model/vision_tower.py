@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -51,7 +51,7 @@ class VisionEncoder:
     has_cls: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        self.model: Any = model  # its parts differ from family to family
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -219,7 +219,7 @@ class SiglipEncoder(VisionEncoder):
 class Dinov2Encoder(VisionEncoder):
     """DINOv2. Its position table (37 x 37 as released) is interpolated to the image in `embeddings`."""
 
-    model_class = Dinov2Model
+    model_class: ClassVar[type[PreTrainedModel]] = Dinov2Model
     processor_class = BitImageProcessorPil
 
     @property
@@ -323,7 +323,7 @@ class VisionTower(nn.Module):
     @property
     def image_size(self) -> int:
         """Side in pixels of the square images this tower is fed with."""
-        processor = self.image_processor
+        processor: Any = self.image_processor
         if processor is None:
             return self.config.image_size
         return (processor.crop_size if processor.do_center_crop else processor.size)["height"]
@@ -338,10 +338,6 @@ class VisionTower(nn.Module):
     def num_patches(self) -> int:
         """N, patches of one image of `image_size`."""
         return self.grid[0] * self.grid[1]
-
-    @property
-    def num_patches_per_side(self) -> int:
-        return self.grid[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -446,7 +442,7 @@ def load_vision_tower(
     hf_logging.set_verbosity_error()
     try:
         with _reading(f"the vision tower's weights in {weights}"):
-            model, info = encoder.model_class.from_pretrained(
+            loaded: Any = encoder.model_class.from_pretrained(
                 None if state_dict is not None else path,
                 config=config,
                 state_dict=state_dict,
@@ -458,6 +454,7 @@ def load_vision_tower(
             )
     finally:
         hf_logging.set_verbosity(verbosity)
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"the vision tower in {weights} lacks {len(missing)} weights ({missing[0]}, ...): "

@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +51,7 @@ def load_whole(info: CheckpointInfo, dtype: str):
     Args:
         dtype: of the model; "auto": that of the files.
     """
+    model: Any  # a LLaVA, or a language model alone
     weights = read_model_weights(info)
     options = {
         "device_map": {"": "cpu"},

@@ -124,10 +124,6 @@ def write_llava_hf(model: LlavaMetaForCausalLM, tokenizer, tower: VisionTower, o
             "llava-hf (LLaVA-1.5) is for mlp2x_gelu projectors and mm_patch_merge_type flat; this model has "
             f"{config.mm_projector_type} and {config.mm_patch_merge_type}"
         )
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embeddings"
-        )
     if config.mm_token_reducer != "none":
         logger.warning(
             "the reducer %s is recorded, but transformers uses every visual token unless llava.plug is used",
@@ -146,7 +142,10 @@ def write_llava_hf(model: LlavaMetaForCausalLM, tokenizer, tower: VisionTower, o
     tokenizer.pad_token = PAD_TOKEN
     ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, PAD_TOKEN])
     if ids != [config.vocab_size, config.vocab_size + 1]:
-        raise UserError(f"the tokenizer knows {IMAGE_TOKEN} or {PAD_TOKEN} already (ids {ids})")
+        raise UserError(
+            f"{IMAGE_TOKEN} and {PAD_TOKEN} have the ids {ids}, not those behind the model's "
+            f"{config.vocab_size} embeddings: use the tokenizer the model was trained with"
+        )
 
     with replacing(out) as directory:
         write_weights({llava_hf_name(name): tensor for name, tensor in tensors.items()}, directory)

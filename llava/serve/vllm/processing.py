@@ -30,7 +30,7 @@ from llava.errors import UserError
 from llava.mm_utils import process_images
 from llava.model.builder import tower_of
 from llava.model.checkpoints import PROJECTOR, inspect_checkpoint, read_model_weights, resolve_directory
-from llava.model.vision_tower import TOWERS
+from llava.model.vision_tower import ENCODERS
 from llava.reducers import build_reducer
 
 TOKENS, EMBEDS = "visual_tokens", "image_embeds"
@@ -60,8 +60,8 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], reducer: str) -> dict[str, list[Tensor]]:
-        """One [K, C] block of visual tokens per picture, or, where the tiles of a picture are joined by rows
-        (LLaVA-1.6 without a reducer), one [K, hidden] block of embeddings.
+        """One [K, C] block of visual tokens per picture, or, where pictures have tiles (LLaVA-1.6), one
+        [K, hidden] block of embeddings.
 
         Raises:
             UserError: a reducer that cannot work with this tower.
@@ -70,14 +70,12 @@ class Encoder:
         model.set_reducer(reducer)
         processor = model.get_vision_tower().image_processor
         pixels = [process_images([image], processor, config)[0] for image in images]
-        joined = config.image_aspect_ratio == "anyres" and config.mm_patch_merge_type.startswith("spatial")
-        if joined and model.reducer.name == "none":
-            # The ends of rows are marked by an embedding (image_newline), which exists behind the projector.
+        if config.image_aspect_ratio == "anyres":
+            # Tiles may share a budget, and rows end in an embedding (image_newline).
             return {
                 EMBEDS: [model.embed_images([p], [i.size])[0] for p, i in zip(pixels, images, strict=True)]
             }
-        views = [block if block.ndim == 4 else block[None] for block in pixels]  # [tiles, 3, S, S] each
-        return {TOKENS: [torch.cat(model.encode_images(block)) for block in views]}
+        return {TOKENS: [model.encode_images(block[None])[0] for block in pixels]}
 
 
 class LlavaProcessingInfo(BaseProcessingInfo):
@@ -100,7 +98,7 @@ class LlavaProcessingInfo(BaseProcessingInfo):
         path = resolve_directory(config.mm_vision_tower, beside=Path(self.model_id))
         vision = AutoConfig.from_pretrained(path, local_files_only=True)
         vision = getattr(vision, "vision_config", vision)
-        processor = TOWERS[vision.model_type].processor_class.from_pretrained(path, local_files_only=True)
+        processor = ENCODERS[vision.model_type].processor_class.from_pretrained(path, local_files_only=True)
         size = dict(processor.crop_size if processor.do_center_crop else processor.size)
         side = size.get("height") or size["shortest_edge"]
         rows = side // vision.patch_size
