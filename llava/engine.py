@@ -17,10 +17,11 @@ start, and in float32 the answers are those of asking one question at a time (te
 import threading
 import time
 import zlib
+from argparse import Namespace
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
@@ -150,6 +151,12 @@ class ModelSource:
     device: str = "cuda"
     load_8bit: bool = False
     load_4bit: bool = False
+
+    @classmethod
+    def of(cls, args: Namespace) -> "ModelSource":
+        """What the flags of a command say: --model-path, --model-base, and those named as the fields here."""
+        given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
+        return cls(args.model_path, args.model_base, **given)
 
     @property
     def name(self) -> str:
@@ -285,13 +292,13 @@ class LocalEngine:
             {key_of(image): image for one in chunk for image in one.images if not isinstance(image, Tensor)}
             for chunk in chunks
         ]
-        decoded = iter(self._decode_ahead([image for images in wanted for image in images.values()]))
+        decoding = Decoding(
+            [image for images in wanted for image in images.values()], self.image_processor, self.pixel_config
+        )
+        # A worker process takes a second to start.
+        decoded = iter(in_workers(decoding, self.decode_workers if len(decoding) > 8 else 0))
         for chunk, images in zip(chunks, wanted, strict=True):
             yield from self._answer_chunk(chunk, {key: next(decoded) for key in images})
-
-    def _decode_ahead(self, images: list[ImageSource]) -> Iterable[Pixels | str]:
-        workers = self.decode_workers if len(images) > 8 else 0  # a process takes a second to start
-        return in_workers(Decoding(images, self.image_processor, self.pixel_config), workers)
 
     def _answer_chunk(
         self, requests: Sequence[Request], decoded: dict[Hashable, Pixels | str]
@@ -320,10 +327,14 @@ class LocalEngine:
             tried, smallest = list(waiting), True
             seen = start = None
             try:
-                start = self._begin(shared)
+                start = prefix.begin(self.model, torch.tensor(shared, dtype=torch.long))
                 for openings in self._openings(waiting, start):
                     tried, smallest = openings[0], len(openings) == 1
-                    seen = self._extend(start, [waiting[opening[0]] for opening in openings])
+                    # A row per opening, or all go on from `start`: then none of them has an image.
+                    blocks = [
+                        self._splice(waiting[group[0]]) for group in openings if waiting[group[0]].visual
+                    ]
+                    seen = prefix.extend(self.model, start, blocks, [0] * len(blocks)) if blocks else start
                     for batch in self._batches(waiting, openings, seen):
                         tried, smallest = [number for number, _ in batch], len(openings) == len(batch) == 1
                         texts = self._generate([(waiting[number], row) for number, row in batch], seen)
@@ -404,17 +415,6 @@ class LocalEngine:
         return blocks
 
     @torch.inference_mode()
-    def _begin(self, shared: Sequence[int]) -> prefix.Prefix:
-        """One row: what all prompts begin with."""
-        return prefix.begin(self.model, torch.tensor(shared)) if shared else prefix.nothing(self.model)
-
-    @torch.inference_mode()
-    def _extend(self, start: prefix.Prefix, prompts: Sequence[_Prompt]) -> prefix.Prefix:
-        """A row per prompt: its opening after `start`; `start` itself where there are no images."""
-        if not prompts[0].visual:
-            return start
-        return prefix.extend(self.model, start, [self._splice(one) for one in prompts], [0] * len(prompts))
-
     def _splice(self, prompt: _Prompt) -> Tensor:
         """[columns, hidden]: the opening's embeddings, an image's in place of each IMAGE_TOKEN_INDEX."""
         ids = torch.tensor(prompt.opening)

@@ -4,7 +4,7 @@ import sys
 
 from llava.legacy import MODEL_VQA
 
-parser, eval_model = MODEL_VQA.parser, MODEL_VQA.eval_model
+eval_model = MODEL_VQA.eval_model
 
 if __name__ == "__main__":
     sys.exit(MODEL_VQA.main())

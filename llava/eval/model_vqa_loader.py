@@ -4,7 +4,7 @@ import sys
 
 from llava.legacy import MODEL_VQA_LOADER
 
-parser, eval_model = MODEL_VQA_LOADER.parser, MODEL_VQA_LOADER.eval_model
+eval_model = MODEL_VQA_LOADER.eval_model
 
 if __name__ == "__main__":
     sys.exit(MODEL_VQA_LOADER.main())

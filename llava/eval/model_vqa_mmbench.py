@@ -4,7 +4,7 @@ import sys
 
 from llava.legacy import MODEL_VQA_MMBENCH
 
-parser, eval_model = MODEL_VQA_MMBENCH.parser, MODEL_VQA_MMBENCH.eval_model
+eval_model = MODEL_VQA_MMBENCH.eval_model
 
 if __name__ == "__main__":
     sys.exit(MODEL_VQA_MMBENCH.main())

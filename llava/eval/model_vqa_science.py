@@ -4,7 +4,7 @@ import sys
 
 from llava.legacy import MODEL_VQA_SCIENCE
 
-parser, eval_model = MODEL_VQA_SCIENCE.parser, MODEL_VQA_SCIENCE.eval_model
+eval_model = MODEL_VQA_SCIENCE.eval_model
 
 if __name__ == "__main__":
     sys.exit(MODEL_VQA_SCIENCE.main())

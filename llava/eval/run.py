@@ -98,18 +98,7 @@ def run(args: argparse.Namespace) -> int:
     job = Job(
         requests=requests,
         lines=lines,
-        model=ModelSource(
-            path=args.model_path,
-            base=args.model_base,
-            conv_mode=args.conv_mode,
-            reducer=args.reducer,
-            vision_tower=args.vision_tower,
-            dtype=args.dtype,
-            attention=args.attention,
-            device=args.device,
-            load_8bit=args.load_8bit,
-            load_4bit=args.load_4bit,
-        ),
+        model=ModelSource.of(args),
         answers=answers,
         about=about,
         image_aspect_ratio=protocol.image_aspect_ratio,
@@ -205,7 +194,7 @@ def finish(
             print(f"  next: llava submit {benchmark.name} --root {root} --answers {answers} --out FILE")
         return failed
     try:
-        report = score_answers(benchmark, root, [answers], only=limit)
+        report = score_answers(benchmark, root, [answers], limit=limit)
     except UserError as error:
         print(f"  not scored: {error}")
         return failed

@@ -103,8 +103,8 @@ class Benchmark:
     read: Callable[[Sequence[Path]], tuple[list[Row], list[str]]] = read_answers
     # The questions, where rows of the answers name them in full.
     from_rows: Callable[[list[Row]], list[Sample]] | None = None
-    # (out, root, {id: answer}): writes the server's file.
-    write: Callable[[Path, Path, Mapping[str, str]], None] | None = None
+    # (out, root, {id: answer}): writes the server's file. Some take their question file after these.
+    write: Callable[..., None] | None = None
     # (root, samples): questions that may be answered as well.
     optional: Callable[[Path, Sequence[Sample]], list[Sample]] = lambda root, samples: []
     protocols: tuple[Protocol, ...] = (STANDARD,)
