@@ -157,6 +157,16 @@ def test_a_reducer_that_does_not_work_leaves_the_one_before(session: Chat, image
 # Templates
 
 
+def test_default_template_by_name(loaded: LocalEngine) -> None:
+    modes = {
+        "llava-v1.5-7b": "vicuna_v1",
+        "my-run": "vicuna_v1",
+        "mini-lora": "smollm2",
+        "llava-mpt-7b": "mpt",
+    }
+    assert {name: default_conv_mode(name, loaded.tokenizer) for name in modes} == modes
+
+
 def test_default_template_by_tokenizer(root: Path) -> None:
     """A run of ours under any name: its tokenizer knows."""
     base = root / "checkpoints/mini-base"
@@ -240,9 +250,7 @@ def test_ctrl_c_stops_the_answer_only(session: Chat, capsys, monkeypatch: pytest
     assert "stopped" in err
 
 
-@pytest.mark.parametrize(
-    "flag", ["--max-new-tokens 0", "--temperature -1", "--top-p 0", "--conv-mode vicuna"]
-)
+@pytest.mark.parametrize("flag", ["--max-new-tokens 0", "--temperature -1", "--top-p 0", "--conv-mode x"])
 def test_flags_out_of_range(tiny: Family, flag: str, capsys) -> None:
     status, out, err = ask(tiny, "--query", "Hi", *flag.split(), capsys=capsys)
     assert (status, out) == (2, "") and flag.split()[0] in err

@@ -35,12 +35,8 @@ def shown(axes):
 def test_a_run_has_its_place_and_one_colour_in_every_plot(tmp_path):
     """Published scores stand beside runs of the whole set only."""
     for name in ("pope", "scienceqa"):
-        whole = {
-            "questions": 8910,
-            "answered": 8910,
-            "questions_per_second": 4.0,
-            "visual_tokens": {"mean": 576},
-        }
+        whole = {"questions": 8910, "answered": 8910, "questions_per_second": 4.0}
+        whole["visual_tokens"] = {"mean": 576}
         provenance(tmp_path, name, "none", name, 85.0, summary=whole)
         provenance(tmp_path, f"{name}+", "prumerge+", name, 84.0)
     figure = report.plot(report.collect([tmp_path]))

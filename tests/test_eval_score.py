@@ -410,31 +410,26 @@ def test_options_that_look_like_missing_values():
 
 
 @pytest.mark.parametrize(
-    "name, gone, answers, says",
+    "name, gone, answers",
     [
-        (
-            "vqav2",
-            "vqav2/v2_mscoco_test2015_annotations.json",
-            "vqav2/answers/*/synth-7b-clean/*.jsonl",
-            "annotations.json",
-        ),
-        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "textvqa/answers/clean.jsonl", ""),
-        ("pope", "pope/coco/coco_pope_random.json", "pope/answers/clean.jsonl", ""),
-        ("mme", "MME/MME_Benchmark_release_version", "MME/answers/clean.jsonl", ""),
-        ("scienceqa", "scienceqa/problems.json", "scienceqa/answers/clean.jsonl", ""),
-        ("gqa", "gqa/data/testdev_balanced_questions.json", "gqa/answers/*/*/1_0.jsonl", ""),
-        ("seed", "seed_bench/SEED-Bench.json", "seed_bench/answers/synth-7b/1_0.jsonl", ""),
-        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "mmbench/answers/*/clean.jsonl", ""),
-        ("vizwiz", "vizwiz/answers/trap-missing.jsonl", "vizwiz/answers/clean.jsonl", "llava submit vizwiz"),
+        ("vqav2", "vqav2/v2_mscoco_test2015_annotations.json", "vqav2/answers/*/synth-7b-clean/*.jsonl"),
+        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "textvqa/answers/clean.jsonl"),
+        ("pope", "pope/coco/coco_pope_random.json", "pope/answers/clean.jsonl"),
+        ("mme", "MME/MME_Benchmark_release_version", "MME/answers/clean.jsonl"),
+        ("scienceqa", "scienceqa/problems.json", "scienceqa/answers/clean.jsonl"),
+        ("gqa", "gqa/data/testdev_balanced_questions.json", "gqa/answers/*/*/1_0.jsonl"),
+        ("seed", "seed_bench/SEED-Bench.json", "seed_bench/answers/synth-7b/1_0.jsonl"),
+        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "mmbench/answers/*/clean.jsonl"),
     ],
 )
-def test_missing_labels_are_named(name, gone, answers, says, tmp_path, capsys):
+def test_missing_labels_are_named(name, gone, answers, tmp_path, capsys):
     folder = gone.partition("/")[0]
     shutil.copytree(root_of(HERE) / folder, tmp_path / folder)
     (tmp_path / gone).rename(tmp_path / "away")
     files = sorted(map(str, tmp_path.glob(answers)))
     assert files and cli.main(["score", name, "--root", str(tmp_path), "--answers", *files]) == 2
-    assert (says or Path(gone).name[:9]) in capsys.readouterr().err
+    word = "annotations.json" if name == "vqav2" else Path(gone).name[:9]
+    assert word in capsys.readouterr().err
 
 
 def test_misspelt_names(tmp_path, capsys):
@@ -651,39 +646,22 @@ def without_answers(table):
     return table
 
 
-def first_of_data(**change):
-    return edit_json(lambda table: table | {"data": [table["data"][0] | change, *table["data"][1:]]})
-
-
 VQAV2 = "vqav2/v2_mscoco_test2015_annotations.json"
-TEXTVQA, MMBENCH = "textvqa/TextVQA_0.5.1_val.json", "mmbench/mmbench_dev_20230712.tsv"
+MMBENCH = "mmbench/mmbench_dev_20230712.tsv"
 COUNT = "MME/MME_Benchmark_release_version/count/syn_count_000.txt"
 SCIENCE, SEED = "scienceqa/problems.json", "seed_bench/SEED-Bench.json"
 DAMAGES = [
     # benchmark, file, what is done to it, what the sentence says beside its name
     ("vqav2", VQAV2, edit_json(without_answers), "[2]"),
-    ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", edit_line(image=7), ":2: "),
-    ("textvqa", TEXTVQA, first_of_data(answers=["a"] * 9), "[0]"),
-    ("textvqa", TEXTVQA, lambda data: b"[]", "object"),
     ("mme", "MME/llava_mme.jsonl", edit_line(text=None), ":2: "),
     ("mme", COUNT, lambda data: data.replace(b"\t", b" "), ":1: "),
-    ("pope", "pope/coco/coco_pope_random.json", edit_line(question_id=[1]), ":2: "),
     ("pope", "pope/coco/coco_pope_popular.json", lambda data: data[:-20], ":12: "),
     ("pope", "pope/coco/coco_pope_popular.json", lambda data: b'{"a":' + b"[" * 100_000, ":1: "),
-    (
-        "scienceqa",
-        SCIENCE,
-        edit_json(lambda table: table | {"7": {"question": "?", "choices": ["a"]}}),
-        "answer",
-    ),
     ("scienceqa", SCIENCE, edit_json(lambda table: table | {"7": table["7"] | {"answer": 9}}), "9"),
-    ("scienceqa", "scienceqa/llava_test_CQM-A.json", edit_json(lambda rows: [{"id": 7}, *rows]), "[0]"),
     ("mmbench", MMBENCH, lambda data: data[:300] + b"\xff" + data, "utf-8"),
     ("mmbench", MMBENCH, lambda data: data.replace(b"index", b"number", 1), "index"),
-    ("mmbench_cn", "mmbench_cn/mmbench_dev_cn_20231003.tsv", lambda data: data[:-40], ""),
     ("gqa", "gqa/data/testdev_balanced_questions.json", edit_json(lambda x: x | {"700100201": None}), "null"),
     ("seed", SEED, edit_json(lambda table: table | {"question_type": {}}), "question_type"),
-    ("seed", SEED, lambda data: data.decode().encode("utf-16"), ""),
 ]
 
 

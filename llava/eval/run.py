@@ -198,10 +198,8 @@ def finish(
     except UserError as error:
         print(f"  not scored: {error}")
         return failed
-    result = {name: report[name] for name in ("headline", "metrics", "expected", "notes")}
-    Files(answers).update(score=result | ({"partial": True} if limit is not None else {}))
-    if limit is not None:
-        print(f"  partial: the first {took['questions']:,} questions only (--limit)")
+    kept = ("headline", "metrics", "expected", "notes", "partial")
+    Files(answers).update(score={name: report[name] for name in kept if name in report})
     print(as_text(benchmark, report))
     return 0 if report["headline"] else 1
 

@@ -96,7 +96,7 @@ def score(
     }
     if len(asked) < len(samples):
         report["partial"] = True
-        notes.append(f"{len(asked):,} of {len(samples):,} questions were asked: a part of the benchmark")
+        notes.append(f"partial: only the first {len(asked):,} of {len(samples):,} questions were asked")
     if len(samples) != benchmark.questions:
         notes.append(
             f"{len(samples):,} questions here, {benchmark.questions:,} in the published set: another set"
