@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_mm_utils import encoded
-from tiny_checkpoints import VISUAL_TOKENS, Family, edit_json, family
+from tiny_checkpoints import Family, edit_json, family
 
 from llava import cli
 
@@ -81,11 +81,6 @@ def test_pictures(content: bytes | None, command: str, tiny: Family, tmp_path: P
     assert not out.parent.exists()
 
 
-def test_one_bad_picture_among_good_ones(tiny: Family, picture: Path, llava) -> None:
-    result = llava("chat", "--model-path", tiny.full, "--image-file", f"{picture},nowhere.jpg")
-    refused(result, "chat", "nowhere.jpg: no such image")
-
-
 # Prompts
 
 
@@ -113,12 +108,6 @@ def test_reducer_specs(command: str, spec: str, tiny: Family, picture: Path, tmp
     assert not out.exists()
 
 
-def test_reducer_spec_of_a_checkpoint(checkpoint: Path, llava) -> None:
-    edit_json(checkpoint / "config.json", mm_token_reducer="prumerge++")
-    result = llava("chat", "--model-path", checkpoint, "--device", "cpu", "--query", "What?")
-    refused(result, "chat", "'prumerge++'", "did you mean")
-
-
 def test_eval_leaves_no_answers_behind(tiny: Family, root: Path, tmp_path: Path, llava) -> None:
     data = shutil.copytree(root / "tests/data/eval/playground/data/eval", tmp_path / "eval")
     (data / "pope/val2014").mkdir()
@@ -139,54 +128,9 @@ def test_config_that_is_no_object(content: bytes, checkpoint: Path, llava) -> No
     refused(llava("chat", "--model-path", checkpoint, "--query", "What?"), "chat", "config.json")
 
 
-@pytest.mark.parametrize(
-    ("file", "damage", "says"),
-    [
-        ("pytorch_model-00002-of-00002.bin", lambda path: path.unlink(), "pytorch_model-00002-of-00002.bin"),
-        (
-            "pytorch_model-00001-of-00002.bin",
-            lambda path: path.write_bytes(path.read_bytes()[:2000]),
-            "pytorch_model-00001-of-00002.bin",
-        ),
-        ("tokenizer.json", lambda path: path.unlink(), "tokenizer"),
-        ("tokenizer.json", lambda path: path.write_bytes(b"\xff\xfe{"), "tokenizer"),
-    ],
-)
-def test_damaged_files(file: str, damage: Callable[[Path], object], says: str, checkpoint, llava) -> None:
-    damage(checkpoint / file)
-    result = llava("chat", "--model-path", checkpoint, "--device", "cpu", "--query", "What?")
-    refused(result, "chat", says)
-
-
 def test_no_such_checkpoint(tmp_path: Path, llava) -> None:
     refused(llava("chat", "--model-path", tmp_path / "nowhere", "--query", "?"), "chat", "--model-path")
     refused(llava("chat", "--model-path", "someone/llava-9b", "--query", "?"), "chat", "no network")
-
-
-def test_lora_without_base(tiny: Family, llava) -> None:
-    refused(
-        llava("chat", "--model-path", tiny.lora, "--query", "?"), "chat", "--model-base someone/base-tiny"
-    )
-
-
-def test_no_tower(checkpoint: Path, llava) -> None:
-    edit_json(checkpoint / "config.json", mm_vision_tower="towers/elsewhere", mm_token_reducer="none")
-    result = llava("chat", "--model-path", checkpoint, "--device", "cpu", "--query", "?")
-    refused(result, "chat", "towers/elsewhere", "--vision-tower")
-
-
-def test_checkpoint_without_a_reducer_field(checkpoint: Path, picture: Path, llava, caplog) -> None:
-    """No error: every token is used, as the weights were trained; that is said, and how to change it."""
-    assert "mm_token_reducer" not in json.loads((checkpoint / "config.json").read_text())
-    flags = ["--model-path", checkpoint, "--image-file", picture, "--device", "cpu", "--max-new-tokens", "2"]
-    assert llava("chat", *flags, "--query", "What?")[0] == 0
-    assert f"all {VISUAL_TOKENS} visual tokens" in caplog.text and "--reducer" in caplog.text
-    caplog.clear()
-    assert llava("chat", *flags, "--query", "What?", "--reducer", "prumerge+")[0] == 0
-    edit_json(checkpoint / "config.json", mm_token_reducer="grid(tokens=4)")
-    status, _, err = llava("chat", *flags, "--query", "What?")
-    assert status == 0 and "(4 visual tokens;" in err
-    assert "does not say" not in caplog.text
 
 
 def test_a_released_one_uses_576(golden: Path, picture: Path) -> None:

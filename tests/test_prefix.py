@@ -80,21 +80,6 @@ def test_answers_and_logits_are_those_of_whole_prompts(model, reducer):
     model.set_reducer("none")
 
 
-def test_pictures_of_any_length_share_a_batch(model, visual):
-    """The short ones are padded between the system prompt and their visual tokens."""
-    prefix = seen(model, visual)
-    assert prefix.mask.sum(1).tolist() == [len(HEAD) + length for length in LENGTHS]
-    assert prefix.mask[:, : len(HEAD)].all() and prefix.mask[:, -min(LENGTHS) :].all()
-    reference = one_by_one(model, visual, **GREEDY, **LOGITS)
-    out = answer(model, prefix, QUESTIONS, ASKED_ABOUT, **GREEDY, **LOGITS)
-    for row, one in enumerate(reference):
-        assert same(out.sequences[row], one.sequences[0])
-        assert_close(out.logits[0][row], one.logits[0][0])
-    # The pictures matter, and so does which of them a question is asked about.
-    other = answer(model, prefix, QUESTIONS, [1, 2, 0, 1, 2], **GREEDY, **LOGITS)
-    assert ((out.logits[0] - other.logits[0]).abs().amax(1) > 1e-2).all()
-
-
 def test_beams(model, visual):
     beams = {**GREEDY, "num_beams": 3}
     reference = one_by_one(model, visual, **beams)
