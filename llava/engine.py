@@ -18,7 +18,7 @@ import threading
 import time
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -306,7 +306,10 @@ class LocalEngine:
         # An image is encoded once because no reducer here reads the question. For one that does (its `reads`
         # names the text) the key of an embedding is (image, question), and this is the place to encode it.
         good = {key: pixels for key, pixels in decoded.items() if isinstance(pixels, Pixels)}
-        visual = decoded | dict(zip(good, self._embed(list(good.values())), strict=True))
+        visual: dict[Hashable, Tensor | str] = {
+            key: problem for key, problem in decoded.items() if isinstance(problem, str)
+        }
+        visual |= zip(good, self._embed(list(good.values())), strict=True)
         prompts = []
         for request in requests:
             try:
@@ -377,7 +380,7 @@ class LocalEngine:
         self, waiting: dict[int, _Prompt], openings: Sequence[Sequence[int]], seen: prefix.Prefix
     ) -> Iterator[list[tuple[int, int]]]:
         """Prompts, by number, each with the row of `seen` it goes on from, in groups answered together."""
-        by_arguments: dict[Hashable, list[tuple[int, int]]] = {}
+        by_arguments: dict[tuple[tuple[str, Any], ...], list[tuple[int, int]]] = {}
         for row, opening in enumerate(openings):
             for number in opening:
                 by_arguments.setdefault(waiting[number].arguments, []).append((number, row))
@@ -478,7 +481,7 @@ class LocalEngine:
             )
         return prompt
 
-    def _prompt(self, request: Request, visual: dict[Hashable, Tensor | str]) -> _Prompt:
+    def _prompt(self, request: Request, visual: Mapping[Hashable, Tensor | str]) -> _Prompt:
         """Raises UserError as `prompt`, for an image that cannot be read, for a prompt that is too long."""
         keys = tuple(map(key_of, request.images))
         blocks = []
@@ -487,7 +490,7 @@ class LocalEngine:
             if isinstance(block, str):
                 raise UserError(block)
             blocks.append(block)
-        ids = tokenizer_image_token(self.prompt(request), self.tokenizer)
+        ids = list(tokenizer_image_token(self.prompt(request), self.tokenizer))
         length = len(ids) - len(blocks) + sum(map(len, blocks))
         config = self.model.config
         context = config.max_position_embeddings
@@ -509,16 +512,18 @@ class LocalEngine:
 
     # --- one request ---
 
-    def encode(self, images: Sequence[ImageSource]) -> list[Tensor]:
+    def encode(self, images: Sequence[Source]) -> list[Tensor]:
         """[K_i, hidden] of each image, to be given in place of it: a conversation encodes its images once.
 
         Raises:
             UserError: an image that cannot be read.
         """
-        decoded = [decode(image, self.image_processor, self.pixel_config) for image in images]
-        for pixels in decoded:
+        decoded = []
+        for image in images:
+            pixels = decode(image, self.image_processor, self.pixel_config)
             if isinstance(pixels, str):
                 raise UserError(pixels)
+            decoded.append(pixels)
         blocks = self._embed(decoded)
         if self.model.device.type == "cuda":  # kernels run on after their call returns; a clock must not
             torch.cuda.synchronize(self.model.device)

@@ -64,7 +64,7 @@ def ask_mmbench(args: argparse.Namespace) -> Asked:
         for turn in range(len(letters) if args.all_rounds else 1):
             options = [*sample.options[turn:], *sample.options[:turn]]
             text = mmbench.question_text(sample.stem, options)
-            line = {"question_id": sample.id, "round_id": turn, "prompt": text, "text": ""}
+            line: dict[str, Any] = {"question_id": sample.id, "round_id": turn, "prompt": text, "text": ""}
             line |= {"options": options, "option_char": letters[turn:] + letters[:turn]}
             yield text + suffix, sample.image, line
 
@@ -114,7 +114,8 @@ class Runner:
             print(note, file=sys.stderr)
         how = {name: getattr(args, name) for name in ("temperature", "top_p", "num_beams")}
         how |= {"max_new_tokens": getattr(args, "max_new_tokens", 1024), "seed": 0}
-        requests, lines = [], []
+        requests: list[Request] = []
+        lines: list[dict[str, Any]] = []
         for text, image, line in chunk(list(self.ask(args)), args.num_chunks, args.chunk_idx):
             requests.append(Request(id=len(lines), **with_image(text, image), **how))
             lines.append(line)
@@ -289,7 +290,7 @@ def eval_science_qa(argv: Sequence[str] | None = None) -> int:
         return 1
     metrics = scienceqa.BENCHMARK.score(samples, [row.text for row in rows])["metrics"]
     details: dict[str, list[dict]] = {"correct": [], "incorrect": []}
-    parsed: dict[str, int] = {}
+    parsed: dict[str | int, int] = {}
     for row, sample in zip(rows, samples, strict=True):
         right, choices, has_image = sample.reference
         letter = scienceqa.read_answer(row.text)

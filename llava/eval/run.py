@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     protocol = protocol_of(benchmark, args.protocol)
     answers = args.answers or default_answers(benchmark, protocol, args)
     try:
-        samples = benchmark.load(args.root, args.questions)[: args.limit]
+        samples: Sequence[Sample] = benchmark.load(args.root, args.questions)[: args.limit]
         if not answers.exists():  # before the model is loaded
             refuse_if_no_image_is_there([sample.image for sample in samples])
     except MissingFile:
@@ -131,7 +131,11 @@ def requests_of(
     for index, sample in enumerate(samples):
         asked = benchmark.prompt(sample, protocol.name)
         requests.append(Request(id=index, **with_image(asked, sample.image), **how))
-        line = {"question_id": sample.id, "prompt": benchmark.recorded(sample, asked), "text": ""}
+        line: dict[str, Any] = {
+            "question_id": sample.id,
+            "prompt": benchmark.recorded(sample, asked),
+            "text": "",
+        }
         if sample.options:
             letters = [chr(ord("A") + number) for number in range(len(sample.options))]
             line = {"question_id": sample.id, "round_id": 0, **line}

@@ -72,8 +72,8 @@ class AnswersFile:
         """
         places: dict[tuple[str, str], list[int]] = {}
         for index in reversed(range(len(self.lines))):
-            line = self.lines[index]
-            places.setdefault((str(line["question_id"]), line["prompt"]), []).append(index)
+            asked = self.lines[index]
+            places.setdefault((str(asked["question_id"]), asked["prompt"]), []).append(index)
         found: dict[int, tuple[Path, bytes]] = {}
         seen: set[bytes] = set()
         for file in [self.path, *Files(self.path).parts]:

@@ -13,6 +13,7 @@ A Prefix is never changed: each step works on a copy of the rows it needs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,8 @@ def extend(
         use_cache=True,
         **{CACHE_NAME: cache},
     )
-    return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask)
+    layers: list[Any] = cache.layers
+    return Prefix(tuple((layer.keys, layer.values) for layer in layers), mask)
 
 
 @torch.inference_mode()
