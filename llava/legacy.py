@@ -34,7 +34,7 @@ from llava.eval.benchmarks import (
 )
 from llava.eval.benchmarks.base import Benchmark
 from llava.eval.questions import LETTER, LETTERS, Sample, read_conversations, read_questions, with_tag
-from llava.eval.run import as_rates, chunk, default_decode_workers, with_image
+from llava.eval.run import chunk, default_decode_workers, tell, with_image
 from llava.eval.score import as_table, report_problems
 from llava.eval.submit import upload
 from llava.files import write_text
@@ -136,15 +136,10 @@ class Runner:
             batch_tokens=args.batch_tokens,
             decode_workers=args.decode_workers,
         )
-        took = answer(job, workers=1, overwrite=args.overwrite)
-        rates = as_rates(took)
-        print(f"{args.answers_file}: {took['answered']:,} of {took['questions']:,} questions, {rates}")
-        report_problems([f"question {one['question_id']}: {one['problem']}" for one in took["problems"]])
-        return 1 if took["problems"] else 0
+        return tell(job.answers, answer(job, workers=1, overwrite=args.overwrite))
 
-    def main(self, argv: Sequence[str] | None = None) -> int:
-        args = self.parser().parse_args(argv)
-        return exit_status(lambda: self.eval_model(args), name=f"llava.eval.{self.name}")
+    def main(self) -> int:
+        return self.eval_model(self.parser().parse_args())
 
 
 def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
@@ -213,11 +208,6 @@ def run_llava(args: argparse.Namespace) -> int:
         raise UserError(answer.problem)
     print(answer.text)
     return 0
-
-
-def run_llava_main(argv: Sequence[str] | None = None) -> int:
-    args = run_llava_parser().parse_args(argv)
-    return exit_status(lambda: run_llava(args), name="llava.eval.run_llava")
 
 
 # --- llava.serve.cli ---

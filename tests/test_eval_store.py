@@ -30,12 +30,12 @@ def row(index: int) -> dict:
 
 
 def work(answers: Path, rank: int = 0, world: int = 1, pause: float = 0.0) -> None:
-    """What a process of a run does: its share of what has no answer yet."""
+    """What a process of a run does: its share of what has no answer yet, equal questions in one share."""
     with AnswersFile(answers, LINES, None if world == 1 else rank) as file:
         Files(answers).agree(RUN)
         done = file.answered()
-        for index in range(rank, len(LINES), world):
-            if index not in done:
+        for index in range(len(LINES)):
+            if index // 3 % world == rank and index not in done:
                 time.sleep(pause * random.random())
                 file.append(row(index))
 

@@ -13,53 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from llava.errors import UserError
-from llava.eval import benchmarks
+from llava.eval import benchmarks, provenance
 from llava.eval.benchmarks.base import PUBLISHED_MODELS
 from llava.eval.reading import read_json
 from llava.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class Made(msgspec.Struct):
-    """What made the answers, as the provenance file has it."""
-
-    model: str
-    weights: str
-    reducer: str
-    dtype: str
-    benchmark: str = ""  # "": the questions were no benchmark's
-    protocol: str = ""
-
-
-class Summary(msgspec.Struct):
-    """What the run took."""
-
-    questions: int
-    answered: int
-    visual_tokens: dict[str, float] | None = None  # mean, p95 ...
-    questions_per_second: float | None = None
-
-
-class Headline(msgspec.Struct):
-    value: float
-    interval: tuple[float, float] | None = None
-
-
-class Score(msgspec.Struct):
-    headline: Headline | None = None
-    partial: bool = False
-
-
-class Provenance(msgspec.Struct):
-    run: Made
-    summary: Summary | None = None  # None: the run has not come to its end
-    score: Score = msgspec.field(default_factory=Score)
-    sittings: list[dict[str, Any]] = msgspec.field(default_factory=list)  # each with its device
 
 
 @dataclass(frozen=True)
@@ -88,6 +49,10 @@ class Run:
         """The benchmark, with its protocol where that is not the default one."""
         default = benchmarks.get(self.benchmark).protocols[0].name
         return self.benchmark if self.protocol == default else f"{self.benchmark} ({self.protocol})"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.reducer}, {self.dtype}"
 
     @property
     def row(self) -> tuple[str, str, str, str]:
@@ -126,23 +91,26 @@ def collect(folders: Sequence[Path]) -> list[Run]:
 
 def read_run(file: Path) -> Run | None:
     """None for a run that is no benchmark's or has not come to its end."""
-    content = read_json(file, Provenance)
-    took, headline = content.summary, content.score.headline
-    if took is None or not content.run.benchmark:
+    made = provenance.read_run(file)
+    content = read_json(file)
+    took, score = content.get("summary"), content.get("score", {})
+    if took is None or "benchmark" not in made:
         return None
-    tokens, speed = took.visual_tokens or {}, took.questions_per_second
+    headline, tokens = score.get("headline") or {}, took["visual_tokens"] or {}
+    speed = took["questions_per_second"]
+    interval = headline.get("interval")
     return Run(
         file=str(file),
-        **msgspec.structs.asdict(content.run),
-        score=headline and headline.value,
-        interval=headline and headline.interval,
-        partial=content.score.partial,
-        questions=took.questions,
-        answered=took.answered,
+        **{name: made[name] for name in ("benchmark", "protocol", "model", "weights", "reducer", "dtype")},
+        score=headline.get("value"),
+        interval=interval and tuple(interval),
+        partial=score.get("partial", False),
+        questions=took["questions"],
+        answered=took["answered"],
         visual_tokens=tokens.get("mean"),
         visual_tokens_p95=tokens.get("p95"),
         seconds_per_question=1 / speed if speed else None,
-        device=", ".join(sorted({str(one.get("device")) for one in content.sittings})),
+        device=", ".join(sorted({str(one.get("device")) for one in content["sittings"]})),
     )
 
 
@@ -217,33 +185,21 @@ def as_markdown(runs: Sequence[Run]) -> str:
 
 # --- the page ---
 
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:90rem;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;display:block;overflow-x:auto;margin:1rem 0}"
-    "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}"
-    "tr:first-child{font-weight:bold}svg{max-width:100%;height:auto}"
-)
+STYLE = "body{font-family:sans-serif}td{padding:.3em .7em;white-space:nowrap}tr:first-child{font-weight:bold}"
 
 
 def as_html(runs: Sequence[Run]) -> str:
     body = []
     for title, header, rows in tables(runs):
         lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in (header, *rows)]
-        body += [
-            f"<h2>{html.escape(title)}</h2>",
-            "<table>",
-            *(f"<tr>{line}</tr>" for line in lines),
-            "</table>",
-        ]
+        body.append(f"<h2>{html.escape(title)}</h2><table><tr>{'<tr>'.join(lines)}</table>")
     scored = [one for one in runs if one.score is not None]
     if scored:
         out = io.StringIO()
         plot(scored).savefig(out, format="svg", metadata={"Date": None})
         body.append(out.getvalue()[out.getvalue().index("<svg") :])
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>llava report</title>'
-        f"<style>{STYLE}</style></head><body><h1>Evaluation</h1>{''.join(body)}</body></html>\n"
-    )
+    head = f'<meta charset="utf-8"><title>llava report</title><style>{STYLE}</style>'
+    return f"<!doctype html>{head}<h1>Evaluation</h1>{''.join(body)}\n"
 
 
 def plot(runs: Sequence[Run]) -> "Figure":
@@ -253,7 +209,7 @@ def plot(runs: Sequence[Run]) -> "Figure":
     from matplotlib.figure import Figure
 
     columns = sorted({one.column for one in runs})
-    names = list(dict.fromkeys(f"{one.model}, {one.reducer}, {one.dtype}" for one in runs))
+    names = list(dict.fromkeys(one.name for one in runs))
     palette = matplotlib.colormaps["turbo"].resampled(len(names))
     figure = Figure(figsize=(13, 4 * len(columns)), layout="constrained")
     rows = figure.subplots(len(columns), 2, sharey="row", squeeze=False)
@@ -263,11 +219,10 @@ def plot(runs: Sequence[Run]) -> "Figure":
         for one in of_it:
             low, high = one.interval or (one.score, one.score)
             error = [[one.score - low], [high - one.score]]
-            name = f"{one.model}, {one.reducer}, {one.dtype}"
             for axes, x in ((left, one.visual_tokens), (right, one.seconds_per_question)):
                 if x is not None:
-                    color = palette(names.index(name))
-                    legend[name] = axes.errorbar(x, one.score, error, fmt="o", color=color, capsize=3)
+                    color = palette(names.index(one.name))
+                    legend[one.name] = axes.errorbar(x, one.score, error, fmt="o", color=color, capsize=3)
         benchmark = benchmarks.get(of_it[0].benchmark)
         if of_it[0].questions == benchmark.questions:  # published scores are those of the whole set
             for other in published():

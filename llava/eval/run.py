@@ -189,10 +189,7 @@ def finish(
     benchmark: Benchmark, root: Path, answers: Path, took: dict[str, Any], *, score: bool, limit: int | None
 ) -> int:
     """Print what came of it, keep the score beside the answers."""
-    print(f"{answers}: {took['answered']:,} of {took['questions']:,} questions answered")
-    print("  " + as_rates(took))
-    report_problems([f"question {one['question_id']}: {one['problem']}" for one in took["problems"]])
-    failed = 1 if took["problems"] else 0
+    failed = tell(answers, took)
     if not score or benchmark.measure is None or benchmark.read is not read_answers:
         if benchmark.write is not None and limit is None:
             print(f"  next: llava submit {benchmark.name} --root {root} --answers {answers} --out FILE")
@@ -208,9 +205,12 @@ def finish(
     return 0 if report["headline"] else 1
 
 
-def as_rates(took: dict[str, Any]) -> str:
-    if not took["device_seconds"]:
-        return "nothing to do"
-    tokens = took["visual_tokens"]
-    seen = f"{tokens['mean']:.1f} visual tokens an image (p95 {tokens['p95']:.0f}), " if tokens else ""
-    return f"{seen}{took['questions_per_second']:.2f} questions/s, {took['device_seconds']:.0f} s of work"
+def tell(answers: Path, took: dict[str, Any]) -> int:
+    """Print what a run took and what is left without an answer; 1 if anything is."""
+    print(f"{answers}: {took['answered']:,} of {took['questions']:,} questions answered")
+    if tokens := took["visual_tokens"]:
+        print(f"  {tokens['mean']:.1f} visual tokens an image (p95 {tokens['p95']:.0f})")
+    if took["device_seconds"]:
+        print(f"  {took['questions_per_second']:.2f} questions/s, {took['device_seconds']:.0f} s of work")
+    report_problems([f"question {one['question_id']}: {one['problem']}" for one in took["problems"]])
+    return 1 if took["problems"] else 0
