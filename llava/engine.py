@@ -26,7 +26,7 @@ from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,18 +113,6 @@ class Answer:
     visual_tokens: tuple[int, ...] = ()
     problem: str | None = None
     timing: Timing | None = None
-
-
-class Engine(Protocol):
-    """What answers requests: `LocalEngine`, a model in this process; a server's client can be another."""
-
-    def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """One answer per request, in any order."""
-        ...
-
-    def stream(self, request: Request) -> Generator[str, None, Answer]:
-        """The pieces of one answer as they come; the generator's return value is the whole `Answer`."""
-        ...
 
 
 def finish(pieces: Generator[str, None, Answer], emit: Callable[[str], None] = lambda piece: None) -> Answer:

@@ -19,7 +19,7 @@ from llava.errors import UserError
 from llava.eval import benchmarks
 from llava.eval.answers import read_answers
 from llava.eval.benchmarks.base import Benchmark, Embedded, MissingFile, Protocol, Sample
-from llava.eval.doctor import as_lines, examine_all
+from llava.eval.doctor import as_lines, examine
 from llava.eval.provenance import Files
 from llava.eval.score import as_text, report_problems
 from llava.eval.score import score as score_answers
@@ -75,7 +75,10 @@ def run(args: argparse.Namespace) -> int:
         if not answers.exists():  # before the model is loaded
             refuse_if_no_image_is_there([sample.image for sample in samples])
     except MissingFile:
-        print("\n".join(as_lines(benchmark, examine_all(benchmark, args.root))), file=sys.stderr)
+        print(
+            "\n".join(as_lines(benchmark, [examine(file, args.root) for file in benchmark.files])),
+            file=sys.stderr,
+        )
         raise
     about = {"benchmark": benchmark.name, "version": benchmark.version, "protocol": protocol.name}
     if args.num_chunks > 1:
