@@ -17,15 +17,16 @@ start, and in float32 the answers are those of asking one question at a time (te
 import threading
 import time
 import zlib
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,18 +115,6 @@ class Answer:
     timing: Timing | None = None
 
 
-class Engine(Protocol):
-    """What answers requests: `LocalEngine`, a model in this process; a server's client can be another."""
-
-    def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """One answer per request, in any order."""
-        ...
-
-    def stream(self, request: Request) -> Generator[str, None, Answer]:
-        """The pieces of one answer as they come; the generator's return value is the whole `Answer`."""
-        ...
-
-
 def finish(pieces: Generator[str, None, Answer], emit: Callable[[str], None] = lambda piece: None) -> Answer:
     """Hands every piece of a stream to `emit`; returns the whole answer."""
     with closing(pieces):  # where `emit` raises, as Ctrl-C does, the model stops too
@@ -150,6 +139,12 @@ class ModelSource:
     device: str = "cuda"
     load_8bit: bool = False
     load_4bit: bool = False
+
+    @classmethod
+    def of(cls, args: Namespace) -> "ModelSource":
+        """What the flags of a command say: --model-path, --model-base, and those named as the fields here."""
+        given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
+        return cls(args.model_path, args.model_base, **given)
 
     @property
     def name(self) -> str:
@@ -285,13 +280,13 @@ class LocalEngine:
             {key_of(image): image for one in chunk for image in one.images if not isinstance(image, Tensor)}
             for chunk in chunks
         ]
-        decoded = iter(self._decode_ahead([image for images in wanted for image in images.values()]))
+        decoding = Decoding(
+            [image for images in wanted for image in images.values()], self.image_processor, self.pixel_config
+        )
+        # A worker process takes a second to start.
+        decoded = iter(in_workers(decoding, self.decode_workers if len(decoding) > 8 else 0))
         for chunk, images in zip(chunks, wanted, strict=True):
             yield from self._answer_chunk(chunk, {key: next(decoded) for key in images})
-
-    def _decode_ahead(self, images: list[ImageSource]) -> Iterable[Pixels | str]:
-        workers = self.decode_workers if len(images) > 8 else 0  # a process takes a second to start
-        return in_workers(Decoding(images, self.image_processor, self.pixel_config), workers)
 
     def _answer_chunk(
         self, requests: Sequence[Request], decoded: dict[Hashable, Pixels | str]
@@ -299,7 +294,10 @@ class LocalEngine:
         # An image is encoded once because no reducer here reads the question. For one that does (its `reads`
         # names the text) the key of an embedding is (image, question), and this is the place to encode it.
         good = {key: pixels for key, pixels in decoded.items() if isinstance(pixels, Pixels)}
-        visual = decoded | dict(zip(good, self._embed(list(good.values())), strict=True))
+        visual: dict[Hashable, Tensor | str] = {
+            key: problem for key, problem in decoded.items() if isinstance(problem, str)
+        }
+        visual |= zip(good, self._embed(list(good.values())), strict=True)
         prompts = []
         for request in requests:
             try:
@@ -320,10 +318,14 @@ class LocalEngine:
             tried, smallest = list(waiting), True
             seen = start = None
             try:
-                start = self._begin(shared)
+                start = prefix.begin(self.model, torch.tensor(shared, dtype=torch.long))
                 for openings in self._openings(waiting, start):
                     tried, smallest = openings[0], len(openings) == 1
-                    seen = self._extend(start, [waiting[opening[0]] for opening in openings])
+                    # A row per opening, or all go on from `start`: then none of them has an image.
+                    blocks = [
+                        self._splice(waiting[group[0]]) for group in openings if waiting[group[0]].visual
+                    ]
+                    seen = prefix.extend(self.model, start, blocks, [0] * len(blocks)) if blocks else start
                     for batch in self._batches(waiting, openings, seen):
                         tried, smallest = [number for number, _ in batch], len(openings) == len(batch) == 1
                         texts = self._generate([(waiting[number], row) for number, row in batch], seen)
@@ -366,7 +368,7 @@ class LocalEngine:
         self, waiting: dict[int, _Prompt], openings: Sequence[Sequence[int]], seen: prefix.Prefix
     ) -> Iterator[list[tuple[int, int]]]:
         """Prompts, by number, each with the row of `seen` it goes on from, in groups answered together."""
-        by_arguments: dict[Hashable, list[tuple[int, int]]] = {}
+        by_arguments: dict[tuple[tuple[str, Any], ...], list[tuple[int, int]]] = {}
         for row, opening in enumerate(openings):
             for number in opening:
                 by_arguments.setdefault(waiting[number].arguments, []).append((number, row))
@@ -404,17 +406,6 @@ class LocalEngine:
         return blocks
 
     @torch.inference_mode()
-    def _begin(self, shared: Sequence[int]) -> prefix.Prefix:
-        """One row: what all prompts begin with."""
-        return prefix.begin(self.model, torch.tensor(shared)) if shared else prefix.nothing(self.model)
-
-    @torch.inference_mode()
-    def _extend(self, start: prefix.Prefix, prompts: Sequence[_Prompt]) -> prefix.Prefix:
-        """A row per prompt: its opening after `start`; `start` itself where there are no images."""
-        if not prompts[0].visual:
-            return start
-        return prefix.extend(self.model, start, [self._splice(one) for one in prompts], [0] * len(prompts))
-
     def _splice(self, prompt: _Prompt) -> Tensor:
         """[columns, hidden]: the opening's embeddings, an image's in place of each IMAGE_TOKEN_INDEX."""
         ids = torch.tensor(prompt.opening)
@@ -478,7 +469,7 @@ class LocalEngine:
             )
         return prompt
 
-    def _prompt(self, request: Request, visual: dict[Hashable, Tensor | str]) -> _Prompt:
+    def _prompt(self, request: Request, visual: Mapping[Hashable, Tensor | str]) -> _Prompt:
         """Raises UserError as `prompt`, for an image that cannot be read, for a prompt that is too long."""
         keys = tuple(map(key_of, request.images))
         blocks = []
@@ -487,7 +478,7 @@ class LocalEngine:
             if isinstance(block, str):
                 raise UserError(block)
             blocks.append(block)
-        ids = tokenizer_image_token(self.prompt(request), self.tokenizer)
+        ids = list(tokenizer_image_token(self.prompt(request), self.tokenizer))
         length = len(ids) - len(blocks) + sum(map(len, blocks))
         config = self.model.config
         context = config.max_position_embeddings
@@ -509,16 +500,18 @@ class LocalEngine:
 
     # --- one request ---
 
-    def encode(self, images: Sequence[ImageSource]) -> list[Tensor]:
+    def encode(self, images: Sequence[Source]) -> list[Tensor]:
         """[K_i, hidden] of each image, to be given in place of it: a conversation encodes its images once.
 
         Raises:
             UserError: an image that cannot be read.
         """
-        decoded = [decode(image, self.image_processor, self.pixel_config) for image in images]
-        for pixels in decoded:
+        decoded = []
+        for image in images:
+            pixels = decode(image, self.image_processor, self.pixel_config)
             if isinstance(pixels, str):
                 raise UserError(pixels)
+            decoded.append(pixels)
         blocks = self._embed(decoded)
         if self.model.device.type == "cuda":  # kernels run on after their call returns; a clock must not
             torch.cuda.synchronize(self.model.device)

@@ -1,6 +1,6 @@
-"""LLaVA's script of this name, on `llava.eval.legacy_scoring`; `llava submit` is its successor."""
+"""LLaVA's script of this name; `llava submit` is its successor."""
 
-from llava.eval.legacy_scoring import main, mmbench_for_submission
+from llava.legacy import mmbench_for_submission, script
 
 if __name__ == "__main__":
-    main(mmbench_for_submission)
+    script(mmbench_for_submission)

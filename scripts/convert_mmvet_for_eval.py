@@ -1,6 +1,6 @@
-"""LLaVA's script of this name, on `llava.eval.legacy_scoring`; `llava submit` is its successor."""
+"""LLaVA's script of this name; `llava submit` is its successor."""
 
-from llava.eval.legacy_scoring import main, mmvet_for_eval
+from llava.legacy import mmvet_for_eval, script
 
 if __name__ == "__main__":
-    main(mmvet_for_eval)
+    script(mmvet_for_eval)

@@ -1,6 +1,6 @@
-"""LLaVA's script of this name, on `llava.eval.legacy_scoring`; `llava submit` is its successor."""
+"""LLaVA's script of this name; `llava submit` is its successor."""
 
-from llava.eval.legacy_scoring import main, seed_for_submission
+from llava.legacy import script, seed_for_submission
 
 if __name__ == "__main__":
-    main(seed_for_submission)
+    script(seed_for_submission)

@@ -1,6 +1,6 @@
-"""LLaVA's script of this name, on `llava.eval.legacy_scoring`; `llava submit` is its successor."""
+"""LLaVA's script of this name; `llava submit` is its successor."""
 
-from llava.eval.legacy_scoring import main, vqav2_for_submission
+from llava.legacy import script, vqav2_for_submission
 
 if __name__ == "__main__":
-    main(vqav2_for_submission)
+    script(vqav2_for_submission)

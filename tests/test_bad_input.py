@@ -9,14 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from test_mm_utils import encoded, png_header
-from tiny_checkpoints import VISUAL_TOKENS, Family, edit_json, family
+from test_mm_utils import encoded
+from tiny_checkpoints import Family, edit_json, family
 
 from llava import cli
-from llava.errors import UserError
-from llava.model.builder import load_pretrained_model
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
 
@@ -69,48 +66,19 @@ def refused(result: tuple[int, str, str], command: str, *says: str, lines: int =
 # Pictures
 
 
-def a_directory(path: Path) -> None:
-    path.mkdir()
-
-
-def not_numbers(path: Path) -> None:
-    values = np.random.default_rng(0).random((40, 40), dtype=np.float32)
-    values[3, 5] = np.nan
-    Image.fromarray(values).save(path, "TIFF")
-
-
-PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
-    # what lies at the path, what the sentence says
-    "missing": (lambda path: None, "no such image"),
-    "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "truncated": (lambda path: path.write_bytes(encoded(NOISE, "JPEG")[:700]), "cut short"),
-    "zero_pixels": (lambda path: path.write_bytes(png_header(0, 5)), "damaged|not|no pixels"),
-    "no_pixels": (lambda path: path.write_bytes(b"P6 0 7 255\n"), "not|no pixels"),
-    "20000x20000": (lambda path: path.write_bytes(png_header(20_000, 20_000)), "too large"),
-    "directory": (a_directory, "is a directory"),
-    "nan_pixels": (not_numbers, "NaN"),
-    "text": (lambda path: path.write_text("<html>404</html>"), "not an image"),
-}
-
-
+# What else a picture can have is told in test_mm_utils.py, whose sentences these commands print.
+@pytest.mark.parametrize("content", [None, b"", encoded(NOISE, "JPEG")[:700], b"<html>404</html>"])
 @pytest.mark.parametrize("command", ["chat", "show"])
-@pytest.mark.parametrize("kind", PICTURES)
-def test_pictures(kind: str, command: str, tiny: Family, tmp_path: Path, llava) -> None:
-    make, says = PICTURES[kind]
+def test_pictures(content: bytes | None, command: str, tiny: Family, tmp_path: Path, llava) -> None:
     path, out = tmp_path / "picture.img", tmp_path / "out" / "x.png"
-    make(path)
+    if content is not None:
+        path.write_bytes(content)
     if command == "chat":
         result = llava("chat", "--model-path", tiny.full, "--image-file", path, "--query", "What?")
     else:
         result = llava("show", path, "--vision-tower", tiny.tower, "--out", out, "--device", "cpu")
     refused(result, command, str(path))
-    assert any(word in result[2] for word in says.split("|"))
     assert not out.parent.exists()
-
-
-def test_one_bad_picture_among_good_ones(tiny: Family, picture: Path, llava) -> None:
-    result = llava("chat", "--model-path", tiny.full, "--image-file", f"{picture},nowhere.jpg")
-    refused(result, "chat", "nowhere.jpg: no such image")
 
 
 # Prompts
@@ -118,57 +86,26 @@ def test_one_bad_picture_among_good_ones(tiny: Family, picture: Path, llava) -> 
 
 @pytest.mark.parametrize(
     ("query", "says"),
-    [("<image> or <image>?", "2 <image> but there is 1 picture"), ("<image>" * 3, "3 <image>")],
+    [("<image> or <image>?", "2 <image>"), ("<image>" * 3, "3 <image>")],
 )
 def test_too_many_placeholders(query: str, says: str, checkpoint: Path, picture: Path, llava) -> None:
     flags = ["--model-path", checkpoint, "--reducer", "none", "--device", "cpu"]
     refused(llava("chat", *flags, "--image-file", picture, "--query", query), "chat", says)
 
 
-def test_placeholder_without_picture(checkpoint: Path, llava) -> None:
-    flags = ["--model-path", checkpoint, "--reducer", "none", "--device", "cpu"]
-    refused(llava("chat", *flags, "--query", "<image> What?"), "chat", "1 <image> but there are no pictures")
-
-
-def test_picture_without_placeholder(tiny: Family) -> None:
-    """`llava chat` writes the placeholder itself; who calls the model is told."""
-    _, model, _, _ = load_pretrained_model(tiny.full, device="cpu")
-    pixels = torch.zeros(1, 3, 56, 56)
-    with pytest.raises(UserError, match="0 <image> placeholders in the prompt but 1 image"):
-        model.generate(torch.tensor([[1, 5, 6]]), images=pixels, max_new_tokens=1)
-
-
 # Reducers
 
 
-@pytest.mark.parametrize(
-    ("spec", "says"),
-    [
-        ("prumege+", "did you mean 'prumerge+'"),
-        ("topk(token=64)", "did you mean 'tokens'"),
-        ("topk(tokens=0)", "at least 1"),
-        ("topk(tokens=many)", "a whole number"),
-        ("topk(64)", "option=value"),
-        ("", "cannot read the reducer spec"),
-    ],
-)
+@pytest.mark.parametrize("spec", ["prumege+", "topk(tokens=0)"])
 @pytest.mark.parametrize("command", ["chat", "show"])
-def test_reducer_specs(
-    command: str, spec: str, says: str, tiny: Family, picture: Path, tmp_path: Path, llava
-) -> None:
+def test_reducer_specs(command: str, spec: str, tiny: Family, picture: Path, tmp_path: Path, llava) -> None:
     out = tmp_path / "x.png"
     if command == "chat":
         result = llava("chat", "--model-path", tiny.full, "--query", "What?", "--reducer", spec)
     else:
         result = llava("show", picture, "--vision-tower", tiny.tower, "--out", out, "--reducer", spec)
-    refused(result, command, says)
+    refused(result, command, spec.partition("(")[0])
     assert not out.exists()
-
-
-def test_reducer_spec_of_a_checkpoint(checkpoint: Path, llava) -> None:
-    edit_json(checkpoint / "config.json", mm_token_reducer="prumerge++")
-    result = llava("chat", "--model-path", checkpoint, "--device", "cpu", "--query", "What?")
-    refused(result, "chat", "'prumerge++'", "did you mean")
 
 
 def test_eval_leaves_no_answers_behind(tiny: Family, root: Path, tmp_path: Path, llava) -> None:
@@ -185,70 +122,15 @@ def test_eval_leaves_no_answers_behind(tiny: Family, root: Path, tmp_path: Path,
 # Checkpoints
 
 
-def test_config_that_is_not_utf8(checkpoint: Path, llava) -> None:
-    file = checkpoint / "config.json"
-    file.write_bytes(file.read_bytes().replace(b'"llava"', b'"ll\xe9va"'))
-    result = llava("chat", "--model-path", checkpoint, "--query", "What?")
-    refused(result, "chat", f"{file} is not UTF-8 text")
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [("", "not valid JSON"), ('{"hidden_size": 64', "not valid JSON"), ("[1, 2]", "not an object")],
-)
-def test_config_that_is_no_object(content: str, says: str, checkpoint: Path, llava) -> None:
-    (checkpoint / "config.json").write_text(content)
-    refused(llava("chat", "--model-path", checkpoint, "--query", "What?"), "chat", "config.json", says)
-
-
-@pytest.mark.parametrize(
-    ("file", "damage", "says"),
-    [
-        ("pytorch_model-00002-of-00002.bin", lambda path: path.unlink(), "pytorch_model-00002-of-00002.bin"),
-        (
-            "pytorch_model-00001-of-00002.bin",
-            lambda path: path.write_bytes(path.read_bytes()[:2000]),
-            "pytorch_model-00001-of-00002.bin",
-        ),
-        ("tokenizer.json", lambda path: path.unlink(), "tokenizer"),
-        ("tokenizer.json", lambda path: path.write_bytes(b"\xff\xfe{"), "tokenizer"),
-    ],
-)
-def test_damaged_files(file: str, damage: Callable[[Path], object], says: str, checkpoint, llava) -> None:
-    damage(checkpoint / file)
-    result = llava("chat", "--model-path", checkpoint, "--device", "cpu", "--query", "What?")
-    refused(result, "chat", says)
+@pytest.mark.parametrize("content", [b"", b'{"hidden_size": 64', b"[1, 2]", b'{"model_type": "ll\xe9va"}'])
+def test_config_that_is_no_object(content: bytes, checkpoint: Path, llava) -> None:
+    (checkpoint / "config.json").write_bytes(content)
+    refused(llava("chat", "--model-path", checkpoint, "--query", "What?"), "chat", "config.json")
 
 
 def test_no_such_checkpoint(tmp_path: Path, llava) -> None:
     refused(llava("chat", "--model-path", tmp_path / "nowhere", "--query", "?"), "chat", "--model-path")
-    refused(llava("chat", "--model-path", "someone/llava-9b", "--query", "?"), "chat", "no network")
-
-
-def test_lora_without_base(tiny: Family, llava) -> None:
-    refused(
-        llava("chat", "--model-path", tiny.lora, "--query", "?"), "chat", "--model-base someone/base-tiny"
-    )
-
-
-def test_no_tower(checkpoint: Path, llava) -> None:
-    edit_json(checkpoint / "config.json", mm_vision_tower="towers/elsewhere", mm_token_reducer="none")
-    result = llava("chat", "--model-path", checkpoint, "--device", "cpu", "--query", "?")
-    refused(result, "chat", "towers/elsewhere", "--vision-tower")
-
-
-def test_checkpoint_without_a_reducer_field(checkpoint: Path, picture: Path, llava, caplog) -> None:
-    """No error: every token is used, as the weights were trained; that is said, and how to change it."""
-    assert "mm_token_reducer" not in json.loads((checkpoint / "config.json").read_text())
-    flags = ["--model-path", checkpoint, "--image-file", picture, "--device", "cpu", "--max-new-tokens", "2"]
-    assert llava("chat", *flags, "--query", "What?")[0] == 0
-    assert f"all {VISUAL_TOKENS} visual tokens" in caplog.text and "--reducer" in caplog.text
-    caplog.clear()
-    assert llava("chat", *flags, "--query", "What?", "--reducer", "prumerge+")[0] == 0
-    edit_json(checkpoint / "config.json", mm_token_reducer="grid(tokens=4)")
-    status, _, err = llava("chat", *flags, "--query", "What?")
-    assert status == 0 and "(4 visual tokens;" in err
-    assert "does not say" not in caplog.text
+    refused(llava("chat", "--model-path", "someone/llava-9b", "--query", "?"), "chat", "someone/llava-9b")
 
 
 def test_a_released_one_uses_576(golden: Path, picture: Path) -> None:
@@ -268,10 +150,3 @@ def test_debug_shows_the_traceback(tiny: Family, llava) -> None:
     status, out, err = llava("chat", *flags, "--debug")
     assert (status, out) == (2, "")
     assert err.startswith("Traceback") and "UserError: nowhere.png: no such image" in err
-
-
-def test_in_a_process_of_its_own(root: Path) -> None:
-    """The same for a shell: the sentence, the status."""
-    command = [sys.executable, "-m", "llava.cli", "show", "nowhere.png", "--vision-tower", "no/tower"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    refused((done.returncode, done.stdout, done.stderr), "show", "no/tower")

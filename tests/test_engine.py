@@ -15,8 +15,7 @@ from tiny_checkpoints import HIDDEN, edit_json, family, single_safetensors, writ
 
 from llava import engine as engine_module
 from llava.conversation import conv_templates
-from llava.engine import Answer, LocalEngine, ModelSource, Request, _TextStream, batches, finish
-from llava.errors import UserError
+from llava.engine import Answer, LocalEngine, ModelSource, Request, _TextStream, finish
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model import prefix
 from llava.pixels import decode
@@ -180,37 +179,6 @@ def in_order(requests, answers):
     return [(request, by_id[request.id]) for request in requests]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_batches_cover_all_rows_and_keep_the_bounds(seed):
-    draw = torch.Generator().manual_seed(seed)
-    lengths = sorted((1 + torch.randint(600, (200,), generator=draw)).tolist(), reverse=True)
-    parts = list(batches(lengths, lambda rows, longest: rows * (longest + 50) <= 3000))
-    assert [place for part in parts for place in range(len(lengths))[part]] == list(range(200))
-    for part in parts:
-        rows, padded = len(lengths[part]), len(lengths[part]) * lengths[part][0]
-        assert rows == 1 or rows * (lengths[part][0] + 50) <= 3000
-        assert padded - sum(lengths[part]) <= max(32, padded // 8)
-    assert list(batches([], lambda rows, longest: True)) == []
-    assert list(batches([9000, 8000], lambda rows, longest: False)) == [slice(0, 1), slice(1, 2)]
-
-
-def test_keys_and_values_stay_within_the_budget(engine, pictures, monkeypatch):
-    answer, sizes = prefix.answer, []
-
-    def counting(model, beginnings, ids, rows, *, num_beams, **arguments):
-        held = beginnings.rows * beginnings.length
-        used = held + len(ids) * num_beams * (beginnings.length + max(map(len, ids)) + NEW)
-        assert used <= 2000 or len(ids) == 1
-        sizes.append(len(ids))
-        return answer(model, beginnings, ids, rows, num_beams=num_beams, **arguments)
-
-    monkeypatch.setattr(prefix, "answer", counting)
-    for beams in (1, 2):
-        requests = [replace(one, num_beams=beams) for one in questions(pictures, 60)]
-        texts(with_options(engine, batch_tokens=2000).answer(requests))
-    assert sum(sizes) == 124 and max(sizes) > 3
-
-
 def test_out_of_memory_halves_the_budget_and_goes_on(engine, pictures, monkeypatch):
     requests, model = questions(pictures), engine.model
     whole = texts(engine.answer(requests))
@@ -338,11 +306,6 @@ def test_the_context_bounds_an_answer(engine, pictures, monkeypatch):
     monkeypatch.setattr(config, "max_position_embeddings", 4096)
     monkeypatch.setattr(config, "tokenizer_model_max_length", length - 1)
     assert f"at most {length - 1}" in finish(engine.stream(request)).problem
-
-
-def test_no_such_template(tiny):
-    with pytest.raises(UserError, match=r"'vicuna'.*vicuna_v1"):
-        ModelSource(str(tiny.full), conv_mode="vicuna", device="cpu").load()
 
 
 # --- streams ---

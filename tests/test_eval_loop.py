@@ -314,18 +314,6 @@ def test_command_without_data_says_what_belongs_where(data, tmp_path, capsys):
     assert not (tmp_path / "a.jsonl").exists()
 
 
-def test_command_chunks_make_the_whole(tiny, data, capsys):
-    folder = data / "vqav2/answers/llava-tiny"
-    for index in range(8):  # 13 questions: chunk 7 is empty
-        argv = command(tiny, data, "vqav2", "--num-chunks", "8", "--chunk-idx", str(index))
-        assert cli.main([*argv, "--decode-workers", "0"]) == 0
-    files = [folder / f"8_{index}.jsonl" for index in range(8)]
-    assert files[7].read_text() == ""
-    capsys.readouterr()
-    assert cli.main(["score", "vqav2", "--root", str(data), "--answers", *map(str, files), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["answered"] == 13
-
-
 def test_command_protocols(tiny, data, capsys):
     for protocol, line in (("ocr", True), ("no-ocr", False)):
         argv = command(tiny, data, "textvqa", "--protocol", protocol, "--limit", "4", "--decode-workers", "0")

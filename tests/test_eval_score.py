@@ -113,16 +113,6 @@ def test_mme_reads_four_characters():
         assert mme.read_answer(text) == answer, text
 
 
-def test_mmbench_letters_and_texts():
-    options = ("red", "blue", "dark red")
-    for text, answer in {
-        "B": "B", "(B).": "B", "The answer is C": "C", "A or B": None, "b": None, "blue": "B",
-        "dark red": None,
-        "Z": "Z", "": None, "D": None, "A blue one": "A",
-    }.items():  # fmt: skip
-        assert mmbench.read_answer(text, options) == answer, text
-
-
 # --- upstream's outcomes ---
 
 
@@ -220,27 +210,20 @@ def test_secondary(score, path):
 
 @pytest.mark.parametrize("path, case", cases("vqav2", "trap"))
 def test_vqav2_traps(score, path, case):
-    files = files_of(path, case)
-    report = refused(score("vqav2", root_of(path), files))
-    broken = [
-        f"{file}:{n}" for file in files if file.is_file() for n, line in lines(file) if not is_json(line)
-    ]
-    for place in broken:
-        assert any(problem.startswith(place) for problem in report["problems"])
-    for file in files:
-        assert file.is_file() or any(
-            problem.startswith(f"{file}: no such file") for problem in report["problems"]
-        )
-    ids = [
-        json.loads(line)["question_id"] for f in files if f.is_file() for _, line in lines(f) if is_json(line)
-    ]
-    asked = {sample.id for sample in benchmarks.get("vqav2").load(root_of(path))}
-    for identifier in asked - set(ids):
-        assert any(f"question {identifier} " in p and "has no answer" in p for p in report["problems"])
-    for identifier in {identifier for identifier in ids if ids.count(identifier) > 1}:
-        assert any(f"duplicate answer to question {identifier} " in p for p in report["problems"])
+    """Every torn line, lost chunk, missing question and second answer is named."""
+    root, files = root_of(path), files_of(path, case)
     existing = [file for file in files if file.is_file()]
-    status, partial = score("vqav2", root_of(path), existing, "--partial")
+    rows = [(f"{file}:{number}: ", line) for file in existing for number, line in lines(file)]
+    ids = [json.loads(line)["question_id"] for _, line in rows if is_json(line)]
+    asked = {sample.id for sample in benchmarks.get("vqav2").load(root)}
+    refused(
+        score("vqav2", root, files),
+        *(where for where, line in rows if not is_json(line)),
+        *(f"{file}: no such file" for file in files if file not in existing),
+        *(f"question {identifier} " for identifier in asked - set(ids)),
+        *(f"duplicate answer to question {identifier} " for identifier in ids if ids.count(identifier) > 1),
+    )
+    status, partial = score("vqav2", root, existing, "--partial")
     assert status == 0 and partial["headline"]["over"] == len(asked & set(ids)) and partial["problems"]
     if not asked - set(ids):  # every question has an answer: the later one counts, as upstream
         want = case["upstream"]["vqa_accuracy"]["test-dev"]["overall"]
@@ -410,31 +393,26 @@ def test_options_that_look_like_missing_values():
 
 
 @pytest.mark.parametrize(
-    "name, gone, answers, says",
+    "name, gone, answers",
     [
-        (
-            "vqav2",
-            "vqav2/v2_mscoco_test2015_annotations.json",
-            "vqav2/answers/*/synth-7b-clean/*.jsonl",
-            "annotations.json",
-        ),
-        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "textvqa/answers/clean.jsonl", ""),
-        ("pope", "pope/coco/coco_pope_random.json", "pope/answers/clean.jsonl", ""),
-        ("mme", "MME/MME_Benchmark_release_version", "MME/answers/clean.jsonl", ""),
-        ("scienceqa", "scienceqa/problems.json", "scienceqa/answers/clean.jsonl", ""),
-        ("gqa", "gqa/data/testdev_balanced_questions.json", "gqa/answers/*/*/1_0.jsonl", ""),
-        ("seed", "seed_bench/SEED-Bench.json", "seed_bench/answers/synth-7b/1_0.jsonl", ""),
-        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "mmbench/answers/*/clean.jsonl", ""),
-        ("vizwiz", "vizwiz/answers/trap-missing.jsonl", "vizwiz/answers/clean.jsonl", "llava submit vizwiz"),
+        ("vqav2", "vqav2/v2_mscoco_test2015_annotations.json", "vqav2/answers/*/synth-7b-clean/*.jsonl"),
+        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "textvqa/answers/clean.jsonl"),
+        ("pope", "pope/coco/coco_pope_random.json", "pope/answers/clean.jsonl"),
+        ("mme", "MME/MME_Benchmark_release_version", "MME/answers/clean.jsonl"),
+        ("scienceqa", "scienceqa/problems.json", "scienceqa/answers/clean.jsonl"),
+        ("gqa", "gqa/data/testdev_balanced_questions.json", "gqa/answers/*/*/1_0.jsonl"),
+        ("seed", "seed_bench/SEED-Bench.json", "seed_bench/answers/synth-7b/1_0.jsonl"),
+        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "mmbench/answers/*/clean.jsonl"),
     ],
 )
-def test_missing_labels_are_named(name, gone, answers, says, tmp_path, capsys):
+def test_missing_labels_are_named(name, gone, answers, tmp_path, capsys):
     folder = gone.partition("/")[0]
     shutil.copytree(root_of(HERE) / folder, tmp_path / folder)
     (tmp_path / gone).rename(tmp_path / "away")
     files = sorted(map(str, tmp_path.glob(answers)))
     assert files and cli.main(["score", name, "--root", str(tmp_path), "--answers", *files]) == 2
-    assert (says or Path(gone).name[:9]) in capsys.readouterr().err
+    word = "annotations.json" if name == "vqav2" else Path(gone).name[:9]
+    assert word in capsys.readouterr().err
 
 
 def test_misspelt_names(tmp_path, capsys):
@@ -505,20 +483,6 @@ def test_mme_is_scored_without_its_images(score, tmp_path, capsys):
     assert scored(score("mme", tmp_path, [answers])) == whole
     assert cli.main(["doctor", "eval", "mme", "--root", str(tmp_path), "--rebuild"]) == 1
     assert "cannot be made" in capsys.readouterr().out and not (tmp_path / "MME/llava_mme.jsonl").exists()
-
-
-def test_mme_question_that_the_labels_lack(tmp_path, capsys):
-    shutil.copytree(root_of(HERE) / "MME", tmp_path / "MME")
-    questions = tmp_path / "MME/llava_mme.jsonl"
-    first, *others = questions.read_text().splitlines()
-    answers = str(tmp_path / "MME/answers/clean.jsonl")
-    for rows, word in (
-        ([first.replace("?", "??", 1), *others], f"{questions}:1: "),
-        (others, f"1 labels in {tmp_path}"),
-    ):
-        questions.write_text("\n".join(rows) + "\n")
-        assert cli.main(["score", "mme", "--root", str(tmp_path), "--answers", answers]) == 2
-        assert word in capsys.readouterr().err
 
 
 def test_scienceqa_ids_of_either_type(score, tmp_path):
@@ -651,39 +615,22 @@ def without_answers(table):
     return table
 
 
-def first_of_data(**change):
-    return edit_json(lambda table: table | {"data": [table["data"][0] | change, *table["data"][1:]]})
-
-
 VQAV2 = "vqav2/v2_mscoco_test2015_annotations.json"
-TEXTVQA, MMBENCH = "textvqa/TextVQA_0.5.1_val.json", "mmbench/mmbench_dev_20230712.tsv"
+MMBENCH = "mmbench/mmbench_dev_20230712.tsv"
 COUNT = "MME/MME_Benchmark_release_version/count/syn_count_000.txt"
 SCIENCE, SEED = "scienceqa/problems.json", "seed_bench/SEED-Bench.json"
 DAMAGES = [
     # benchmark, file, what is done to it, what the sentence says beside its name
     ("vqav2", VQAV2, edit_json(without_answers), "[2]"),
-    ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", edit_line(image=7), ":2: "),
-    ("textvqa", TEXTVQA, first_of_data(answers=["a"] * 9), "[0]"),
-    ("textvqa", TEXTVQA, lambda data: b"[]", "object"),
     ("mme", "MME/llava_mme.jsonl", edit_line(text=None), ":2: "),
     ("mme", COUNT, lambda data: data.replace(b"\t", b" "), ":1: "),
-    ("pope", "pope/coco/coco_pope_random.json", edit_line(question_id=[1]), ":2: "),
     ("pope", "pope/coco/coco_pope_popular.json", lambda data: data[:-20], ":12: "),
     ("pope", "pope/coco/coco_pope_popular.json", lambda data: b'{"a":' + b"[" * 100_000, ":1: "),
-    (
-        "scienceqa",
-        SCIENCE,
-        edit_json(lambda table: table | {"7": {"question": "?", "choices": ["a"]}}),
-        "answer",
-    ),
     ("scienceqa", SCIENCE, edit_json(lambda table: table | {"7": table["7"] | {"answer": 9}}), "9"),
-    ("scienceqa", "scienceqa/llava_test_CQM-A.json", edit_json(lambda rows: [{"id": 7}, *rows]), "[0]"),
     ("mmbench", MMBENCH, lambda data: data[:300] + b"\xff" + data, "utf-8"),
     ("mmbench", MMBENCH, lambda data: data.replace(b"index", b"number", 1), "index"),
-    ("mmbench_cn", "mmbench_cn/mmbench_dev_cn_20231003.tsv", lambda data: data[:-40], ""),
     ("gqa", "gqa/data/testdev_balanced_questions.json", edit_json(lambda x: x | {"700100201": None}), "null"),
     ("seed", SEED, edit_json(lambda table: table | {"question_type": {}}), "question_type"),
-    ("seed", SEED, lambda data: data.decode().encode("utf-16"), ""),
 ]
 
 
@@ -716,13 +663,11 @@ def test_a_part_is_scored_over_what_was_asked(name, folder, tmp_path):
     rows, _ = benchmark.read([answers])
     joined, _ = benchmark.join(samples, rows)
     alone = benchmark.score(samples[:3], [row.text for row in joined[:3]])
-    for only in (3, [sample.key for sample in samples[:3]]):
-        report = score_of(benchmark, root, [answers], only=only)
-        assert report["partial"]
-        assert (report["expected"], report["answered"], report["metrics"]) == (3, 3, alone["metrics"])
-    assert "partial" not in score_of(benchmark, root, [answers])
-    assert "partial" not in score_of(benchmark, root, [answers], only=len(samples))
+    report = score_of(benchmark, root, [answers], limit=3)
+    assert report["partial"]
+    assert (report["expected"], report["answered"], report["metrics"]) == (3, 3, alone["metrics"])
+    assert "partial" not in score_of(benchmark, root, [answers], limit=len(samples))
     few = tmp_path / "few.jsonl"
     few.write_text("".join(answers.read_text().splitlines(keepends=True)[:2]))
-    report = score_of(benchmark, root, [few], only=3)
+    report = score_of(benchmark, root, [few], limit=3)
     assert report["headline"] is None and len(report["problems"]) == 1

@@ -37,14 +37,10 @@ def run(args: argparse.Namespace) -> int:
     for benchmark in map(benchmarks.get, args.benchmarks or benchmarks.BENCHMARKS):
         if args.rebuild:
             rebuild(benchmark, args.root)
-        findings = examine_all(benchmark, args.root)
+        findings = [examine(file, args.root) for file in benchmark.files]
         healthy &= not any(trouble for _, _, trouble in findings)
         print("\n".join(as_lines(benchmark, findings)))
     return 0 if healthy else 1
-
-
-def examine_all(benchmark: Benchmark, root: Path) -> list[Finding]:
-    return [examine(file, root) for file in benchmark.files]
 
 
 def examine(file: DataFile, root: Path) -> Finding:

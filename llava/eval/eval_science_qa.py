@@ -1,6 +1,6 @@
 """LLaVA's script of this name; `llava score` is its successor."""
 
-from llava.eval.legacy_scoring import eval_science_qa, main
+from llava.legacy import eval_science_qa, script
 
 if __name__ == "__main__":
-    main(eval_science_qa)
+    script(eval_science_qa)

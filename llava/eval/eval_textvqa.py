@@ -1,6 +1,6 @@
 """LLaVA's script of this name; `llava score` is its successor."""
 
-from llava.eval.legacy_scoring import eval_textvqa, main
+from llava.legacy import eval_textvqa, script
 
 if __name__ == "__main__":
-    main(eval_textvqa)
+    script(eval_textvqa)

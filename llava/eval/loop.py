@@ -130,11 +130,13 @@ class Took:
     """What answers took, for the log, a line at most every second."""
 
     def __init__(self, files: Files):
-        self.files, self.seen = files, set()
+        self.files = files
+        self.seen: set[Any] = set()  # images of which tokens are counted
         self._restart()
 
     def _restart(self) -> None:
-        self.started, self.questions, self.tokens = time.perf_counter(), 0, Counter()
+        self.started, self.questions = time.perf_counter(), 0
+        self.tokens: Counter[int] = Counter()
 
     def add(self, answer: Answer, request: Request) -> None:
         self.questions += 1

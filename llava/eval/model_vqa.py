@@ -1,10 +1,8 @@
 """`python -m llava.eval.model_vqa`: LLaVA's runner for LLaVA-Bench, MM-Vet and question files of your own."""
 
-import sys
+from llava.legacy import MODEL_VQA, script
 
-from llava.legacy import MODEL_VQA
-
-parser, eval_model = MODEL_VQA.parser, MODEL_VQA.eval_model
+eval_model = MODEL_VQA.eval_model
 
 if __name__ == "__main__":
-    sys.exit(MODEL_VQA.main())
+    script(MODEL_VQA.main)

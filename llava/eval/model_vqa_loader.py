@@ -1,10 +1,8 @@
 """`python -m llava.eval.model_vqa_loader`: LLaVA's runner for VQAv2, GQA, VizWiz, TextVQA, POPE, ..."""
 
-import sys
+from llava.legacy import MODEL_VQA_LOADER, script
 
-from llava.legacy import MODEL_VQA_LOADER
-
-parser, eval_model = MODEL_VQA_LOADER.parser, MODEL_VQA_LOADER.eval_model
+eval_model = MODEL_VQA_LOADER.eval_model
 
 if __name__ == "__main__":
-    sys.exit(MODEL_VQA_LOADER.main())
+    script(MODEL_VQA_LOADER.main)

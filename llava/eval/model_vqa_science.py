@@ -1,10 +1,8 @@
 """`python -m llava.eval.model_vqa_science`: LLaVA's runner for ScienceQA."""
 
-import sys
+from llava.legacy import MODEL_VQA_SCIENCE, script
 
-from llava.legacy import MODEL_VQA_SCIENCE
-
-parser, eval_model = MODEL_VQA_SCIENCE.parser, MODEL_VQA_SCIENCE.eval_model
+eval_model = MODEL_VQA_SCIENCE.eval_model
 
 if __name__ == "__main__":
-    sys.exit(MODEL_VQA_SCIENCE.main())
+    script(MODEL_VQA_SCIENCE.main)

@@ -152,7 +152,6 @@ def summary(files: Files, lines: Sequence[dict[str, Any]], answered: Collection[
         if len(ordered)
         else None,
         "device_seconds": round(seconds, 2),
-        "images_per_second": len(ordered) / seconds if seconds else None,
         "questions_per_second": questions / seconds if seconds else None,
     }
 

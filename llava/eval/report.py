@@ -11,52 +11,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import UserError
-from llava.eval import benchmarks
+from llava.eval import benchmarks, provenance
 from llava.eval.benchmarks.base import PUBLISHED_MODELS
 from llava.eval.reading import read_json
 from llava.files import write_text
 
-
-class Made(msgspec.Struct):
-    """What made the answers, as the provenance file has it."""
-
-    model: str
-    weights: str
-    reducer: str
-    dtype: str
-    benchmark: str = ""  # "": the questions were no benchmark's
-    protocol: str = ""
-
-
-class Summary(msgspec.Struct):
-    """What the run took."""
-
-    questions: int
-    answered: int
-    visual_tokens: dict[str, float] | None = None  # mean, p95 ...
-    questions_per_second: float | None = None
-
-
-class Headline(msgspec.Struct):
-    value: float
-    interval: tuple[float, float] | None = None
-
-
-class Score(msgspec.Struct):
-    headline: Headline | None = None
-    partial: bool = False
-
-
-class Provenance(msgspec.Struct):
-    run: Made
-    summary: Summary | None = None  # None: the run has not come to its end
-    score: Score = msgspec.field(default_factory=Score)
-    sittings: list[dict[str, Any]] = msgspec.field(default_factory=list)  # each with its device
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -85,6 +49,10 @@ class Run:
         """The benchmark, with its protocol where that is not the default one."""
         default = benchmarks.get(self.benchmark).protocols[0].name
         return self.benchmark if self.protocol == default else f"{self.benchmark} ({self.protocol})"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.reducer}, {self.dtype}"
 
     @property
     def row(self) -> tuple[str, str, str, str]:
@@ -123,23 +91,26 @@ def collect(folders: Sequence[Path]) -> list[Run]:
 
 def read_run(file: Path) -> Run | None:
     """None for a run that is no benchmark's or has not come to its end."""
-    content = read_json(file, Provenance)
-    took, headline = content.summary, content.score.headline
-    if took is None or not content.run.benchmark:
+    made = provenance.read_run(file)
+    content = read_json(file)
+    took, score = content.get("summary"), content.get("score", {})
+    if took is None or "benchmark" not in made:
         return None
-    tokens, speed = took.visual_tokens or {}, took.questions_per_second
+    headline, tokens = score.get("headline") or {}, took["visual_tokens"] or {}
+    speed = took["questions_per_second"]
+    interval = headline.get("interval")
     return Run(
         file=str(file),
-        **msgspec.structs.asdict(content.run),
-        score=headline and headline.value,
-        interval=headline and headline.interval,
-        partial=content.score.partial,
-        questions=took.questions,
-        answered=took.answered,
+        **{name: made[name] for name in ("benchmark", "protocol", "model", "weights", "reducer", "dtype")},
+        score=headline.get("value"),
+        interval=interval and tuple(interval),
+        partial=score.get("partial", False),
+        questions=took["questions"],
+        answered=took["answered"],
         visual_tokens=tokens.get("mean"),
         visual_tokens_p95=tokens.get("p95"),
         seconds_per_question=1 / speed if speed else None,
-        device=", ".join(sorted({str(one.get("device")) for one in content.sittings})),
+        device=", ".join(sorted({str(one.get("device")) for one in content["sittings"]})),
     )
 
 
@@ -147,9 +118,11 @@ def published() -> list[dict[str, Any]]:
     """Scores others published: name, visual tokens an image, and {benchmark: score}."""
     rows = []
     for place, (name, visual_tokens) in enumerate(PUBLISHED_MODELS.items()):
-        scores = {one.name: one.published[place : place + 1] for one in benchmarks.BENCHMARKS.values()}
-        known = {benchmark: one[0] for benchmark, one in scores.items() if one and one[0] is not None}
-        rows.append({"name": name, "visual_tokens": visual_tokens, "scores": known})
+        known = {
+            x.name: x.published[place] for x in benchmarks.BENCHMARKS.values() if place < len(x.published)
+        }
+        scores = {benchmark: score for benchmark, score in known.items() if score is not None}
+        rows.append({"name": name, "visual_tokens": visual_tokens, "scores": scores})
     return rows
 
 
@@ -212,85 +185,54 @@ def as_markdown(runs: Sequence[Run]) -> str:
 
 # --- the page ---
 
-MARKERS = "osD^v"
-"""One for every ten colours."""
-OTHERS = "published (table above)"
-
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:90rem;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;display:block;overflow-x:auto;margin:1rem 0}"
-    "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}"
-    "svg{max-width:100%;height:auto}"
-)
+STYLE = "body{font-family:sans-serif}td{padding:.3em .7em;white-space:nowrap}tr:first-child{font-weight:bold}"
 
 
 def as_html(runs: Sequence[Run]) -> str:
     body = []
     for title, header, rows in tables(runs):
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        body += [f"<h2>{html.escape(title)}</h2>", f"<table><tr>{head}</tr>"]
-        body += [f"<tr>{line}</tr>" for line in lines] + ["</table>"]
-    names = list(dict.fromkeys(map(name_of, runs)))
-    for column in sorted({one.column for one in runs if one.score is not None}):
-        body += [f"<h2>{html.escape(column)}</h2>", plot([x for x in runs if x.column == column], names)]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>llava report</title>'
-        f"<style>{STYLE}</style></head><body><h1>Evaluation</h1>{''.join(body)}</body></html>\n"
-    )
+        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in (header, *rows)]
+        body.append(f"<h2>{html.escape(title)}</h2><table><tr>{'<tr>'.join(lines)}</table>")
+    scored = [one for one in runs if one.score is not None]
+    if scored:
+        out = io.StringIO()
+        plot(scored).savefig(out, format="svg", metadata={"Date": None})
+        body.append(out.getvalue()[out.getvalue().index("<svg") :])
+    head = f'<meta charset="utf-8"><title>llava report</title><style>{STYLE}</style>'
+    return f"<!doctype html>{head}<h1>Evaluation</h1>{''.join(body)}\n"
 
 
-def name_of(one: Run) -> str:
-    """What a legend says."""
-    return f"{one.model}, {one.reducer}, {one.dtype}"
-
-
-def plot(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """An SVG: score against mean visual tokens (published ones as crosses) and against time a question.
-
-    `names` of all runs of the page, so that each has the same colour in every plot.
-    """
+def plot(runs: Sequence[Run]) -> "Figure":
+    """Of runs with a score: a row per benchmark, the score against mean visual tokens (beside the published
+    ones, crosses) and against time a question. A run has one colour in all of them."""
     import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, quantity, label in (
-        (left, "visual_tokens", "visual tokens an image"),
-        (right, "seconds_per_question", "seconds a question"),
-    ):
-        for one in runs:
-            x = getattr(one, quantity)
-            if x is None or one.score is None:
-                continue
+    columns = sorted({one.column for one in runs})
+    names = list(dict.fromkeys(one.name for one in runs))
+    palette = matplotlib.colormaps["turbo"].resampled(len(names))
+    figure = Figure(figsize=(13, 4 * len(columns)), layout="constrained")
+    rows = figure.subplots(len(columns), 2, sharey="row", squeeze=False)
+    legend = dict[str, Any]()
+    for column, (left, right) in zip(columns, rows, strict=True):
+        of_it = [one for one in runs if one.column == column]
+        for one in of_it:
             low, high = one.interval or (one.score, one.score)
-            number = names.index(name_of(one))
-            axes.errorbar(
-                x,
-                one.score,
-                [[one.score - low], [high - one.score]],
-                fmt=MARKERS[number // 10 % len(MARKERS)],
-                color=f"C{number % 10}",
-                capsize=3,
-                label=names[number],
-            )
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    benchmark = benchmarks.get(runs[0].benchmark)
-    if runs[0].questions == benchmark.questions:  # published scores belong beside those of the same set only
-        for one in published():
-            if benchmark.name in one["scores"]:
-                place = one["visual_tokens"], one["scores"][benchmark.name]
-                left.plot(*place, "x", color="gray", label=OTHERS)
-    for axes in (left, right):  # from 0, where the runs that see nothing stand
-        axes.set_xlim(left=-0.03 * axes.get_xlim()[1])
-    left.set_ylabel(f"{benchmark.headline}{benchmark.unit}")
-    handles, labels = left.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    shown = [label for label in (*names, OTHERS) if label in once]
-    figure.legend([once[label] for label in shown], shown, loc="outside right upper", fontsize=8)
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg") :]
+            error = [[one.score - low], [high - one.score]]
+            for axes, x in ((left, one.visual_tokens), (right, one.seconds_per_question)):
+                if x is not None:
+                    color = palette(names.index(one.name))
+                    legend[one.name] = axes.errorbar(x, one.score, error, fmt="o", color=color, capsize=3)
+        benchmark = benchmarks.get(of_it[0].benchmark)
+        if of_it[0].questions == benchmark.questions:  # published scores are those of the whole set
+            for other in published():
+                if benchmark.name in other["scores"]:
+                    place = other["visual_tokens"], other["scores"][benchmark.name]
+                    (legend["published"],) = left.plot(*place, "x", color="gray")
+        left.set(ylabel=f"{column}: {benchmark.headline}{benchmark.unit}", xlabel="visual tokens an image")
+        right.set(xlabel="seconds a question")
+        for axes in (left, right):  # from 0, where the runs that see nothing stand
+            axes.set_xlim(left=-0.03 * axes.get_xlim()[1])
+            axes.grid(alpha=0.3)
+    figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize=8)
+    return figure

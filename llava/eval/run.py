@@ -19,7 +19,7 @@ from llava.errors import UserError
 from llava.eval import benchmarks
 from llava.eval.answers import read_answers
 from llava.eval.benchmarks.base import Benchmark, Embedded, MissingFile, Protocol, Sample
-from llava.eval.doctor import as_lines, examine_all
+from llava.eval.doctor import as_lines, examine
 from llava.eval.provenance import Files
 from llava.eval.score import as_text, report_problems
 from llava.eval.score import score as score_answers
@@ -71,11 +71,14 @@ def run(args: argparse.Namespace) -> int:
     protocol = protocol_of(benchmark, args.protocol)
     answers = args.answers or default_answers(benchmark, protocol, args)
     try:
-        samples = benchmark.load(args.root, args.questions)[: args.limit]
+        samples: Sequence[Sample] = benchmark.load(args.root, args.questions)[: args.limit]
         if not answers.exists():  # before the model is loaded
             refuse_if_no_image_is_there([sample.image for sample in samples])
     except MissingFile:
-        print("\n".join(as_lines(benchmark, examine_all(benchmark, args.root))), file=sys.stderr)
+        print(
+            "\n".join(as_lines(benchmark, [examine(file, args.root) for file in benchmark.files])),
+            file=sys.stderr,
+        )
         raise
     about = {"benchmark": benchmark.name, "version": benchmark.version, "protocol": protocol.name}
     if args.num_chunks > 1:
@@ -98,18 +101,7 @@ def run(args: argparse.Namespace) -> int:
     job = Job(
         requests=requests,
         lines=lines,
-        model=ModelSource(
-            path=args.model_path,
-            base=args.model_base,
-            conv_mode=args.conv_mode,
-            reducer=args.reducer,
-            vision_tower=args.vision_tower,
-            dtype=args.dtype,
-            attention=args.attention,
-            device=args.device,
-            load_8bit=args.load_8bit,
-            load_4bit=args.load_4bit,
-        ),
+        model=ModelSource.of(args),
         answers=answers,
         about=about,
         image_aspect_ratio=protocol.image_aspect_ratio,
@@ -142,7 +134,11 @@ def requests_of(
     for index, sample in enumerate(samples):
         asked = benchmark.prompt(sample, protocol.name)
         requests.append(Request(id=index, **with_image(asked, sample.image), **how))
-        line = {"question_id": sample.id, "prompt": benchmark.recorded(sample, asked), "text": ""}
+        line: dict[str, Any] = {
+            "question_id": sample.id,
+            "prompt": benchmark.recorded(sample, asked),
+            "text": "",
+        }
         if sample.options:
             letters = [chr(ord("A") + number) for number in range(len(sample.options))]
             line = {"question_id": sample.id, "round_id": 0, **line}
@@ -196,30 +192,28 @@ def finish(
     benchmark: Benchmark, root: Path, answers: Path, took: dict[str, Any], *, score: bool, limit: int | None
 ) -> int:
     """Print what came of it, keep the score beside the answers."""
-    print(f"{answers}: {took['answered']:,} of {took['questions']:,} questions answered")
-    print("  " + as_rates(took))
-    report_problems([f"question {one['question_id']}: {one['problem']}" for one in took["problems"]])
-    failed = 1 if took["problems"] else 0
+    failed = tell(answers, took)
     if not score or benchmark.measure is None or benchmark.read is not read_answers:
         if benchmark.write is not None and limit is None:
             print(f"  next: llava submit {benchmark.name} --root {root} --answers {answers} --out FILE")
         return failed
     try:
-        report = score_answers(benchmark, root, [answers], only=limit)
+        report = score_answers(benchmark, root, [answers], limit=limit)
     except UserError as error:
         print(f"  not scored: {error}")
         return failed
-    result = {name: report[name] for name in ("headline", "metrics", "expected", "notes")}
-    Files(answers).update(score=result | ({"partial": True} if limit is not None else {}))
-    if limit is not None:
-        print(f"  partial: the first {took['questions']:,} questions only (--limit)")
+    kept = ("headline", "metrics", "expected", "notes", "partial")
+    Files(answers).update(score={name: report[name] for name in kept if name in report})
     print(as_text(benchmark, report))
     return 0 if report["headline"] else 1
 
 
-def as_rates(took: dict[str, Any]) -> str:
-    if not took["device_seconds"]:
-        return "nothing to do"
-    tokens = took["visual_tokens"]
-    seen = f"{tokens['mean']:.1f} visual tokens an image (p95 {tokens['p95']:.0f}), " if tokens else ""
-    return f"{seen}{took['questions_per_second']:.2f} questions/s, {took['device_seconds']:.0f} s of work"
+def tell(answers: Path, took: dict[str, Any]) -> int:
+    """Print what a run took and what is left without an answer; 1 if anything is."""
+    print(f"{answers}: {took['answered']:,} of {took['questions']:,} questions answered")
+    if tokens := took["visual_tokens"]:
+        print(f"  {tokens['mean']:.1f} visual tokens an image (p95 {tokens['p95']:.0f})")
+    if took["device_seconds"]:
+        print(f"  {took['questions_per_second']:.2f} questions/s, {took['device_seconds']:.0f} s of work")
+    report_problems([f"question {one['question_id']}: {one['problem']}" for one in took["problems"]])
+    return 1 if took["problems"] else 0

@@ -7,7 +7,7 @@ named, no headline) unless --partial; 2: bad input, such as an annotation file t
 import argparse
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,15 @@ def score(
     *,
     questions: Path | None = None,
     partial: bool = False,
-    only: int | Collection[str | int] | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """What `--json` prints. `headline` is None where the answers cannot be scored; `problems` says why.
 
     Args:
         questions: question file in place of the benchmark's own.
         partial: score what there is in spite of problems.
-        only: the questions that were asked, where not all were: the first N, or those with one of these ids
-            or keys. Only they must be answered and are scored, and the report has `"partial": true`.
+        limit: only the first so many questions were asked. Only they must be answered and are scored, and
+            the report has `"partial": true`.
 
     Raises UserError for input that is missing or broken.
     """
@@ -79,14 +79,8 @@ def score(
         )
     else:
         samples = benchmark.load(root, questions)
-    if only is None or isinstance(only, int):
-        asked, others = samples[:only], samples[len(samples[:only]) :]
-    else:
-        names = {str(name) for name in only}
-        chosen = [sample.key in names or str(sample.id) in names for sample in samples]
-        asked = [sample for sample, is_chosen in zip(samples, chosen, strict=True) if is_chosen]
-        others = [sample for sample, is_chosen in zip(samples, chosen, strict=True) if not is_chosen]
-    joined, wrong = benchmark.join(asked, rows, others)
+    asked = samples[:limit]
+    joined, wrong = benchmark.join(asked, rows, samples[len(asked) :])
     joined = joined[: len(asked)]
     problems += wrong
     answered = sum(row is not None for row in joined)
@@ -102,7 +96,7 @@ def score(
     }
     if len(asked) < len(samples):
         report["partial"] = True
-        notes.append(f"{len(asked):,} of {len(samples):,} questions were asked: a part of the benchmark")
+        notes.append(f"partial: only the first {len(asked):,} of {len(samples):,} questions were asked")
     if len(samples) != benchmark.questions:
         notes.append(
             f"{len(samples):,} questions here, {benchmark.questions:,} in the published set: another set"

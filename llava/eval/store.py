@@ -29,7 +29,8 @@ class AnswersFile:
         path: NAME.jsonl.
         part: the number of this process among several; None: it writes NAME.jsonl.
         lines: what each question's line will hold, of which `question_id` and `prompt` tell whose answer a
-            line is. Questions in which both are equal are told apart by their order.
+            line is. Questions in which both are equal are told apart by their order, so that one process must
+            answer all of them (they are about one image).
 
     Raises:
         UserError: another process still writes it after WAIT_SECONDS.
@@ -72,8 +73,8 @@ class AnswersFile:
         """
         places: dict[tuple[str, str], list[int]] = {}
         for index in reversed(range(len(self.lines))):
-            line = self.lines[index]
-            places.setdefault((str(line["question_id"]), line["prompt"]), []).append(index)
+            asked = self.lines[index]
+            places.setdefault((str(asked["question_id"]), asked["prompt"]), []).append(index)
         found: dict[int, tuple[Path, bytes]] = {}
         seen: set[bytes] = set()
         for file in [self.path, *Files(self.path).parts]:

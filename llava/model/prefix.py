@@ -13,6 +13,7 @@ A Prefix is never changed: each step works on a copy of the rows it needs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,17 +53,16 @@ class Prefix:
         return cache
 
 
-def nothing(model: LlavaMetaForCausalLM) -> Prefix:
-    """The prefix of prompts that share nothing: one row, no columns."""
-    return Prefix((), torch.ones(1, 0, dtype=torch.bool, device=model.device))
-
-
+@torch.inference_mode()
 def begin(model: LlavaMetaForCausalLM, ids: Tensor) -> Prefix:
-    """The prefix of one prompt's first ids, [L] int64, without images."""
-    return extend(model, nothing(model), [model.get_input_embeddings()(ids.to(model.device))], [0])
+    """The prefix of one prompt's first ids, [L] int64, without images; L may be 0."""
+    start = Prefix((), torch.ones(1, 0, dtype=torch.bool, device=model.device))  # one row, no columns
+    return (
+        extend(model, start, [model.get_input_embeddings()(ids.to(model.device))], [0]) if len(ids) else start
+    )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def extend(
     model: LlavaMetaForCausalLM, prefix: Prefix, blocks: Sequence[Tensor], rows: Sequence[int]
 ) -> Prefix:
@@ -79,10 +79,11 @@ def extend(
         use_cache=True,
         **{CACHE_NAME: cache},
     )
-    return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask)
+    layers: list[Any] = cache.layers
+    return Prefix(tuple((layer.keys, layer.values) for layer in layers), mask)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def answer(
     model: LlavaMetaForCausalLM,
     prefix: Prefix,

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
     images = load_images(args.image_file, exif=args.exif)  # before the model: a bad picture fails at once
-    chat = Chat(load_engine(args), sampling)
+    from llava.engine import ModelSource
+
+    chat = Chat(ModelSource.of(args).load(), sampling)
     chat.look_at(images)
     if args.query is not None:
         report(chat.ask(args.query, say))
@@ -86,23 +88,6 @@ def load_images(files: str, *, exif: bool) -> list["Image.Image"]:
     from llava.mm_utils import load_image
 
     return [load_image(Path(name.strip()), exif=exif) for name in files.split(",") if name.strip()]
-
-
-def load_engine(args: argparse.Namespace) -> "LocalEngine":
-    """The checkpoint that the flags name."""
-    from llava.engine import ModelSource
-
-    return ModelSource(
-        path=args.model_path,
-        base=args.model_base,
-        conv_mode=args.conv_mode,
-        reducer=args.reducer,
-        vision_tower=args.vision_tower,
-        dtype=args.dtype,
-        device=args.device,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-    ).load()
 
 
 @dataclass

@@ -41,11 +41,6 @@ PUBLISHED_MODELS: dict[str, int] = {
 }
 
 
-def text_as_is(sample: Sample, protocol: str = "") -> str:
-    """`prompt` of a benchmark whose question file holds the whole text."""
-    return sample.text
-
-
 def text_and_letter(sample: Sample, protocol: str = "") -> str:
     return sample.text + LETTER
 
@@ -94,7 +89,7 @@ class Benchmark:
     files: tuple[DataFile, ...]
     load: Callable[..., list[Sample]]  # (root, questions=None); `questions` replaces the question file
     # (sample, protocol): what the model is asked, without the image tag
-    prompt: Callable[..., str] = text_as_is
+    prompt: Callable[..., str] = lambda sample, protocol="": sample.text
     measure: Callable[[Unit], Counts] | None = None  # None: it is not scored here
     metrics: Callable[[Counts], dict[str, Any]] = lambda sums: {"accuracy": percent(sums)}
     unscored: str = ""  # what to do where there are no labels to score with
@@ -103,8 +98,8 @@ class Benchmark:
     read: Callable[[Sequence[Path]], tuple[list[Row], list[str]]] = read_answers
     # The questions, where rows of the answers name them in full.
     from_rows: Callable[[list[Row]], list[Sample]] | None = None
-    # (out, root, {id: answer}): writes the server's file.
-    write: Callable[[Path, Path, Mapping[str, str]], None] | None = None
+    # (out, root, {id: answer}): writes the server's file. Some take their question file after these.
+    write: Callable[..., None] | None = None
     # (root, samples): questions that may be answered as well.
     optional: Callable[[Path, Sequence[Sample]], list[Sample]] = lambda root, samples: []
     protocols: tuple[Protocol, ...] = (STANDARD,)

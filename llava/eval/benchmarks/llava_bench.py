@@ -24,7 +24,7 @@ FOLDER = "llava-bench-in-the-wild"
 QUESTIONS = f"{FOLDER}/questions.jsonl"
 
 
-class Question(Question, kw_only=True):
+class OpenQuestion(Question, kw_only=True):
     category: Literal["conv", "detail", "complex"]
 
 
@@ -38,7 +38,7 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
             where=where,
             reference=f"llava_bench_{row.category}",
         )
-        for where, row in read_rows(questions or root / QUESTIONS, Question)
+        for where, row in read_rows(questions or root / QUESTIONS, OpenQuestion)
     ]
 
 

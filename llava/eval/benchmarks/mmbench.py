@@ -6,6 +6,7 @@ VLMEvalKit's rules without a judge: one option letter standing as a word, else o
 in the answer. `llava submit mmbench` writes the xlsx the OpenCompass server takes.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -39,7 +40,7 @@ class Row(msgspec.Struct):
 
 def load(root: Path, questions: Path | None = None) -> list[Sample]:
     file = questions or root / EN
-    samples, images = [], {}
+    samples, images = [], dict[str, str]()
     for _, row in read_table(file, Row):
         # Newer releases store a picture once; other rows hold the index of the row that has it.
         image = images[str(row.index)] = images.get(row.image, row.image)
@@ -61,7 +62,7 @@ def question_text(stem: str, options: Sequence[str]) -> str:
 def read_answer(text: str, options: tuple[str, ...]) -> str | None:
     """The option an answer names, by VLMEvalKit's rules; Z where it says so; None where it is unclear."""
     letters = OPTIONS[: len(options)]
-    words = text.translate(str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))).split()
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     named = [letter for letter in letters if letter in words]
     if len(named) == 1:
         return named[0]
@@ -75,7 +76,7 @@ def read_answer(text: str, options: tuple[str, ...]) -> str | None:
 def measure(unit: base.Unit) -> dict[str, float]:
     """The rotations of one question. It counts in `circular` only where all of them are answered."""
     right = [answer is not None and read_answer(answer, s.options) == s.reference[0] for s, answer in unit]
-    first, counts = unit[0][0], {}
+    first, counts = unit[0][0], dict[str, float]()
     if all(answer is not None for _, answer in unit):
         counts |= base.tally(all(right), f"category/{first.category}", f"l2/{first.reference[1]}")
     for (sample, answer), one in zip(unit, right, strict=True):

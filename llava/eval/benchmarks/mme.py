@@ -59,7 +59,7 @@ def read_labels(release: Path) -> list[Sample]:
 def rebuild(root: Path) -> str:
     samples = read_labels(require(root / RELEASE))
     for sample in samples:
-        require(sample.image)  # without it nobody knows whether its name ends in jpg or png
+        require(root / RELEASE / sample.unit)  # without it nobody knows whether its name ends in jpg or png
     return question_file(samples)
 
 

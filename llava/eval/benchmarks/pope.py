@@ -73,7 +73,7 @@ def metrics(sums: base.Counts) -> dict:
 
     Where upstream divides by zero (no yes said, none right) precision, recall and F1 are 0.
     """
-    by_category, f1 = {}, []
+    by_category, scores = {}, []
     for category in OFFSETS:
         tp, fp, tn, fn = (sums[f"{category}/{cell}"] for cell in ("TP", "FP", "TN", "FN"))
         precision, recall = base.ratio(tp, tp + fp, 0.0), base.ratio(tp, tp + fn, 0.0)
@@ -86,8 +86,8 @@ def metrics(sums: base.Counts) -> dict:
             "yes_ratio": base.ratio(tp + fp, n),
             **{"n": n, "TP": tp, "FP": fp, "TN": tn, "FN": fn},
         }
-        f1.append(by_category[category]["f1"])
-    f1 = np.stack(np.broadcast_arrays(*f1))
+        scores.append(by_category[category]["f1"])
+    f1 = np.stack(np.broadcast_arrays(*scores))
     answered = np.isfinite(f1)
     return {
         "f1": 100 * base.ratio(np.where(answered, f1, 0).sum(0), answered.sum(0)),
