@@ -17,21 +17,29 @@ from transformers import (
 )
 
 from llava import hardware
-from llava.analysis import roofline
+from llava.analysis.roofline import HALF, weight_bytes
 from llava.analysis.shapes import LanguageShape, Shape, TowerShape
 from llava.errors import UserError
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.vision_tower import VisionTower
 
 
-def build_model(shape: Shape, plan: hardware.Plan, *, with_tower: bool = True) -> LlavaLlamaForCausalLM:
+def build_model(shape: Shape, plan: hardware.Plan) -> LlavaLlamaForCausalLM:
     """A LLaVA of this shape, in the plan's dtype, on its device, ready to answer nonsense.
 
     Raises:
-        UserError: it would not fit into the memory that is free.
+        UserError: it does not fit into the device's memory.
     """
-    _check_memory(shape, plan)
-    language = shape.language
+    language, needed, memory = (
+        shape.language,
+        weight_bytes(shape, plan.dtype.itemsize),
+        memory_of(plan.device),
+    )
+    if needed > 0.9 * memory:
+        raise UserError(
+            f"{shape.name} with {language.layers} layers in {plan.dtype} needs {needed / 1e9:.1f} GB of "
+            f"{memory / 1e9:.1f} GB: use --layers N or a smaller --shape."
+        )
     config = LlavaConfig(
         hidden_size=language.hidden,
         intermediate_size=language.intermediate,
@@ -47,9 +55,15 @@ def build_model(shape: Shape, plan: hardware.Plan, *, with_tower: bool = True) -
     )
     with torch.device(plan.device):
         model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, attn_implementation=plan.attention)
-        if with_tower:
-            model.set_vision_tower(build_tower(shape.tower, plan))
+        model.set_vision_tower(build_tower(shape.tower, plan))
     return model.eval().requires_grad_(False)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes: what is free on a GPU, all there is on other machines."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def build_tower(shape: TowerShape, plan: hardware.Plan) -> VisionTower:
@@ -92,26 +106,3 @@ def language_shape(config: LlavaConfig) -> LanguageShape:
         vocabulary=config.vocab_size,
         tied_head=config.tie_word_embeddings,
     )
-
-
-def _check_memory(shape: Shape, plan: hardware.Plan) -> None:
-    precision = roofline.PRECISIONS["fp32" if plan.dtype is torch.float32 else "fp16"]
-    needed = roofline.weight_bytes(shape, precision)
-    free = _free_memory(plan.device)
-    if free is not None and needed > 0.9 * free:
-        raise UserError(
-            f"{shape.name} with {shape.language.layers} layers in {plan.dtype} needs "
-            f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: use --layers N or a smaller --shape."
-        )
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes, or None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
