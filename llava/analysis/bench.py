@@ -21,7 +21,6 @@ from llava import hardware
 from llava.analysis import charts, paper_table, tables
 from llava.analysis.latency import (
     DENSE,
-    FIRST,
     STAGES,
     WARMUP,
     Result,
@@ -229,16 +228,17 @@ def _table(results: Sequence[Result], new_tokens: int) -> str:
     rows = [
         ("visual tokens", *(str(result.visual_tokens) for result in results)),
         *((stage, *(_spread(result.stages[stage]) for result in results)) for stage in STAGES),
-        ("first token", *(_spread(result.first_token) for result in results)),
-        (f"request, {new_tokens} tokens", *(_spread(result.request) for result in results)),
+        ("first token", *(_spread(result.stages["first token"]) for result in results)),
+        (f"request, {new_tokens} tokens", *(_spread(result.stages["request"]) for result in results)),
         ("reducer, of the tower", *(f"{result.reducer_share:.2%}" for result in results)),
         ("prefill speed-up", *(f"{result.prefill_speedup:.2f}x" for result in results)),
         ("  FLOP ratio", *(f"{result.flop_ratio:.2f}x" for result in results)),
         ("first token speed-up", *(f"{result.first_token_speedup:.2f}x" for result in results)),
         ("request speed-up", *(f"{result.request_speedup:.2f}x" for result in results)),
         ("KV cache MB", *(_megabytes(result.kv_bytes) for result in results)),
-        ("peak memory MB", *(_megabytes(result.peak_bytes) for result in results)),
     ]
+    if any(result.peak_bytes is not None for result in results):
+        rows.append(("peak memory MB", *(_megabytes(result.peak_bytes) for result in results)))
     if any(result.roofline_prefill_ms is not None for result in results):
         rows.append(("prefill roofline", *(f"{result.roofline_prefill_ms or 0:.1f}" for result in results)))
     return tables.render((f"batch {results[0].batch}", *(result.reducer for result in results)), rows)
@@ -264,11 +264,13 @@ def plot(results: Sequence[Result], title: str, out: Path) -> None:
     figure = charts.new_figure(10, 1.6 + 0.42 * len(results), layout="constrained")
     axes = figure.add_subplot()
     names = [f"{result.reducer}, batch {result.batch}" for result in results]
-    left = np.zeros(len(results))
+    batch, left = np.array([result.batch for result in results]), np.zeros(len(results))
     for stage, colour in zip(STAGES, COLOURS, strict=True):
-        width = np.array([_stage_share(result, stage) for result in results])
-        axes.barh(names, width, left=left, color=colour, label=stage, height=0.62)
-        left += width
+        width = np.array([result.stages[stage].p50 for result in results])
+        if stage == "decode-token":  # the tokens after the first take what is left of the request
+            width = np.array([result.stages["request"].p50 for result in results]) - left * batch
+        axes.barh(names, width / batch, left=left, color=colour, label=stage, height=0.62)
+        left += width / batch
     for place, (total, result) in enumerate(zip(left, results, strict=True)):
         axes.text(total, place, f"  {total:.0f} ms, {result.request_speedup:.1f}x", va="center", fontsize=9)
     axes.invert_yaxis()
@@ -279,10 +281,3 @@ def plot(results: Sequence[Result], title: str, out: Path) -> None:
     axes.tick_params(axis="y", labelcolor=charts.INK)
     figure.legend(loc="outside lower center", ncols=len(STAGES), frameon=False, fontsize=8.5)
     charts.save(figure, out)
-
-
-def _stage_share(result: Result, stage: str) -> float:
-    """ms of one request; the tokens after the first take what is left of it."""
-    if stage == "decode-token":
-        return (result.request.p50 - sum(result.stages[each].p50 for each in FIRST)) / result.batch
-    return result.stages[stage].p50 / result.batch

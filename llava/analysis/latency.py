@@ -36,6 +36,8 @@ STAGES = ("decode-image", "preprocess", "vision", "reduce", "project", "prefill"
 FIRST = STAGES[:-1]
 """The stages up to the first token."""
 
+TOTALS = ("first token", "request")
+
 DENSE = "none"
 
 WARMUP = 2
@@ -64,7 +66,7 @@ class Round:
     """One request batch, once.
 
     Attributes:
-        ms: by stage, for the whole batch.
+        ms: by stage and by `TOTALS`, for the whole batch.
         visual_tokens: of each image, as they reach the language model.
         answers: [B, new_tokens] the ids that were decoded.
         peak_bytes: memory of the GPU at the peak, None on other devices.
@@ -75,13 +77,6 @@ class Round:
     answers: Tensor
     peak_bytes: int | None
 
-    @property
-    def first_token_ms(self) -> float:
-        return sum(self.ms[stage] for stage in FIRST)
-
-    def request_ms(self, new_tokens: int) -> float:
-        return self.first_token_ms + (new_tokens - 1) * self.ms["decode-token"]
-
 
 @dataclass(frozen=True)
 class Result:
@@ -89,6 +84,7 @@ class Result:
 
     Attributes:
         visual_tokens: per image.
+        stages: by stage and by `TOTALS`.
         *_speedup: of the dense run's time to this one's, the median over rounds.
         reducer_share: the reducer's time as a part of the tower's, the median over rounds.
         flop_ratio: prefill FLOPs of the dense run to this one's: what the speed-up could be.
@@ -100,8 +96,6 @@ class Result:
     reducer: str
     visual_tokens: int
     stages: dict[str, Spread]
-    first_token: Spread
-    request: Spread
     prefill_speedup: float
     first_token_speedup: float
     request_speedup: float
@@ -154,9 +148,12 @@ def run_once(model: LlavaLlamaForCausalLM, reducer: Reducer, work: Workload, clo
         pad_token_id=0,
         stopping_criteria=[note_time],
     )
-    watch.ms["prefill"] = 1e3 * (times[0] - start)
-    watch.ms["decode-token"] = 1e3 * (times[-1] - times[0]) / max(work.new_tokens - 1, 1)
-    return Round(watch.ms, len(visual[0]), answers, peak_memory(device))
+    ms = watch.ms
+    ms["prefill"] = 1e3 * (times[0] - start)
+    ms["decode-token"] = 1e3 * (times[-1] - times[0]) / max(work.new_tokens - 1, 1)
+    ms["first token"] = sum(ms[stage] for stage in FIRST)
+    ms["request"] = ms["first token"] + 1e3 * (times[-1] - times[0])
+    return Round(ms, len(visual[0]), answers, peak_memory(device))
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -196,23 +193,19 @@ def summarise(
 ) -> Result:
     """What the rounds of one reducer say beside the dense rounds taken in turn with them."""
 
-    def speedup(time: Callable[[Round], float]) -> float:
-        return median_ratio(list(map(time, dense)), list(map(time, rounds)))
+    def of(stage: str, rounds: Sequence[Round] = rounds) -> list[float]:
+        return [each.ms[stage] for each in rounds]
 
     text, visual, shape = len(work.prompt) - 1, rounds[0].visual_tokens, language_shape(model.config)
     return Result(
         batch=work.batch,
         reducer=reducer,
         visual_tokens=visual,
-        stages={stage: Spread.over([each.ms[stage] for each in rounds]) for stage in STAGES},
-        first_token=Spread.over([each.first_token_ms for each in rounds]),
-        request=Spread.over([each.request_ms(work.new_tokens) for each in rounds]),
-        prefill_speedup=speedup(lambda each: each.ms["prefill"]),
-        first_token_speedup=speedup(lambda each: each.first_token_ms),
-        request_speedup=speedup(lambda each: each.request_ms(work.new_tokens)),
-        reducer_share=median_ratio(
-            [each.ms["reduce"] for each in rounds], [each.ms["vision"] for each in rounds]
-        ),
+        stages={stage: Spread.over(of(stage)) for stage in (*STAGES, *TOTALS)},
+        prefill_speedup=median_ratio(of("prefill", dense), of("prefill")),
+        first_token_speedup=median_ratio(of("first token", dense), of("first token")),
+        request_speedup=median_ratio(of("request", dense), of("request")),
+        reducer_share=median_ratio(of("reduce"), of("vision")),
         flop_ratio=prefill_flops(shape, text + dense[0].visual_tokens) / prefill_flops(shape, text + visual),
         kv_bytes=int(roofline.kv_bytes(shape, text + visual, work.batch, model.dtype.itemsize)),
         peak_bytes=rounds[-1].peak_bytes,

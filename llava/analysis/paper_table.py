@@ -79,8 +79,7 @@ class _Operator:
     written: float
 
     def seconds(self, rate: float) -> float:
-        intensity = self.operations / self.moved
-        return self.operations / min(rate, intensity * BANDWIDTH)
+        return max(self.operations / rate, self.moved / BANDWIDTH)
 
 
 def _row(model: str, precision: str, name: str, length: int) -> Row:
@@ -107,16 +106,11 @@ def _layer(language: LanguageShape, length: int, width: float) -> list[_Operator
 
     products = []
     for name, inputs, outputs in language.linears:
-        read = (inputs * outputs + inputs * length) * width
         result = outputs * length * width
-        is_cache = name in ("k_proj", "v_proj")  # goes to the KV cache, which does not count as activation
+        cached = result if name in ("k_proj", "v_proj") else 0.0  # the KV cache is no activation here
+        read = (inputs * outputs + inputs * length) * width
         products.append(
-            operator(
-                2 * inputs * outputs * length,
-                read=read,
-                written=0.0 if is_cache else result,
-                cached=result if is_cache else 0.0,
-            )
+            operator(2 * inputs * outputs * length, read=read, written=result - cached, cached=cached)
         )
     norm = operator(7 * length * language.hidden, read=hidden_row, written=hidden_row)
     add = operator(length * language.hidden, read=hidden_row, written=hidden_row)  # sic: one operand

@@ -30,11 +30,8 @@ def build_model(shape: Shape, plan: hardware.Plan) -> LlavaLlamaForCausalLM:
     Raises:
         UserError: it does not fit into the device's memory.
     """
-    language, needed, memory = (
-        shape.language,
-        weight_bytes(shape, plan.dtype.itemsize),
-        memory_of(plan.device),
-    )
+    language, memory = shape.language, memory_of(plan.device)
+    needed = weight_bytes(shape) / HALF * plan.dtype.itemsize
     if needed > 0.9 * memory:
         raise UserError(
             f"{shape.name} with {language.layers} layers in {plan.dtype} needs {needed / 1e9:.1f} GB of "

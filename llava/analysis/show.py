@@ -249,7 +249,9 @@ def run(args: argparse.Namespace) -> int:
     charts.check_name(args.out, "--out")
     path, config = _tower_and_config(args)
     try:
-        reducer = build_reducer(args.reducer or config.get("mm_token_reducer", "prumerge+"))
+        reducer = build_reducer(
+            config.get("mm_token_reducer", "prumerge+") if args.reducer is None else args.reducer
+        )
         device = hardware.plan(args.device).device
     except ValueError as error:
         raise UserError(str(error)) from error
