@@ -17,8 +17,8 @@ from llava.reducers import build_reducer
 
 TINY = Shape(
     "tiny",
-    TowerShape("clip", hidden=32, intermediate=48, layers=3, heads=2, patch=14, image=84),
-    LanguageShape(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, vocabulary=300),
+    TowerShape("clip", 32, 48, 3, 2, image_size=84),
+    LanguageShape(64, 96, 2, 4, 2, vocab_size=300),
 )
 NEW = 5
 

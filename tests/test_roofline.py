@@ -81,14 +81,14 @@ def test_weight_only_four_bits():
 
 @pytest.mark.parametrize(("name", "ms"), [("V100", 3.4), ("A100-80G", 1.2), ("H100", 0.4)])
 def test_whole_tower(name, ms):
-    operators = roofline.vision_operators(CLIP_L_336, 1, CLIP_L_336.layers)
+    operators = roofline.vision_operators(CLIP_L_336, 1, CLIP_L_336.num_hidden_layers)
     found = roofline.estimate(operators, gpus.find_gpu(name))
     assert found.ms == pytest.approx(ms, abs=0.05)
     assert found.tflops == pytest.approx(0.38, abs=0.005)
 
 
 def test_prefill_flops_are_two_per_weight_and_token_and_the_attention():
-    language = LanguageShape(hidden=64, intermediate=96, layers=3, heads=4, kv_heads=2, vocabulary=100)
+    language = LanguageShape(64, 96, 3, 4, 2, vocab_size=100)
     tokens, batch = 10, 2
     weights = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3
     attention = 4 * tokens**2 * 64 + 5 * tokens**2 * 4
@@ -102,7 +102,7 @@ def test_decoding_reads_every_weight_and_the_cache_once():
     language = SHAPES["7b"].language
     operators = roofline.decode_operators(language, 1000, 1)
     found = roofline.estimate(operators, gpus.find_gpu("A100-80G"))
-    weights = 2 * (32 * language.layer_weights + 4096 * 32000)
+    weights = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000)
     cache = 1000 * 2 * 32 * 4096 * 2
     assert roofline.kv_bytes(language, 1000, 1) == cache
     assert found.gigabytes == pytest.approx((weights + cache) / 1e9, rel=2e-3)

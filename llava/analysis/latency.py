@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.analysis import gpus, roofline
-from llava.analysis.random_model import language_shape
 from llava.analysis.shapes import LanguageShape
 from llava.analysis.stopwatch import WALL, Clock, Spread, Stopwatch
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -196,7 +195,7 @@ def summarise(
     def of(stage: str, rounds: Sequence[Round] = rounds) -> list[float]:
         return [each.ms[stage] for each in rounds]
 
-    text, visual, shape = len(work.prompt) - 1, rounds[0].visual_tokens, language_shape(model.config)
+    text, visual, shape = len(work.prompt) - 1, rounds[0].visual_tokens, model.config
     return Result(
         batch=work.batch,
         reducer=reducer,
@@ -226,7 +225,7 @@ def roofline_prefill(model: LlavaLlamaForCausalLM, length: int, batch: int) -> f
         gpu = gpus.find_gpu(torch.cuda.get_device_name(model.device))
     except ValueError:
         return None
-    return roofline.estimate(roofline.prefill_operators(language_shape(model.config), length, batch), gpu).ms
+    return roofline.estimate(roofline.prefill_operators(model.config, length, batch), gpu).ms
 
 
 # Prefill alone ---------------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ def measure_prefill(
         return watch.ms["prefill"], peak_memory(model.device)
 
     measured = interleave([lambda length=length: once(length) for length in lengths], rounds, "prefill")
-    shape, dense = language_shape(model.config), [ms for ms, _ in measured[0]]
+    shape, dense = model.config, [ms for ms, _ in measured[0]]
     rows = []
     for length, results in zip(lengths, measured, strict=True):
         times = [ms for ms, _ in results]

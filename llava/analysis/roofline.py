@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llava.analysis.gpus import Gpu
-from llava.analysis.shapes import LanguageShape, Shape, TowerShape
+from llava.analysis.shapes import LanguageShape, Shape, TowerShape, decoder_weights, kv_width, linears
 
 QUERY_BLOCK = 128
 """Queries a fused attention kernel handles while it reads all keys and values once."""
@@ -101,11 +101,11 @@ def request(shape: Shape, gpu: Gpu, *, text: int, visual: int, batch: int, width
     """
     language, tower, tokens = shape.language, shape.tower, text + visual
     # The features are the output of the last block but one: the last block is never run.
-    vision = vision_operators(tower, batch, tower.layers - 1)
+    vision = vision_operators(tower, batch, tower.num_hidden_layers - 1)
     # mlp2x_gelu
     projector = [
-        product(batch * visual, tower.hidden, language.hidden),
-        product(batch * visual, language.hidden, language.hidden),
+        product(batch * visual, tower.hidden_size, language.hidden_size),
+        product(batch * visual, language.hidden_size, language.hidden_size),
     ]
     return Request(
         visual=visual,
@@ -130,8 +130,8 @@ def prefill_operators(
     """All layers over `tokens` positions of `batch` sequences, and lm_head of the last position of each."""
     blocks = math.ceil(tokens / QUERY_BLOCK)
     attention = Operator(
-        batch * tokens**2 * (4 * language.hidden + 5 * language.heads),
-        batch * tokens * (2 * language.hidden + blocks * 2 * language.kv_width) * HALF,
+        batch * tokens**2 * (4 * language.hidden_size + 5 * language.num_attention_heads),
+        batch * tokens * (2 * language.hidden_size + blocks * 2 * kv_width(language)) * HALF,
     )
     return _decoder(language, attention, batch * tokens, batch, width)
 
@@ -141,8 +141,8 @@ def decode_operators(
 ) -> list[Operator]:
     """One more token for each of `batch` sequences whose cache holds `context` tokens."""
     attention = Operator(
-        batch * context * (4 * language.hidden + 5 * language.heads),
-        batch * (2 * context * language.kv_width + 2 * language.hidden) * HALF,
+        batch * context * (4 * language.hidden_size + 5 * language.num_attention_heads),
+        batch * (2 * context * kv_width(language) + 2 * language.hidden_size) * HALF,
     )
     return _decoder(language, attention, batch, batch, width)
 
@@ -151,14 +151,17 @@ def _decoder(
     language: LanguageShape, attention: Operator, rows: int, batch: int, width: float
 ) -> list[Operator]:
     """All layers over `rows` positions and lm_head over `batch` of them, given one layer's attention."""
-    hidden, inner = rows * language.hidden, rows * language.intermediate
+    hidden, inner = rows * language.hidden_size, rows * language.intermediate_size
     norm = Operator(7 * hidden, 2 * hidden * HALF)
     add = Operator(hidden, 3 * hidden * HALF)  # reads two operands
     gate = Operator(2 * inner, 3 * inner * HALF)  # SwiGLU's silu(gate) * up, at its real width
-    products = [product(rows, inputs, outputs, width) for _, inputs, outputs in language.linears]
+    products = [product(rows, inputs, outputs, width) for _, inputs, outputs in linears(language)]
     layer = [*products, attention, norm, norm, add, add, gate]
     # lm_head is quantised like the layers (bitsandbytes leaves it in 16 bits: 0.2 ms more on a V100).
-    return [*layer * language.layers, product(batch, language.hidden, language.vocabulary, width)]
+    return [
+        *layer * language.num_hidden_layers,
+        product(batch, language.hidden_size, language.vocab_size, width),
+    ]
 
 
 def vision_operators(tower: TowerShape, images: int, blocks: int) -> list[Operator]:
@@ -166,12 +169,12 @@ def vision_operators(tower: TowerShape, images: int, blocks: int) -> list[Operat
     tokens = tower.patches + 1
     rows = images * tokens
     block = [
-        *[product(rows, tower.hidden, tower.hidden)] * 4,
-        product(rows, tower.hidden, tower.intermediate),
-        product(rows, tower.intermediate, tower.hidden),
-        Operator(4 * images * tokens**2 * tower.hidden, 4 * rows * tower.hidden * HALF),
+        *[product(rows, tower.hidden_size, tower.hidden_size)] * 4,
+        product(rows, tower.hidden_size, tower.intermediate_size),
+        product(rows, tower.intermediate_size, tower.hidden_size),
+        Operator(4 * images * tokens**2 * tower.hidden_size, 4 * rows * tower.hidden_size * HALF),
     ]
-    return [product(images * tower.patches, 3 * tower.patch**2, tower.hidden), *block * blocks]
+    return [product(images * tower.patches, 3 * tower.patch_size**2, tower.hidden_size), *block * blocks]
 
 
 def reduce_operators(tower: TowerShape, images: int, kept: int) -> list[Operator]:
@@ -181,7 +184,7 @@ def reduce_operators(tower: TowerShape, images: int, kept: int) -> list[Operator
     """
     if kept >= tower.patches:
         return []
-    patches, hidden = tower.patches, tower.hidden
+    patches, hidden = tower.patches, tower.hidden_size
     keys = images * patches * hidden * HALF
     gathered = images * kept * (NEIGHBOURS + 2) * hidden * HALF
     similarities = images * kept * patches * 4  # float32
@@ -197,17 +200,19 @@ def reduce_operators(tower: TowerShape, images: int, kept: int) -> list[Operator
 def weight_bytes(shape: Shape, width: float = HALF) -> float:
     """Tower, projector, embeddings, layers and head in device memory."""
     language, tower = shape.language, shape.tower
-    embeddings = language.vocabulary * language.hidden
-    head = 0 if language.tied_head else embeddings
-    tower_weights = tower.layers * (4 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate)
-    projector = tower.hidden * language.hidden + language.hidden**2
-    decoder = language.layers * language.layer_weights + head
+    embeddings = language.vocab_size * language.hidden_size
+    head = 0 if language.tie_word_embeddings else embeddings
+    tower_weights = tower.num_hidden_layers * (
+        4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
+    )
+    projector = tower.hidden_size * language.hidden_size + language.hidden_size**2
+    decoder = decoder_weights(language) + head
     return decoder * width + (embeddings + tower_weights + projector) * HALF
 
 
 def kv_bytes(language: LanguageShape, tokens: int, batch: int, width: float = HALF) -> float:
     """Cached keys and values of `batch` sequences of `tokens` tokens, `width` bytes a number."""
-    return batch * tokens * 2 * language.layers * language.kv_width * width
+    return batch * tokens * 2 * language.num_hidden_layers * kv_width(language) * width
 
 
 def break_even(gpu: Gpu, width: float = HALF) -> float:
