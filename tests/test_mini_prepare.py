@@ -7,15 +7,11 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tiny_checkpoints import LANGUAGE_MODEL, write_tokenizer
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    BitImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
     LlamaConfig,
@@ -90,19 +86,6 @@ def wheel(graph_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # The tower
-
-
-def test_matrices_are_found_by_their_biases(exported: Exported, graph_file: Path) -> None:
-    graph = onnx.load(graph_file)
-    anonymous = [t.name for t in graph.graph.initializer if t.name.startswith("onnx::MatMul")]
-    assert len(anonymous) == 12  # six matrices a layer: without names, and transposed
-    state = prepare.tower_state_dict(graph)
-    expected = {released_name(name): tensor for name, tensor in exported.backbone.state_dict().items()}
-    del expected["embeddings.mask_token"]
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        tolerance = 1e-5 if name == "embeddings.position_embeddings" else 0  # interpolated to its own size
-        torch.testing.assert_close(state[name], tensor, atol=tolerance, rtol=0, msg=name)
 
 
 def test_a_converted_tower_is_the_exported_one(exported: Exported, wheel: Path, tmp_path: Path) -> None:
@@ -191,32 +174,6 @@ def base(root: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def language_model(base: Path):
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-
-
-@pytest.mark.slow
-def test_the_language_model_knows_its_language(base: Path, language_model) -> None:
-    """A text that is not the one `prepare` looks at; shuffled, it must read far worse."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    text = (
-        "Plants make their food from sunlight, water and carbon dioxide. "
-        "This process is called photosynthesis, and it takes place in the leaves."
-    )
-    words = text.split()
-    order = np.random.default_rng(0).permutation(len(words))
-
-    @torch.inference_mode()
-    def perplexity(text: str) -> float:
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        return language_model(input_ids=ids, labels=ids).loss.exp().item()
-
-    sentence, shuffled = perplexity(text), perplexity(" ".join(words[i] for i in order))
-    assert sentence < 20 and shuffled > 20 * sentence  # 13 and 1307, measured
-    prepare.check_language_model(language_model, tokenizer)
-
-
 def test_the_tokenizer_of_the_language_model(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = "In 1976 she paid 25 €, äöü.\n\tEnd"
@@ -225,20 +182,3 @@ def test_the_tokenizer_of_the_language_model(base: Path) -> None:
     assert [tokenizer.decode(i) for i in tokenizer("1976").input_ids] == list("1976")  # each digit by itself
     # A prompt's ends of turns must survive `ids != pad`, the mask harnesses make.
     assert tokenizer.pad_token_id not in tokenizer("<|im_start|>user\nHi<|im_end|>\n").input_ids
-
-
-@pytest.mark.slow
-def test_our_tower_reads_the_built_one_like_transformers(base: Path, root: Path) -> None:
-    path = base / "vision_tower"
-    picture = Image.open(root / "playground/pictures/chelsea.jpg").convert("RGB")
-    processor = BitImageProcessorPil.from_pretrained(path)
-    pixels = processor(picture, return_tensors="pt")["pixel_values"]
-    theirs = Dinov2Model.from_pretrained(path, dtype=torch.float32).eval()
-    tower = load_vision_tower(path, select_layer=-2, dtype=torch.float32)
-    with torch.inference_mode():
-        hidden = theirs(pixels, output_hidden_states=True).hidden_states
-    features = tower(pixels)
-    assert features.grid == (24, 24)
-    torch.testing.assert_close(features.patches, hidden[-2][:, 1:], atol=1e-4, rtol=1e-4)
-    norms = features.patches.norm(dim=2)
-    assert 0.02 < (norms.std() / norms.mean()) < 2  # patches differ, none is broken

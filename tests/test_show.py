@@ -1,13 +1,12 @@
 """Pictures of what a reducer did: drawn from provenance alone, pixel by pixel as they should be."""
 
 import argparse
-import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from tiny_checkpoints import Family, edit_json, family
 
 from llava.analysis import show
 from llava.errors import UserError
@@ -77,16 +76,14 @@ def test_the_picture_is_squared_as_the_model_does(picture):
     assert np.array_equal(np.asarray(cropped), np.asarray(picture)[:, 10:70])
 
 
-def features(cls: bool = True) -> VisionFeatures:
+@pytest.mark.parametrize(
+    ("name", "cls"), [("none", True), ("pool", True), ("topk", True), ("prumerge+", True), ("pool", False)]
+)
+def test_four_panels_of_every_kind_of_reducer(name, cls, tmp_path):
     generator = torch.Generator().manual_seed(3)
     patches, key = torch.randn(1, 64, 16, generator=generator), torch.randn(1, 65, 16, generator=generator)
     query = torch.randn(1, 16, generator=generator) * 4
-    return VisionFeatures(patches, query if cls else None, key if cls else key[:, 1:], 2, (8, 8))
-
-
-@pytest.mark.parametrize("name", ["none", "pool", "topk", "prumerge+"])
-def test_four_panels_of_every_kind_of_reducer(name, tmp_path):
-    one = features()
+    one = VisionFeatures(patches, query if cls else None, key if cls else key[:, 1:], 2, (8, 8))
     out = tmp_path / "made" / "sheet.png"
     show.figure(Image.new("RGB", (64, 64)), one, build_reducer(name)(one), title=name, out=out)
     with Image.open(out) as sheet:
@@ -94,30 +91,9 @@ def test_four_panels_of_every_kind_of_reducer(name, tmp_path):
     assert [file.name for file in out.parent.iterdir()] == ["sheet.png"]
 
 
-def test_a_tower_without_cls_has_no_curve(tmp_path):
-    one = features(cls=False)
-    reduced_tokens = build_reducer("pool(tokens=16)")(one)
-    show.figure(Image.new("RGB", (64, 64)), one, reduced_tokens, title="pool", out=tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 5000
-
-
 @pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    """A small random CLIP on disk."""
-    path = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-    )
-    CLIPVisionModel(config).save_pretrained(path)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    processor.save_pretrained(path)
-    return path
+def tiny(tmp_path_factory) -> Family:
+    return family(tmp_path_factory.mktemp("tiny"))
 
 
 def run(*arguments) -> int:
@@ -126,27 +102,21 @@ def run(*arguments) -> int:
     return show.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
-def test_the_command(tower, picture, tmp_path, capsys):
+def test_the_command(tiny, picture, tmp_path, capsys):
     picture.save(tmp_path / "in.png")
     out = tmp_path / "out.png"
-    assert run(tmp_path / "in.png", "--vision-tower", tower, "--reducer", "topk(tokens=4)", "--out", out) == 0
+    flags = ("--vision-tower", tiny.tower, "--reducer", "topk(tokens=4)", "--out", out)
+    assert run(tmp_path / "in.png", *flags) == 0
     said = capsys.readouterr().out
     assert "topk(tokens=4)" in said and "of 16 visual tokens" in said and str(out) in said
     with Image.open(out) as sheet:
         sheet.verify()
 
 
-def test_a_checkpoint_brings_its_tower_and_its_reducer(tower, picture, tmp_path, capsys):
+def test_a_checkpoint_brings_its_tower_and_its_reducer(tiny, picture, tmp_path, capsys):
     picture.save(tmp_path / "in.png")
-    checkpoint = tmp_path / "model"
-    checkpoint.mkdir()
-    config = {
-        "model_type": "llava_llama",
-        "mm_vision_tower": str(tower),
-        "mm_token_reducer": "grid(tokens=4)",
-    }
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    torch.save({}, checkpoint / "mm_projector.bin")
+    checkpoint = tiny.copied_to(tmp_path / "copy").lora
+    edit_json(checkpoint / "config.json", mm_token_reducer="grid(tokens=4)")
     assert run(tmp_path / "in.png", "--model-path", checkpoint, "--out", tmp_path / "o.png") == 0
     assert capsys.readouterr().out.startswith("grid(tokens=4): 4 of 16")
 
@@ -154,11 +124,11 @@ def test_a_checkpoint_brings_its_tower_and_its_reducer(tower, picture, tmp_path,
 @pytest.mark.parametrize(
     ("more", "words"), [(("--out", "picture.bmpx"), ".png"), (("--device", "gpu0"), "gpu0")]
 )
-def test_bad_arguments_leave_nothing_behind(more, words, tower, picture, tmp_path, monkeypatch):
+def test_bad_arguments_leave_nothing_behind(more, words, tiny, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture.save("in.png")
     with pytest.raises(UserError, match=words):
-        run("in.png", "--vision-tower", tower, *more)
+        run("in.png", "--vision-tower", tiny.tower, *more)
     assert [file.name for file in tmp_path.iterdir()] == ["in.png"]
 
 

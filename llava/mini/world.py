@@ -241,28 +241,25 @@ def interview(split: str, seed: int, scene: Scene) -> tuple[list[Question], list
     return questions, converse(rng, [q for q in asked if not (alone and q.type == fit)])
 
 
-_KEYS = {"name": "class"}  # where a field is called otherwise in objects.jsonl
-
-
 def describe(scene: Scene, image: str) -> dict:
-    """The row of objects.jsonl of a scene whose picture is `image`."""
-    objects = [{_KEYS.get(key, key): v for key, v in asdict(thing).items()} for thing in scene.objects]
+    """The row of objects.jsonl of a scene whose picture is `image`; a thing's name is called class there."""
+    objects = [{"class": thing.name, **asdict(thing)} for thing in scene.objects]
+    for thing in objects:
+        del thing["name"]
     return {"image": image, "background": scene.background, "counted": scene.counted, "objects": objects}
 
 
 def read_scenes(folder: Path) -> list[Scene]:
     """What the pictures of a world show, from its objects.jsonl."""
-    back = {on_disk: field for field, on_disk in _KEYS.items()}
     path = folder / "objects.jsonl"
     if not path.is_file():
         raise UserError(f"{folder} holds no objects.jsonl: make it with `llava mini world --out {folder}`.")
     scenes = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        things = [{back.get(key, key): value for key, value in thing.items()} for thing in row["objects"]]
-        objects = tuple(Thing(**{**thing, "box": tuple(thing["box"])}) for thing in things)
-        index = int(Path(row["image"]).stem)
-        scenes.append(Scene(index, objects, row["counted"], row["background"]))
+    for row in map(json.loads, path.read_text().splitlines()):
+        things = tuple(
+            Thing(name=thing.pop("class"), box=tuple(thing.pop("box")), **thing) for thing in row["objects"]
+        )
+        scenes.append(Scene(int(Path(row["image"]).stem), things, row["counted"], row["background"]))
     return scenes
 
 
