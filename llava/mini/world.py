@@ -72,6 +72,22 @@ class Scene:
         """Where the picture lies, relative to the world's folder."""
         return f"images/{self.index:06d}.jpg"
 
+    @property
+    def things(self) -> list[Thing]:
+        """All objects but the word."""
+        return [thing for thing in self.objects if not thing.written]
+
+    @property
+    def single(self) -> list[Thing]:
+        """Things that are the only ones of their class."""
+        names = [thing.name for thing in self.things]
+        return [thing for thing in self.things if names.count(thing.name) == 1]
+
+    @property
+    def word(self) -> str | None:
+        """What the rendered word says, if there is one."""
+        return next((thing.name for thing in self.objects if thing.written), None)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -233,7 +249,7 @@ def interview(split: str, seed: int, scene: Scene) -> tuple[list[Question], list
         return questions, [caption(rng, scene)]
     # A conversation asks about the presence of every class that is there and of as many that are not: one
     # picture costs the same however much is asked about it, and yes or no is what is learnt last.
-    here = len({t.name for t in scene.objects if not t.written})
+    here = len({thing.name for thing in scene.things})
     asked = presence(rng, scene, rng.permutation([True] * here + [False] * here).tolist())
     asked += [q for q in questions if q.type != "presence"]
     fit = "naming" if shape.asks_presence else "presence"
