@@ -8,13 +8,13 @@ interleaved, so that a busy machine slows all alike; the median counts. `languag
 
 import argparse
 import statistics
-import time
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from llava import hardware
+from llava.analysis.stopwatch import Stopwatch
 from llava.plug import reduce_tokens, restore
 
 
@@ -71,11 +71,7 @@ def main() -> None:
     ids = torch.cat([text[:, :1], torch.full((1, 576), 31999), text[:, 1:]], dim=1).to(plan.device)
     pixels = torch.randn(1, 3, 336, 336).to(plan.device, plan.dtype)
 
-    def now() -> float:
-        if torch.device(plan.device).type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
+    now = Stopwatch(plan.device).now
     body, started, positions = model.model.language_model, [0.0], [0]
     parts: dict[str, list[float]] = {}
 

@@ -13,11 +13,9 @@ cache = what `--visual_cache` saves of a step in which tower and reducer run
 """
 
 import argparse
-import json
 import shlex
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,8 +25,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from llava.analysis.stopwatch import CLOCKS, Stopwatch
 from llava.analysis.tables import render
 from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.files import write_json
 from llava.mini.world import generate
 from llava.train.arguments import parse
 from llava.train.setup import build
@@ -126,14 +126,10 @@ def count_flops(trainer: LlavaTrainer, batch: dict[str, Any]) -> int:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = clock()
+    watch = Stopwatch(device, CLOCKS["cpu" if device.type == "cpu" else "wall"])
+    start = watch.now()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - start
+    return watch.now() - start
 
 
 def report(
@@ -188,7 +184,7 @@ def report(
     ]
     print(render(header, lines))
     if out is not None:
-        out.write_text(json.dumps({"device": str(trainer.args.device), "rows": rows}, indent=2) + "\n")
+        write_json(out, {"device": str(trainer.args.device), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -22,27 +22,14 @@ def mini(root: Path) -> tuple[Path, Path]:
 def test_it_answers_about_scenes_it_never_saw(mini, tmp_path: Path, capsys) -> None:
     checkpoint, base = mini
     world, out = tmp_path / "world", tmp_path / "table"
-    assert (
-        cli.main(["mini", "world", "--split", "test", "--n", "16", "--seed", "3", "--out", str(world)]) == 0
-    )
-    command = ["mini", "evaluate", "--model-path", str(checkpoint), "--model-base", str(base)]
-    command += [
-        "--data",
-        str(world),
-        "--out",
-        str(out),
-        "--reducers",
-        "prumerge",
-        "random",
-        "--device",
-        "cpu",
-    ]
-    assert cli.main(command) == 0
+    made = f"mini world --split test --n 16 --seed 3 --out {world}"
+    asked = f"mini evaluate --model-path {checkpoint} --model-base {base} --data {world} --out {out}"
+    assert cli.main(made.split()) == 0
+    assert cli.main([*asked.split(), "--reducers", "prumerge", "random", "--device", "cpu"]) == 0
     report = json.loads((out / "table.json").read_text())
     kinds = {kind["name"]: kind for kind in report["kinds"]}
-    assert sum(kind["n"] for kind in kinds.values()) == len(
-        (world / "questions.jsonl").read_text().splitlines()
-    )
+    questions = (world / "questions.jsonl").read_text().splitlines()
+    assert sum(kind["n"] for kind in kinds.values()) == len(questions)
 
     def points_over_constant(name: str) -> float:
         cell = kinds[name]["cells"]["prumerge"]
@@ -73,13 +60,9 @@ def test_exact_test_of_pairs() -> None:
 def test_the_checkpoint_says_how_many_tokens_it_wants(mini, root: Path, capsys) -> None:
     """`llava chat` without --reducer obeys the config; with it, the flag."""
     checkpoint, base = mini
-    command = ["chat", "--model-path", str(checkpoint), "--model-base", str(base), "--max-new-tokens", "2"]
-    command += [
-        "--image-file",
-        str(root / "playground" / "pictures" / "scene-1.jpg"),
-        "--query",
-        "What is it?",
-    ]
+    picture = root / "playground/pictures/scene-1.jpg"
+    command = f"chat --model-path {checkpoint} --model-base {base} --image-file {picture} --max-new-tokens 2"
+    command = [*command.split(), "--query", "What is it?"]
     counts = []
     for extra in ([], ["--reducer", "topk(tokens=20)"], ["--reducer", "none"]):
         assert cli.main([*command, *extra]) == 0

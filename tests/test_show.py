@@ -1,15 +1,12 @@
 """Pictures of what a reducer did: drawn from provenance alone, pixel by pixel as they should be."""
 
 import argparse
-import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reducer_features import optional_fields
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from tiny_checkpoints import Family, edit_json, family
 
 from llava.analysis import show
 from llava.errors import UserError
@@ -52,25 +49,9 @@ def test_where_patches_went():
     assert what.tokens == 3
 
 
-def test_where_patches_of_one_of_a_batch_went():
-    both = ReducedTokens(
-        tokens=torch.zeros(2, 2, 8),
-        lengths=torch.tensor([1, 2]),
-        kept=torch.tensor([[1, -1], [0, 2]]),
-        source=torch.tensor([[0, 0, 0], [0, 1, 1]]),
-    )
-    assert show.Assignment.of(both, 0).kept.tolist() == [False, True, False]
-    assert show.Assignment.of(both, 1).kept.tolist() == [True, False, True]
-
-
-def paint(square: Image.Image, what: ReducedTokens) -> tuple[Image.Image, Image.Image]:
-    """The square as it is, and painted."""
-    canvas = show._canvas(square, GRID)
-    return canvas, show.paint(canvas, show.Assignment.of(what), GRID, tint=True)
-
-
 def test_kept_patches_stay_as_they_are_and_others_do_not(picture):
-    canvas, painted = paint(picture, EXAMPLE)
+    painted = show.overlay(picture, EXAMPLE, GRID)
+    canvas = picture.resize(painted.size, Image.Resampling.LANCZOS)
     assert painted.size == (GRID[1] * C, GRID[0] * C)
     for patch in range(12):
         same = np.array_equal(inside(painted, patch), inside(canvas, patch))
@@ -80,7 +61,7 @@ def test_kept_patches_stay_as_they_are_and_others_do_not(picture):
 
 def test_patches_of_one_token_share_its_tint():
     grey = Image.new("RGB", (80, 60), (128, 128, 128))
-    _, painted = paint(grey, EXAMPLE)
+    painted = show.overlay(grey, EXAMPLE, GRID)
     colour = {patch: tuple(inside(painted, patch)[0, 0]) for patch in range(12)}
     first, second = {colour[patch] for patch in (0, 1, 4)}, {colour[patch] for patch in (2, 6, 7, 8, 9, 11)}
     assert len(first) == len(second) == 1
@@ -88,34 +69,21 @@ def test_patches_of_one_token_share_its_tint():
     assert len(set(colour[3])) == 1  # dropped: no tint
 
 
-def test_overlay_squares_the_picture_as_the_model_does(picture):
-    everything = reduced(list(range(16)), list(range(16)))
-    whole = show.overlay(picture, everything, (4, 4))
-    assert whole.size == (4 * C, 4 * C)
-    assert whole.getpixel((1, 1)) == show.PADDING  # 80 x 60 is padded above and below
-    cropped = show.overlay(picture, everything, (4, 4), aspect_ratio=None)
-    expected = picture.crop((10, 0, 70, 60)).resize(cropped.size, Image.Resampling.LANCZOS)
-    assert np.array_equal(np.asarray(cropped), np.asarray(expected))
+def test_the_picture_is_squared_as_the_model_does(picture):
+    padded = show.as_seen(picture, "pad", (1, 2, 3))
+    assert padded.size == (80, 80) and padded.getpixel((1, 1)) == (1, 2, 3)  # 80 x 60 is padded above
+    cropped = show.as_seen(picture, None, (1, 2, 3))
+    assert np.array_equal(np.asarray(cropped), np.asarray(picture)[:, 10:70])
 
 
-def test_colours_of_neighbours_differ():
-    what = show.Assignment.of(reduced(list(range(11)), [*range(11), 10]))
-    colours = show.token_colours(what, GRID)
-    assert colours.shape == (11, 3) and colours.min() >= 0 and colours.max() <= 1
-    apart = np.abs(colours[:-1] - colours[1:]).max(-1)
-    assert apart.min() > 0.03
-
-
-def features(cls: bool = True) -> VisionFeatures:
+@pytest.mark.parametrize(
+    ("name", "cls"), [("none", True), ("pool", True), ("topk", True), ("prumerge+", True), ("pool", False)]
+)
+def test_four_panels_of_every_kind_of_reducer(name, cls, tmp_path):
     generator = torch.Generator().manual_seed(3)
     patches, key = torch.randn(1, 64, 16, generator=generator), torch.randn(1, 65, 16, generator=generator)
     query = torch.randn(1, 16, generator=generator) * 4
-    return VisionFeatures(patches, query if cls else None, key if cls else key[:, 1:], 2, (8, 8))
-
-
-@pytest.mark.parametrize("name", ["none", "pool", "topk", "prumerge+", "visionzip", "tome"])
-def test_four_panels_of_every_kind_of_reducer(name, tmp_path):
-    one = replace(features(), **optional_fields(1, 64, 16, torch.float32))
+    one = VisionFeatures(patches, query if cls else None, key if cls else key[:, 1:], 2, (8, 8))
     out = tmp_path / "made" / "sheet.png"
     show.figure(Image.new("RGB", (64, 64)), one, build_reducer(name)(one), title=name, out=out)
     with Image.open(out) as sheet:
@@ -123,31 +91,9 @@ def test_four_panels_of_every_kind_of_reducer(name, tmp_path):
     assert [file.name for file in out.parent.iterdir()] == ["sheet.png"]
 
 
-def test_a_tower_without_cls_has_no_curve(tmp_path):
-    one = features(cls=False)
-    reduced_tokens = build_reducer("pool(tokens=16)")(one)
-    show.figure(Image.new("RGB", (64, 64)), one, reduced_tokens, title="pool", out=tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 5000
-
-
 @pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    """A small random CLIP on disk."""
-    path = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-    )
-    CLIPVisionModel(config).save_pretrained(path)
-    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(
-        path
-    )
-    return path
+def tiny(tmp_path_factory) -> Family:
+    return family(tmp_path_factory.mktemp("tiny"))
 
 
 def run(*arguments) -> int:
@@ -156,51 +102,37 @@ def run(*arguments) -> int:
     return show.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
-def test_the_command(tower, picture, tmp_path, capsys):
+def test_the_command(tiny, picture, tmp_path, capsys):
     picture.save(tmp_path / "in.png")
     out = tmp_path / "out.png"
-    assert run(tmp_path / "in.png", "--vision-tower", tower, "--reducer", "topk(tokens=4)", "--out", out) == 0
+    flags = ("--vision-tower", tiny.tower, "--reducer", "topk(tokens=4)", "--out", out)
+    assert run(tmp_path / "in.png", *flags) == 0
     said = capsys.readouterr().out
     assert "topk(tokens=4)" in said and "of 16 visual tokens" in said and str(out) in said
     with Image.open(out) as sheet:
         sheet.verify()
 
 
-def test_a_checkpoint_brings_its_tower_and_its_reducer(tower, picture, tmp_path, capsys):
+def test_a_checkpoint_brings_its_tower_and_its_reducer(tiny, picture, tmp_path, capsys):
     picture.save(tmp_path / "in.png")
-    checkpoint = tmp_path / "model"
-    checkpoint.mkdir()
-    config = {
-        "model_type": "llava_llama",
-        "mm_vision_tower": str(tower),
-        "mm_token_reducer": "grid(tokens=4)",
-    }
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    torch.save({}, checkpoint / "mm_projector.bin")
+    checkpoint = tiny.copied_to(tmp_path / "copy").lora
+    edit_json(checkpoint / "config.json", mm_token_reducer="grid(tokens=4)")
     assert run(tmp_path / "in.png", "--model-path", checkpoint, "--out", tmp_path / "o.png") == 0
     assert capsys.readouterr().out.startswith("grid(tokens=4): 4 of 16")
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (("--reducer", "prumerg"), "prumerge"),
-        (("--out", "picture.bmpx"), ".png"),
-        (("--vision-tower", "nowhere"), "nowhere"),
-        (("--device", "gpu0"), "gpu0"),
-    ],
+    ("more", "words"), [(("--out", "picture.bmpx"), ".png"), (("--device", "gpu0"), "gpu0")]
 )
-def test_bad_arguments_leave_nothing_behind(more, words, tower, picture, tmp_path, monkeypatch):
+def test_bad_arguments_leave_nothing_behind(more, words, tiny, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture.save("in.png")
-    arguments = ["in.png", "--vision-tower", tower, *more]
     with pytest.raises(UserError, match=words):
-        run(*arguments)
+        run("in.png", "--vision-tower", tiny.tower, *more)
     assert [file.name for file in tmp_path.iterdir()] == ["in.png"]
 
 
-def test_without_the_small_tower_it_says_how_to_get_it(picture, tmp_path, monkeypatch):
+def test_without_the_small_tower_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    picture.save("in.png")
     with pytest.raises(UserError, match="llava mini prepare"):
         run("in.png")

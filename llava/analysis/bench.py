@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from llava import hardware
 from llava.analysis import charts, paper_table, tables
 from llava.analysis.latency import (
     DENSE,
-    FIRST,
     STAGES,
+    WARMUP,
     Result,
     Workload,
     interleave,
@@ -37,11 +36,11 @@ from llava.analysis.latency import (
 from llava.analysis.random_model import build_model, build_tower, with_layers
 from llava.analysis.shapes import SHAPES
 from llava.analysis.stopwatch import CLOCKS, Spread
+from llava.engine import ModelSource
 from llava.errors import UserError
-from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
-from llava.model.vision_tower import VisionTower
-from llava.reducers import Reducer, ReducerSpecError, build_reducer
+from llava.files import write_json
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.reducers import Reducer, build_reducer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--tower", action="store_true", help="time the vision tower and the reducers alone")
     how = parser.add_argument_group("measurement")
     how.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
-    how.add_argument("--warmup", type=int, default=2, help="rounds thrown away (default: %(default)s)")
     how.add_argument(
         "--clock",
         choices=CLOCKS,
@@ -87,42 +85,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("rounds", "new_tokens", "text"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    if min(args.batch) < 1 or args.warmup < 0 or min(args.prefill or [1]) < 1:
-        raise UserError("--batch and --prefill must be at least 1, --warmup at least 0.")
+    if min(args.rounds, args.new_tokens, args.text, *args.batch, *(args.prefill or [1])) < 1:
+        raise UserError("--rounds, --new-tokens, --text, --batch and --prefill must be at least 1.")
     if (args.model_path is None) == (args.shape is None):
         raise UserError("say what to measure: either --model-path PATH, or --shape 7b --random-weights.")
     if args.layers is not None and args.shape is None:
         raise UserError("--layers goes with --shape: a checkpoint is measured whole.")
     if args.plot is not None:
         charts.check_name(args.plot, "--plot")
-    plan = _plan(args)
+    try:
+        plan = hardware.plan(args.device, dtype=args.dtype, attention=args.attention)
+        reducers = list(dict.fromkeys(map(build_reducer, (DENSE, *args.reducer))))  # the dense run first
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for warning in plan.warnings:
+        print(warning, file=sys.stderr)
     if args.clock == "cpu" and plan.device.type != "cpu":
         raise UserError(f"--clock cpu counts what a CPU does; on {plan.device} use --clock wall.")
     if args.paper or args.prefill:
-        return _run_prefill(args, plan)
-    if args.tower:
-        return _run_tower(args, plan)
-    return _run_requests(args, plan)
+        report, text = _prefill(args, plan)
+    elif args.tower:
+        report, text = _tower(args, plan, reducers)
+    else:
+        report, text = _requests(args, plan, reducers)
+    print(json.dumps(report, indent=2) if args.json else f"{_headline(report)}\n{text}")
+    if args.out:
+        write_json(args.out, report)
+    return 0
 
 
-def _run_requests(args: argparse.Namespace, plan: hardware.Plan) -> int:
-    reducers = _reducers(args)
-    picture = picture_bytes(args.image)
-    model, processor = _load(args, plan, with_tower=True)
-    _tower_of(model, args)
-    results = []
+def _requests(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Reducer]) -> tuple[dict, str]:
+    """What to write as JSON, and the tables for people."""
+    picture, model, clock = picture_bytes(args.image), _load(args, plan), CLOCKS[args.clock]
+    results, text = [], ""
     for batch in args.batch:
         work = Workload(picture, prompt_ids(args.text, model.config.vocab_size), batch, args.new_tokens)
-        runs = [
-            lambda each=each, work=work: run_once(model, processor, each, work, CLOCKS[args.clock])
-            for each in reducers
+        runs = [lambda each=each, work=work: run_once(model, each, work, clock) for each in reducers]
+        rounds = interleave(runs, args.rounds, f"batch {batch}")
+        rows = [
+            summarise(reducer.spec, measured, rounds[0], work, model)
+            for reducer, measured in zip(reducers, rounds, strict=True)
         ]
-        rounds = interleave(runs, args.rounds, args.warmup, f"batch {batch}")
-        for reducer, measured in zip(reducers, rounds, strict=True):
-            results.append(summarise(reducer.spec, measured, rounds[0], work, model))
+        text += f"\n{_table(rows, args.new_tokens)}\n"
+        results += rows
     report = {
         **_circumstances(args, plan),
         "layers": model.config.num_hidden_layers,
@@ -130,21 +135,15 @@ def _run_requests(args: argparse.Namespace, plan: hardware.Plan) -> int:
         "new_tokens": args.new_tokens,
         "results": list(map(dataclasses.asdict, results)),
     }
-    text = [
-        "\n" + _table([result for result in results if result.batch == batch], args.new_tokens)
-        for batch in args.batch
-    ]
-    _show(report, [*text, "\nms for the whole batch, median (95th percentile)"], args)
     if args.plot:
         plot(results, _headline(report), args.plot)
-    return 0
+    return report, f"{text}\nms for the whole batch, median (95th percentile)"
 
 
-def _run_prefill(args: argparse.Namespace, plan: hardware.Plan) -> int:
+def _prefill(args: argparse.Namespace, plan: hardware.Plan) -> tuple[dict, str]:
     lengths = args.prefill or list(paper_table.LENGTHS.values())
-    model, _ = _load(args, plan, with_tower=False)
-    how = (args.rounds, args.warmup, CLOCKS[args.clock])
-    rows = [row for batch in args.batch for row in measure_prefill(model, lengths, batch, *how)]
+    model, clock = _load(args, plan), CLOCKS[args.clock]
+    rows = [row for batch in args.batch for row in measure_prefill(model, lengths, batch, args.rounds, clock)]
     report = {
         **_circumstances(args, plan),
         "layers": model.config.num_hidden_layers,
@@ -161,73 +160,37 @@ def _run_prefill(args: argparse.Namespace, plan: hardware.Plan) -> int:
     }
     if any(row.roofline_ms for row in rows):
         columns["roofline ms"] = [f"{row.roofline_ms:.1f}" for row in rows]
-    text = [tables.render(list(columns), list(zip(*columns.values(), strict=True)), left=())]
+    text = tables.render(list(columns), list(zip(*columns.values(), strict=True)), left=())
     if args.paper and args.shape in ("7b", "13b"):
         printed = [paper_table.PRINTED[f"{args.shape}-fp16-{name}"][1] for name in paper_table.LENGTHS]
-        text.append(
-            f"The paper prints {' and '.join(printed)} ms for {args.shape}, FP16, at the lengths "
+        text += (
+            f"\nThe paper prints {' and '.join(printed)} ms for {args.shape}, FP16, at the lengths "
             f"{paper_table.LENGTHS['full']} and {paper_table.LENGTHS['prumerge']}: a roofline of a V100, "
             "not a measurement."
         )
-    _show(report, text, args)
-    return 0
+    return report, text
 
 
-def _run_tower(args: argparse.Namespace, plan: hardware.Plan) -> int:
+def _tower(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Reducer]) -> tuple[dict, str]:
     if args.shape is not None:
         tower = build_tower(SHAPES[args.shape].tower, plan)
     else:
-        tower = _tower_of(_load(args, plan, with_tower=True)[0], args)
-    how = (args.rounds, args.warmup, CLOCKS[args.clock])
-    reducers = _reducers(args)[1:]
-    rows = [row for batch in args.batch for row in measure_tower(tower, reducers, batch, *how)]
-    report = {**_circumstances(args, plan), "tower": list(map(dataclasses.asdict, rows))}
+        tower = _load(args, plan).get_vision_tower()
+    how = (args.rounds, CLOCKS[args.clock])
+    rows = [row for batch in args.batch for row in measure_tower(tower, reducers[1:], batch, *how)]
     cells = [(row.way, str(row.batch), _spread(row.time), f"{row.part:.2%}") for row in rows]
-    _show(report, [tables.render(("way", "batch", "ms", "of all blocks"), cells)], args)
-    return 0
+    report = {**_circumstances(args, plan), "tower": list(map(dataclasses.asdict, rows))}
+    return report, tables.render(("way", "batch", "ms", "of all blocks"), cells)
 
 
-def _tower_of(model: Any, args: argparse.Namespace) -> VisionTower:
-    tower = model.get_vision_tower()
-    if tower is None:
-        raise UserError(f"{args.model_path} has no vision tower, so there are no pictures to measure.")
-    return tower
-
-
-def _reducers(args: argparse.Namespace) -> list[Reducer]:
-    """The dense run first, then what was asked for."""
-    try:
-        reducers = [build_reducer(DENSE), *(build_reducer(spec) for spec in args.reducer)]
-    except ReducerSpecError as error:
-        raise UserError(str(error)) from error
-    return list(dict.fromkeys(reducers))
-
-
-def _load(args: argparse.Namespace, plan: hardware.Plan, *, with_tower: bool) -> tuple[Any, Any]:
-    """(model, image processor)."""
+def _load(args: argparse.Namespace, plan: hardware.Plan) -> LlavaLlamaForCausalLM:
     if args.shape is not None:
-        model = build_model(with_layers(SHAPES[args.shape], args.layers), plan, with_tower=with_tower)
-        tower = model.get_vision_tower()
-        return model, None if tower is None else tower.image_processor
-    _, model, processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        get_model_name_from_path(args.model_path),
-        device_map={"": plan.device},
-        dtype=plan.dtype,
-        attn_implementation=plan.attention,
+        return build_model(with_layers(SHAPES[args.shape], args.layers), plan)
+    dtype, device = str(plan.dtype).removeprefix("torch."), str(plan.device)
+    source = ModelSource(
+        args.model_path, args.model_base, dtype=dtype, attention=plan.attention, device=device
     )
-    return model, processor
-
-
-def _plan(args: argparse.Namespace) -> hardware.Plan:
-    try:
-        plan = hardware.plan(args.device, dtype=args.dtype, attention=args.attention)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for warning in plan.warnings:
-        print(warning, file=sys.stderr)
-    return plan
+    return source.load().model
 
 
 def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:
@@ -245,7 +208,7 @@ def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:
         "random_weights": args.shape is not None,
         "clock": args.clock,
         "rounds": args.rounds,
-        "warmup": args.warmup,
+        "warmup": WARMUP,
     }
 
 
@@ -260,33 +223,22 @@ def _headline(report: dict) -> str:
     )
 
 
-def _show(report: dict, text: Sequence[str], args: argparse.Namespace) -> None:
-    """Prints the report, as JSON or for people, and writes it where --out says."""
-    content = json.dumps(report, indent=2)
-    print(content if args.json else "\n".join([_headline(report), *text]))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        beside = args.out.with_name(f".{args.out.name}.part")
-        beside.write_text(content + "\n")
-        beside.replace(args.out)
-
-
 def _table(results: Sequence[Result], new_tokens: int) -> str:
     """One batch size: a column per reducer."""
     rows = [
-        ("visual tokens", *(f"{result.visual_tokens:.0f}" for result in results)),
-        ("padding", *(f"{result.padding:.1%}" for result in results)),
+        ("visual tokens", *(str(result.visual_tokens) for result in results)),
         *((stage, *(_spread(result.stages[stage]) for result in results)) for stage in STAGES),
-        ("first token", *(_spread(result.first_token) for result in results)),
-        (f"request, {new_tokens} tokens", *(_spread(result.request) for result in results)),
+        ("first token", *(_spread(result.stages["first token"]) for result in results)),
+        (f"request, {new_tokens} tokens", *(_spread(result.stages["request"]) for result in results)),
         ("reducer, of the tower", *(f"{result.reducer_share:.2%}" for result in results)),
         ("prefill speed-up", *(f"{result.prefill_speedup:.2f}x" for result in results)),
         ("  FLOP ratio", *(f"{result.flop_ratio:.2f}x" for result in results)),
         ("first token speed-up", *(f"{result.first_token_speedup:.2f}x" for result in results)),
         ("request speed-up", *(f"{result.request_speedup:.2f}x" for result in results)),
         ("KV cache MB", *(_megabytes(result.kv_bytes) for result in results)),
-        ("peak memory MB", *(_megabytes(result.peak_bytes) for result in results)),
     ]
+    if any(result.peak_bytes is not None for result in results):
+        rows.append(("peak memory MB", *(_megabytes(result.peak_bytes) for result in results)))
     if any(result.roofline_prefill_ms is not None for result in results):
         rows.append(("prefill roofline", *(f"{result.roofline_prefill_ms or 0:.1f}" for result in results)))
     return tables.render((f"batch {results[0].batch}", *(result.reducer for result in results)), rows)
@@ -312,11 +264,13 @@ def plot(results: Sequence[Result], title: str, out: Path) -> None:
     figure = charts.new_figure(10, 1.6 + 0.42 * len(results), layout="constrained")
     axes = figure.add_subplot()
     names = [f"{result.reducer}, batch {result.batch}" for result in results]
-    left = np.zeros(len(results))
+    batch, left = np.array([result.batch for result in results]), np.zeros(len(results))
     for stage, colour in zip(STAGES, COLOURS, strict=True):
-        width = np.array([_stage_share(result, stage) for result in results])
-        axes.barh(names, width, left=left, color=colour, label=stage, height=0.62)
-        left += width
+        width = np.array([result.stages[stage].p50 for result in results])
+        if stage == "decode-token":  # the tokens after the first take what is left of the request
+            width = np.array([result.stages["request"].p50 for result in results]) - left * batch
+        axes.barh(names, width / batch, left=left, color=colour, label=stage, height=0.62)
+        left += width / batch
     for place, (total, result) in enumerate(zip(left, results, strict=True)):
         axes.text(total, place, f"  {total:.0f} ms, {result.request_speedup:.1f}x", va="center", fontsize=9)
     axes.invert_yaxis()
@@ -327,10 +281,3 @@ def plot(results: Sequence[Result], title: str, out: Path) -> None:
     axes.tick_params(axis="y", labelcolor=charts.INK)
     figure.legend(loc="outside lower center", ncols=len(STAGES), frameon=False, fontsize=8.5)
     charts.save(figure, out)
-
-
-def _stage_share(result: Result, stage: str) -> float:
-    """ms of one request; the tokens after the first take what is left of it."""
-    if stage == "decode-token":
-        return (result.request.p50 - sum(result.stages[each].p50 for each in FIRST)) / result.batch
-    return result.stages[stage].p50 / result.batch

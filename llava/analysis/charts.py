@@ -1,8 +1,9 @@
-"""One look for all drawings of this room, and one way to write them: beside, then renamed."""
+"""One look for all drawings of this package, and one way to write them."""
 
 from pathlib import Path
 
 from llava.errors import UserError
+from llava.files import replacing_file
 
 INK, FAINT, RULE, ACCENT = "#22262b", "#8a9099", "#c9ced6", "#d9480f"
 
@@ -43,12 +44,8 @@ def save(figure, out: Path) -> None:
     Raises:
         UserError: it cannot be written there.
     """
-    beside = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(beside)
-        beside.replace(out)
+        with replacing_file(out) as partial:
+            figure.savefig(partial, format=out.suffix[1:].lower())
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}.") from error
-    finally:
-        beside.unlink(missing_ok=True)

@@ -18,12 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llava.analysis import gpus, roofline
-from llava.analysis.random_model import language_shape
 from llava.analysis.shapes import LanguageShape
-from llava.analysis.stopwatch import WALL, Clock, Spread, Stopwatch, peak_memory, reset_peak_memory
+from llava.analysis.stopwatch import WALL, Clock, Spread, Stopwatch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
@@ -37,7 +35,12 @@ STAGES = ("decode-image", "preprocess", "vision", "reduce", "project", "prefill"
 FIRST = STAGES[:-1]
 """The stages up to the first token."""
 
+TOTALS = ("first token", "request")
+
 DENSE = "none"
+
+WARMUP = 2
+"""Rounds that are thrown away."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +65,16 @@ class Round:
     """One request batch, once.
 
     Attributes:
-        ms: by stage, for the whole batch.
-        visual_tokens: per image, as they reach the language model.
+        ms: by stage and by `TOTALS`, for the whole batch.
+        visual_tokens: of each image, as they reach the language model.
         answers: [B, new_tokens] the ids that were decoded.
-        peak_bytes: memory at the peak (the device's; on a CPU the process's), None if unknown.
+        peak_bytes: memory of the GPU at the peak, None on other devices.
     """
 
     ms: dict[str, float]
-    visual_tokens: tuple[int, ...]
+    visual_tokens: int
     answers: Tensor
     peak_bytes: int | None
-
-    @property
-    def first_token_ms(self) -> float:
-        return sum(self.ms[stage] for stage in FIRST)
-
-    def request_ms(self, new_tokens: int) -> float:
-        return self.first_token_ms + (new_tokens - 1) * self.ms["decode-token"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,8 @@ class Result:
     """A reducer at a batch size, over all rounds. Times in ms, for the whole batch.
 
     Attributes:
-        visual_tokens: mean per image.
-        padding: part of the prefill batch that is padding.
+        visual_tokens: per image.
+        stages: by stage and by `TOTALS`.
         *_speedup: of the dense run's time to this one's, the median over rounds.
         reducer_share: the reducer's time as a part of the tower's, the median over rounds.
         flop_ratio: prefill FLOPs of the dense run to this one's: what the speed-up could be.
@@ -97,11 +93,8 @@ class Result:
 
     batch: int
     reducer: str
-    visual_tokens: float
-    padding: float
+    visual_tokens: int
     stages: dict[str, Spread]
-    first_token: Spread
-    request: Spread
     prefill_speedup: float
     first_token_speedup: float
     request_speedup: float
@@ -112,22 +105,8 @@ class Result:
     roofline_prefill_ms: float | None
 
 
-class TokenTimes(StoppingCriteria):
-    """Stops nothing; notes when each new token of `generate` is there."""
-
-    def __init__(self, watch: Stopwatch):
-        self.watch = watch
-        self.seconds: list[float] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.seconds.append(self.watch.now())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 @torch.inference_mode()
-def run_once(
-    model: LlavaLlamaForCausalLM, image_processor: Any, reducer: Reducer, work: Workload, clock: Clock = WALL
-) -> Round:
+def run_once(model: LlavaLlamaForCausalLM, reducer: Reducer, work: Workload, clock: Clock = WALL) -> Round:
     """One batch of requests from image bytes to the last token, greedily; stops for no end token."""
     device, tower = model.device, model.get_vision_tower()
     watch = Stopwatch(device, clock)
@@ -135,7 +114,7 @@ def run_once(
     with watch.stage("decode-image"):
         images = [load_image(work.picture, name="the picture") for _ in range(work.batch)]
     with watch.stage("preprocess"):
-        pixels = process_images(images, image_processor, model.config)
+        pixels = process_images(images, tower.image_processor, model.config)
         if not isinstance(pixels, Tensor) or pixels.ndim != 4:
             raise UserError("bench measures one view per picture; image_aspect_ratio anyres makes several.")
         pixels = pixels.to(device, tower.dtype)
@@ -151,7 +130,14 @@ def run_once(
     with watch.stage("project"):
         embedded = model.project(visual)
 
-    tokens, start = TokenTimes(watch), watch.now()
+    times: list[float] = []
+
+    def note_time(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """A stopping criterion that stops nothing: generate calls it when a new token is there."""
+        times.append(watch.now())
+        return ids.new_zeros(len(ids), dtype=torch.bool)
+
+    start = watch.now()
     answers = model.generate(
         work.prompt.expand(work.batch, -1),
         visual_embeds=embedded,
@@ -159,24 +145,34 @@ def run_once(
         min_new_tokens=work.new_tokens,
         max_new_tokens=work.new_tokens,
         pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([tokens]),
+        stopping_criteria=[note_time],
     )
-    first, last = tokens.seconds[0], tokens.seconds[-1]
-    watch.ms["prefill"] = 1e3 * (first - start)
-    watch.ms["decode-token"] = 1e3 * (last - first) / max(work.new_tokens - 1, 1)
-    return Round(watch.ms, tuple(map(len, visual)), answers, peak_memory(device))
+    ms = watch.ms
+    ms["prefill"] = 1e3 * (times[0] - start)
+    ms["decode-token"] = 1e3 * (times[-1] - times[0]) / max(work.new_tokens - 1, 1)
+    ms["first token"] = sum(ms[stage] for stage in FIRST)
+    ms["request"] = ms["first token"] + 1e3 * (times[-1] - times[0])
+    return Round(ms, len(visual[0]), answers, peak_memory(device))
 
 
-def interleave(
-    runs: Sequence[Callable[[], Any]], rounds: int, warmup: int, name: str = "bench"
-) -> list[list[Any]]:
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the peak since `reset_peak_memory`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def interleave(runs: Sequence[Callable[[], Any]], rounds: int, name: str) -> list[list[Any]]:
     """Every run once per round, in turn; the results of the rounds after warm-up, by run."""
     kept: list[list[Any]] = [[] for _ in runs]
-    with tqdm(total=(rounds + warmup) * len(runs), desc=name, file=sys.stderr) as bar:
-        for number in range(warmup + rounds):
+    with tqdm(total=(rounds + WARMUP) * len(runs), desc=name, file=sys.stderr) as bar:
+        for number in range(WARMUP + rounds):
             for run, results in zip(runs, kept, strict=True):
                 result = run()
-                if number >= warmup:
+                if number >= WARMUP:
                     results.append(result)
                 bar.update()
     return kept
@@ -196,48 +192,40 @@ def summarise(
 ) -> Result:
     """What the rounds of one reducer say beside the dense rounds taken in turn with them."""
 
-    def speedup(time: Callable[[Round], float]) -> float:
-        return median_ratio(list(map(time, dense)), list(map(time, rounds)))
+    def of(stage: str, rounds: Sequence[Round] = rounds) -> list[float]:
+        return [each.ms[stage] for each in rounds]
 
-    text, visual, shape = len(work.prompt) - 1, rounds[0].visual_tokens, language_shape(model.config)
-    length = text + max(visual)  # of every row of the padded batch
+    text, visual, shape = len(work.prompt) - 1, rounds[0].visual_tokens, model.config
     return Result(
         batch=work.batch,
         reducer=reducer,
-        visual_tokens=float(np.mean(visual)),
-        padding=1 - (text + float(np.mean(visual))) / length,
-        stages={stage: Spread.over([each.ms[stage] for each in rounds]) for stage in STAGES},
-        first_token=Spread.over([each.first_token_ms for each in rounds]),
-        request=Spread.over([each.request_ms(work.new_tokens) for each in rounds]),
-        prefill_speedup=speedup(lambda each: each.ms["prefill"]),
-        first_token_speedup=speedup(lambda each: each.first_token_ms),
-        request_speedup=speedup(lambda each: each.request_ms(work.new_tokens)),
-        reducer_share=median_ratio(
-            [each.ms["reduce"] for each in rounds], [each.ms["vision"] for each in rounds]
-        ),
-        flop_ratio=prefill_flops(shape, text + max(dense[0].visual_tokens)) / prefill_flops(shape, length),
-        kv_bytes=int(roofline.kv_bytes(shape, length, work.batch, model.dtype.itemsize)),
-        peak_bytes=max((each.peak_bytes for each in rounds if each.peak_bytes is not None), default=None),
-        roofline_prefill_ms=roofline_prefill(model, length, work.batch),
+        visual_tokens=visual,
+        stages={stage: Spread.over(of(stage)) for stage in (*STAGES, *TOTALS)},
+        prefill_speedup=median_ratio(of("prefill", dense), of("prefill")),
+        first_token_speedup=median_ratio(of("first token", dense), of("first token")),
+        request_speedup=median_ratio(of("request", dense), of("request")),
+        reducer_share=median_ratio(of("reduce"), of("vision")),
+        flop_ratio=prefill_flops(shape, text + dense[0].visual_tokens) / prefill_flops(shape, text + visual),
+        kv_bytes=int(roofline.kv_bytes(shape, text + visual, work.batch, model.dtype.itemsize)),
+        peak_bytes=rounds[-1].peak_bytes,
+        roofline_prefill_ms=roofline_prefill(model, text + visual, work.batch),
     )
 
 
 def prefill_flops(shape: LanguageShape, length: int) -> float:
     """FLOPs of the prefill of one sequence of `length` positions."""
-    return sum(op.flops for op in roofline.prefill_operators(shape, length, 1, roofline.PRECISIONS["fp16"]))
+    return sum(op.flops for op in roofline.prefill_operators(shape, length, 1))
 
 
 def roofline_prefill(model: LlavaLlamaForCausalLM, length: int, batch: int) -> float | None:
-    """The bound on prefill time on the model's GPU, ms; None where the card is not in the table."""
-    if model.device.type != "cuda":
+    """The bound on prefill time in 16 bits on the model's GPU, ms; None elsewhere, and for other cards."""
+    if model.device.type != "cuda" or model.dtype is torch.float32:
         return None
     try:
         gpu = gpus.find_gpu(torch.cuda.get_device_name(model.device))
     except ValueError:
         return None
-    precision = roofline.PRECISIONS["fp32" if model.dtype is torch.float32 else "fp16"]
-    operators = roofline.prefill_operators(language_shape(model.config), length, batch, precision)
-    return roofline.estimate(operators, gpu).ms
+    return roofline.estimate(roofline.prefill_operators(model.config, length, batch), gpu).ms
 
 
 # Prefill alone ---------------------------------------------------------------------------------------
@@ -257,27 +245,25 @@ class Prefill:
 
 
 @torch.inference_mode()
-def prefill_once(
-    model: LlavaLlamaForCausalLM, length: int, batch: int, clock: Clock = WALL
-) -> tuple[float, int | None]:
-    """Time (ms) and peak memory of one prefill of random embeddings."""
-    embeds = torch.randn(batch, length, model.config.hidden_size, device=model.device, dtype=model.dtype)
-    watch = Stopwatch(model.device, clock)
-    reset_peak_memory(model.device)
-    with watch.stage("prefill"):
-        model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-    return watch.ms["prefill"], peak_memory(model.device)
-
-
 def measure_prefill(
-    model: LlavaLlamaForCausalLM, lengths: Sequence[int], batch: int, rounds: int, warmup: int, clock: Clock
+    model: LlavaLlamaForCausalLM, lengths: Sequence[int], batch: int, rounds: int, clock: Clock
 ) -> list[Prefill]:
-    """Each length in turn, `rounds` times."""
-    runs = [lambda length=length: prefill_once(model, length, batch, clock) for length in lengths]
-    shape, rows, dense = language_shape(model.config), [], None
-    for length, results in zip(lengths, interleave(runs, rounds, warmup, "prefill"), strict=True):
-        times, peaks = zip(*results, strict=True)
-        dense = dense or times
+    """Prefill of random embeddings, each length in turn, `rounds` times."""
+
+    def once(length: int) -> tuple[float, int | None]:
+        size = (batch, length, model.config.hidden_size)
+        embeds = torch.randn(size, device=model.device, dtype=model.dtype)
+        watch = Stopwatch(model.device, clock)
+        reset_peak_memory(model.device)
+        with watch.stage("prefill"):
+            model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+        return watch.ms["prefill"], peak_memory(model.device)
+
+    measured = interleave([lambda length=length: once(length) for length in lengths], rounds, "prefill")
+    shape, dense = model.config, [ms for ms, _ in measured[0]]
+    rows = []
+    for length, results in zip(lengths, measured, strict=True):
+        times = [ms for ms, _ in results]
         rows.append(
             Prefill(
                 batch=batch,
@@ -285,7 +271,7 @@ def measure_prefill(
                 time=Spread.over(times),
                 speedup=median_ratio(dense, times),
                 flop_ratio=prefill_flops(shape, lengths[0]) / prefill_flops(shape, length),
-                peak_bytes=max((peak for peak in peaks if peak is not None), default=None),
+                peak_bytes=results[-1][1],
                 roofline_ms=roofline_prefill(model, length, batch),
             )
         )
@@ -307,7 +293,7 @@ class TowerTime:
 
 @torch.inference_mode()
 def measure_tower(
-    tower: VisionTower, reducers: Sequence[Reducer], batch: int, rounds: int, warmup: int, clock: Clock
+    tower: VisionTower, reducers: Sequence[Reducer], batch: int, rounds: int, clock: Clock
 ) -> list[TowerTime]:
     """All blocks as transformers runs them, what a reducer reads, the patches alone, reducers; in turn."""
     side = tower.image_size
@@ -326,8 +312,7 @@ def measure_tower(
             way()
         return watch.ms["tower"]
 
-    runs = [lambda way=way: once(way) for way in ways.values()]
-    measured = interleave(runs, rounds, warmup, "tower")
+    measured = interleave([lambda way=way: once(way) for way in ways.values()], rounds, "tower")
     return [
         TowerTime(batch, way, Spread.over(times), median_ratio(times, measured[0]))
         for way, times in zip(ways, measured, strict=True)

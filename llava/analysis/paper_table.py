@@ -8,7 +8,7 @@ corrected model.
 
 from dataclasses import dataclass
 
-from llava.analysis.shapes import SHAPES, LanguageShape
+from llava.analysis.shapes import SHAPES, LanguageShape, linears
 
 BANDWIDTH = 900e9
 """Bytes per second the table takes for a V100."""
@@ -79,13 +79,12 @@ class _Operator:
     written: float
 
     def seconds(self, rate: float) -> float:
-        intensity = self.operations / self.moved
-        return self.operations / min(rate, intensity * BANDWIDTH)
+        return max(self.operations / rate, self.moved / BANDWIDTH)
 
 
 def _row(model: str, precision: str, name: str, length: int) -> Row:
     language, rate, width = SHAPES[model].language, RATES[precision], BYTES[precision]
-    operators = [*_layer(language, length, width) * language.layers, _head(language, width)]
+    operators = [*_layer(language, length, width) * language.num_hidden_layers, _head(language, width)]
     operations = sum(operator.operations for operator in operators)
     return Row(
         row=f"{model}-{precision}-{name}",
@@ -98,43 +97,38 @@ def _row(model: str, precision: str, name: str, length: int) -> Row:
 
 def _layer(language: LanguageShape, length: int, width: float) -> list[_Operator]:
     """One decoder layer at batch 1, attention over the full square."""
-    hidden_row = length * language.hidden * width
-    scores = length * length * language.heads * width
-    attention = 2 * length * length * language.hidden
+    hidden_row = length * language.hidden_size * width
+    scores = length * length * language.num_attention_heads * width
+    attention = 2 * length * length * language.hidden_size
 
     def operator(operations: float, *, read: float, written: float, cached: float = 0.0) -> _Operator:
         return _Operator(operations, read + written + cached, written)
 
     products = []
-    for name, inputs, outputs in language.linears:
-        read = (inputs * outputs + inputs * length) * width
+    for name, inputs, outputs in linears(language):
         result = outputs * length * width
-        is_cache = name in ("k_proj", "v_proj")  # goes to the KV cache, which does not count as activation
+        cached = result if name in ("k_proj", "v_proj") else 0.0  # the KV cache is no activation here
+        read = (inputs * outputs + inputs * length) * width
         products.append(
-            operator(
-                2 * inputs * outputs * length,
-                read=read,
-                written=0.0 if is_cache else result,
-                cached=result if is_cache else 0.0,
-            )
+            operator(2 * inputs * outputs * length, read=read, written=result - cached, cached=cached)
         )
-    norm = operator(7 * length * language.hidden, read=hidden_row, written=hidden_row)
-    add = operator(length * language.hidden, read=hidden_row, written=hidden_row)  # sic: one operand
+    norm = operator(7 * length * language.hidden_size, read=hidden_row, written=hidden_row)
+    add = operator(length * language.hidden_size, read=hidden_row, written=hidden_row)  # sic: one operand
     return [
         *products,
         operator(attention, read=2 * hidden_row, written=scores),  # q k: reads K twice and no Q
-        operator(5 * length * length * language.heads, read=scores, written=scores),
+        operator(5 * length * length * language.num_attention_heads, read=scores, written=scores),
         operator(attention, read=scores + hidden_row, written=hidden_row),
         norm,
         norm,
         add,
         add,
-        operator(2 * length * language.hidden, read=2 * hidden_row, written=hidden_row),
+        operator(2 * length * language.hidden_size, read=2 * hidden_row, written=hidden_row),
     ]
 
 
 def _head(language: LanguageShape, width: float) -> _Operator:
     """lm_head of one position. Sic: one operation per multiply-add, one byte per weight in any precision."""
-    weights = language.hidden * language.vocabulary
-    written = language.vocabulary * width
-    return _Operator(weights, weights + language.hidden * width + written, written)
+    weights = language.hidden_size * language.vocab_size
+    written = language.vocab_size * width
+    return _Operator(weights, weights + language.hidden_size * width + written, written)

@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llava.analysis import gpus
-from llava.analysis.shapes import LanguageShape, Shape, TowerShape
+from llava.analysis.gpus import Gpu
+from llava.analysis.shapes import LanguageShape, Shape, TowerShape, decoder_weights, kv_width, linears
 
 QUERY_BLOCK = 128
 """Queries a fused attention kernel handles while it reads all keys and values once."""
@@ -22,50 +22,19 @@ QUERY_BLOCK = 128
 NEIGHBOURS = 32
 """Patches PruMerge merges into each kept one."""
 
+HALF = 2.0
+"""Bytes of an activation, a cached key or value, and a weight that is never quantised."""
 
-@dataclass(frozen=True)
-class Precision:
-    """Bytes per weight and per activation (and cached key or value), and which rate multiplies them.
-
-    Attributes:
-        rate: of products with (maybe quantised) weights, a field of `gpus.Gpu`.
-        plain_rate: of everything else.
-    """
-
-    name: str
-    weight_bytes: float
-    activation_bytes: float
-    rate: str = "half"
-    plain_rate: str = "half"
-
-    @property
-    def plain(self) -> "Precision":
-        """Of the parts that are never quantised: tower, projector, embeddings."""
-        return Precision(
-            self.name, self.activation_bytes, self.activation_bytes, self.plain_rate, self.plain_rate
-        )
-
-
-PRECISIONS = {
-    precision.name: precision
-    for precision in (
-        Precision("fp16", 2, 2),
-        Precision("bf16", 2, 2),
-        Precision("fp32", 4, 4, "single", "single"),
-        Precision("w8a16", 1, 2),
-        Precision("w4a16", 0.5, 2),
-        Precision("w8a8", 1, 2, "int8"),  # activations rest in 16 bits and are quantised in the kernel
-    )
-}
+PRECISIONS = {"fp16": HALF, "w8a16": 1.0, "w4a16": 0.5}
+"""Bytes per weight of the decoder's layers and head. bfloat16 counts as float16 does."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operation: FLOPs, bytes read and written, and the rate (a field of `gpus.Gpu`) it runs at."""
+    """One operation: FLOPs, and bytes read and written."""
 
     flops: float
     bytes: float
-    rate: str
 
 
 @dataclass(frozen=True)
@@ -77,16 +46,14 @@ class Estimate:
         gigabytes: bytes moved, 1e9.
         ms: the bound from below on its time.
         bytes_share: the part of that time in which memory, not arithmetic, is the bottleneck.
+        bound: what most of the time is spent on, "bytes" or "arithmetic".
     """
 
     tflops: float
     gigabytes: float
     ms: float
     bytes_share: float
-
-    @property
-    def bound(self) -> str:
-        return "bytes" if self.bytes_share > 0.5 else "arithmetic"
+    bound: str
 
 
 @dataclass(frozen=True)
@@ -114,176 +81,143 @@ class Request:
         return self.vision.ms + self.reduce.ms + self.project.ms + self.prefill.ms
 
 
-def estimate(operators: Iterable[Operator], gpu: gpus.Gpu) -> Estimate:
+def estimate(operators: Iterable[Operator], gpu: Gpu) -> Estimate:
     """Sum of max(FLOPs / rate, bytes / bandwidth)."""
-    rates = {"half": gpu.half, "single": gpu.single, "int8": gpu.int8}
     flops = moved = seconds = waiting = 0.0
     for operator in operators:
-        arithmetic, memory = operator.flops / rates[operator.rate], operator.bytes / gpu.bandwidth
+        arithmetic, memory = operator.flops / gpu.half, operator.bytes / gpu.bandwidth
         flops += operator.flops
         moved += operator.bytes
         seconds += max(arithmetic, memory)
         waiting += memory if memory > arithmetic else 0.0
-    return Estimate(flops / 1e12, moved / 1e9, seconds * 1e3, waiting / seconds if seconds else 0.0)
+    share = waiting / seconds if seconds else 0.0
+    return Estimate(flops / 1e12, moved / 1e9, seconds * 1e3, share, "bytes" if share > 0.5 else "arithmetic")
 
 
-def product(rows: float, inputs: int, outputs: int, precision: Precision) -> Operator:
+def request(shape: Shape, gpu: Gpu, *, text: int, visual: int, batch: int, width: float = HALF) -> Request:
+    """A batch of requests of `text` text tokens and one image each, of which `visual` tokens are kept.
+
+    `width`, here and below: a value of `PRECISIONS`.
+    """
+    language, tower, tokens = shape.language, shape.tower, text + visual
+    # The features are the output of the last block but one: the last block is never run.
+    vision = vision_operators(tower, batch, tower.num_hidden_layers - 1)
+    # mlp2x_gelu
+    projector = [
+        product(batch * visual, tower.hidden_size, language.hidden_size),
+        product(batch * visual, language.hidden_size, language.hidden_size),
+    ]
+    return Request(
+        visual=visual,
+        vision=estimate(vision, gpu),
+        reduce=estimate(reduce_operators(tower, batch, visual), gpu),
+        project=estimate(projector, gpu),
+        prefill=estimate(prefill_operators(language, tokens, batch, width), gpu),
+        decode=estimate(decode_operators(language, tokens, batch, width), gpu),
+        kv_gb=kv_bytes(language, tokens, batch) / 1e9,
+        weights_gb=weight_bytes(shape, width) / 1e9,
+    )
+
+
+def product(rows: float, inputs: int, outputs: int, width: float = HALF) -> Operator:
     """[rows, inputs] x [inputs, outputs]."""
-    activations = rows * (inputs + outputs) * precision.activation_bytes
-    weights = inputs * outputs * precision.weight_bytes
-    return Operator(2 * rows * inputs * outputs, weights + activations, precision.rate)
+    return Operator(2 * rows * inputs * outputs, inputs * outputs * width + rows * (inputs + outputs) * HALF)
 
 
 def prefill_operators(
-    language: LanguageShape, tokens: int, batch: int, precision: Precision
+    language: LanguageShape, tokens: int, batch: int, width: float = HALF
 ) -> list[Operator]:
     """All layers over `tokens` positions of `batch` sequences, and lm_head of the last position of each."""
-    rows = batch * tokens
-    row_bytes = rows * precision.activation_bytes
     blocks = math.ceil(tokens / QUERY_BLOCK)
     attention = Operator(
-        batch * tokens**2 * (4 * language.hidden + 5 * language.heads),
-        row_bytes * (2 * language.hidden + blocks * 2 * language.kv_width),
-        precision.plain_rate,
+        batch * tokens**2 * (4 * language.hidden_size + 5 * language.num_attention_heads),
+        batch * tokens * (2 * language.hidden_size + blocks * 2 * kv_width(language)) * HALF,
     )
-    layer = [
-        *(product(rows, inputs, outputs, precision) for _, inputs, outputs in language.linears),
-        attention,
-        *_elementwise(language, rows, precision),
-    ]
-    return [*layer * language.layers, _head(language, batch, precision)]
+    return _decoder(language, attention, batch * tokens, batch, width)
 
 
 def decode_operators(
-    language: LanguageShape, context: int, batch: int, precision: Precision
+    language: LanguageShape, context: int, batch: int, width: float = HALF
 ) -> list[Operator]:
     """One more token for each of `batch` sequences whose cache holds `context` tokens."""
     attention = Operator(
-        batch * context * (4 * language.hidden + 5 * language.heads),
-        batch * (2 * context * language.kv_width + 2 * language.hidden) * precision.activation_bytes,
-        precision.plain_rate,
+        batch * context * (4 * language.hidden_size + 5 * language.num_attention_heads),
+        batch * (2 * context * kv_width(language) + 2 * language.hidden_size) * HALF,
     )
-    layer = [
-        *(product(batch, inputs, outputs, precision) for _, inputs, outputs in language.linears),
-        attention,
-        *_elementwise(language, batch, precision),
+    return _decoder(language, attention, batch, batch, width)
+
+
+def _decoder(
+    language: LanguageShape, attention: Operator, rows: int, batch: int, width: float
+) -> list[Operator]:
+    """All layers over `rows` positions and lm_head over `batch` of them, given one layer's attention."""
+    hidden, inner = rows * language.hidden_size, rows * language.intermediate_size
+    norm = Operator(7 * hidden, 2 * hidden * HALF)
+    add = Operator(hidden, 3 * hidden * HALF)  # reads two operands
+    gate = Operator(2 * inner, 3 * inner * HALF)  # SwiGLU's silu(gate) * up, at its real width
+    products = [product(rows, inputs, outputs, width) for _, inputs, outputs in linears(language)]
+    layer = [*products, attention, norm, norm, add, add, gate]
+    # lm_head is quantised like the layers (bitsandbytes leaves it in 16 bits: 0.2 ms more on a V100).
+    return [
+        *layer * language.num_hidden_layers,
+        product(batch, language.hidden_size, language.vocab_size, width),
     ]
-    return [*layer * language.layers, _head(language, batch, precision)]
 
 
-def vision_operators(tower: TowerShape, images: int, blocks: int, precision: Precision) -> list[Operator]:
+def vision_operators(tower: TowerShape, images: int, blocks: int) -> list[Operator]:
     """The first `blocks` blocks of a tower; its position-wise steps are taken as fused into the products."""
-    plain = precision.plain
     tokens = tower.patches + 1
     rows = images * tokens
     block = [
-        *[product(rows, tower.hidden, tower.hidden, plain)] * 4,
-        product(rows, tower.hidden, tower.intermediate, plain),
-        product(rows, tower.intermediate, tower.hidden, plain),
-        Operator(
-            4 * images * tokens**2 * tower.hidden,
-            4 * rows * tower.hidden * plain.activation_bytes,
-            plain.rate,
-        ),
+        *[product(rows, tower.hidden_size, tower.hidden_size)] * 4,
+        product(rows, tower.hidden_size, tower.intermediate_size),
+        product(rows, tower.intermediate_size, tower.hidden_size),
+        Operator(4 * images * tokens**2 * tower.hidden_size, 4 * rows * tower.hidden_size * HALF),
     ]
-    return [product(images * tower.patches, 3 * tower.patch**2, tower.hidden, plain), *block * blocks]
+    return [product(images * tower.patches, 3 * tower.patch_size**2, tower.hidden_size), *block * blocks]
 
 
-def reduce_operators(tower: TowerShape, images: int, kept: int, precision: Precision) -> list[Operator]:
+def reduce_operators(tower: TowerShape, images: int, kept: int) -> list[Operator]:
     """PruMerge: keys and the CLS query, CLS attention, kept x all similarities, weighted sums of neighbours.
 
     Nothing at all where every patch is kept.
     """
     if kept >= tower.patches:
         return []
-    plain = precision.plain
-    patches, hidden, width = tower.patches, tower.hidden, plain.activation_bytes
-    keys = images * patches * hidden * width
-    gathered = images * kept * (NEIGHBOURS + 2) * hidden * width
+    patches, hidden = tower.patches, tower.hidden_size
+    keys = images * patches * hidden * HALF
+    gathered = images * kept * (NEIGHBOURS + 2) * hidden * HALF
+    similarities = images * kept * patches * 4  # float32
     return [
-        product(images * (patches + 1), hidden, hidden, plain),
-        product(images, hidden, hidden, plain),
-        Operator(2 * images * patches * hidden, keys, plain.rate),
-        Operator(
-            2 * images * kept * patches * hidden,
-            keys + images * kept * (hidden * width + patches * 4),  # similarities are float32
-            plain.rate,
-        ),
-        Operator(2 * images * kept * NEIGHBOURS * hidden, gathered, plain.rate),
+        product(images * (patches + 1), hidden, hidden),
+        product(images, hidden, hidden),
+        Operator(2 * images * patches * hidden, keys),
+        Operator(2 * images * kept * patches * hidden, keys + images * kept * hidden * HALF + similarities),
+        Operator(2 * images * kept * NEIGHBOURS * hidden, gathered),
     ]
 
 
-def project_operators(shape: Shape, images: int, visual: int, precision: Precision) -> list[Operator]:
-    """mlp2x_gelu."""
-    hidden, plain = shape.language.hidden, precision.plain
-    return [
-        product(images * visual, shape.tower.hidden, hidden, plain),
-        product(images * visual, hidden, hidden, plain),
-    ]
-
-
-def request(
-    shape: Shape,
-    gpu: gpus.Gpu,
-    precision: Precision,
-    *,
-    text: int,
-    visual: int,
-    batch: int,
-) -> Request:
-    """A batch of requests of `text` text tokens and one image each, of which `visual` tokens are kept."""
-    language, tower, tokens = shape.language, shape.tower, text + visual
-    # The features are the output of the last block but one: the last block is never run.
-    vision = vision_operators(tower, batch, tower.layers - 1, precision)
-    return Request(
-        visual=visual,
-        vision=estimate(vision, gpu),
-        reduce=estimate(reduce_operators(tower, batch, visual, precision), gpu),
-        project=estimate(project_operators(shape, batch, visual, precision), gpu),
-        prefill=estimate(prefill_operators(language, tokens, batch, precision), gpu),
-        decode=estimate(decode_operators(language, tokens, batch, precision), gpu),
-        kv_gb=kv_bytes(language, tokens, batch, precision.activation_bytes) / 1e9,
-        weights_gb=weight_bytes(shape, precision) / 1e9,
-    )
-
-
-def weight_bytes(shape: Shape, precision: Precision) -> float:
+def weight_bytes(shape: Shape, width: float = HALF) -> float:
     """Tower, projector, embeddings, layers and head in device memory."""
     language, tower = shape.language, shape.tower
-    embeddings = language.vocabulary * language.hidden
-    head = 0 if language.tied_head else embeddings
-    tower_weights = tower.layers * (4 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate)
-    projector = tower.hidden * language.hidden + language.hidden**2
-    quantised = (language.layers * language.layer_weights + head) * precision.weight_bytes
-    return quantised + (embeddings + tower_weights + projector) * precision.activation_bytes
+    embeddings = language.vocab_size * language.hidden_size
+    head = 0 if language.tie_word_embeddings else embeddings
+    tower_weights = tower.num_hidden_layers * (
+        4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
+    )
+    projector = tower.hidden_size * language.hidden_size + language.hidden_size**2
+    decoder = decoder_weights(language) + head
+    return decoder * width + (embeddings + tower_weights + projector) * HALF
 
 
-def kv_bytes(language: LanguageShape, tokens: int, batch: int, width: float) -> float:
+def kv_bytes(language: LanguageShape, tokens: int, batch: int, width: float = HALF) -> float:
     """Cached keys and values of `batch` sequences of `tokens` tokens, `width` bytes a number."""
-    return batch * tokens * 2 * language.layers * language.kv_width * width
+    return batch * tokens * 2 * language.num_hidden_layers * kv_width(language) * width
 
 
-def break_even(gpu: gpus.Gpu, precision: Precision) -> float:
+def break_even(gpu: Gpu, width: float = HALF) -> float:
     """Tokens in flight (text + visual, times batch) below which weights take longer to read than to use.
 
     n tokens cost 2 n FLOPs per weight, a weight is read once: n = peak x bytes per weight / (2 bandwidth).
     """
-    rate = {"half": gpu.half, "single": gpu.single, "int8": gpu.int8}[precision.rate]
-    return rate * precision.weight_bytes / (2 * gpu.bandwidth)
-
-
-def _elementwise(language: LanguageShape, rows: int, precision: Precision) -> list[Operator]:
-    """Two norms (7 operations), two additions (two operands), SwiGLU's gate at its real width."""
-    hidden = rows * language.hidden
-    inner = rows * language.intermediate
-
-    def operator(flops: float, numbers: float) -> Operator:
-        return Operator(flops, numbers * precision.activation_bytes, precision.plain_rate)
-
-    norm, add = operator(7 * hidden, 2 * hidden), operator(hidden, 3 * hidden)
-    return [norm, norm, add, add, operator(2 * inner, 3 * inner)]
-
-
-def _head(language: LanguageShape, rows: int, precision: Precision) -> Operator:
-    """lm_head, quantised like the layers (bitsandbytes leaves it in 16 bits: 0.2 ms more on a V100)."""
-    return product(rows, language.hidden, language.vocabulary, precision)
+    return gpu.half * width / (2 * gpu.bandwidth)

@@ -5,25 +5,15 @@ else goes by ours (`roofline.py`).
 """
 
 import argparse
-import dataclasses
 import json
 import textwrap
-from collections.abc import Sequence
+from dataclasses import asdict
 
 from llava.analysis import gpus, paper_table, tables
-from llava.analysis.roofline import (
-    PRECISIONS,
-    Precision,
-    Request,
-    break_even,
-    estimate,
-    prefill_operators,
-    request,
-)
-from llava.analysis.shapes import SHAPES, Shape
+from llava.analysis.roofline import PRECISIONS, break_even, estimate, prefill_operators, request
+from llava.analysis.shapes import SHAPES
 from llava.errors import UserError
 
-SWEEP = (576, 144, 64, 40, 32)
 STAGES = ("vision", "reduce", "project", "prefill")
 
 
@@ -35,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b", help="model (default: %(default)s)")
     parser.add_argument("--text", type=int, default=40, help="text tokens (default: %(default)s)")
     parser.add_argument(
-        "--visual", type=int, nargs="+", default=[144, 32], help="visual tokens kept (default: 144 32)"
+        "--visual", type=int, nargs="+", default=[144, 64, 40, 32], help="visual tokens kept, beside all"
     )
     parser.add_argument("--batch", type=int, default=1, help="requests at once (default: %(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
@@ -44,35 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.paper:
-        return _run_paper(args.json)
-    for name in ("text", "batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}.")
-    shape, precision = SHAPES[args.shape], PRECISIONS[args.precision]
-    if any(not 0 < visual <= shape.tower.patches for visual in args.visual):
-        raise UserError(f"--visual must lie between 1 and {shape.tower.patches}, the patches of the tower.")
-    if args.gpu is None:
-        return _run_all_gpus(shape, precision, args)
-    try:
-        gpu = gpus.find_gpu(args.gpu)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if precision.name == "bf16" and gpu.capability < gpus.AMPERE:
-        raise UserError(f"The {gpu.name} has no bfloat16 arithmetic: use --precision fp16.")
-    counts = dict.fromkeys((shape.tower.patches, *args.visual))  # all of them first, each once
-    rows = [
-        request(shape, gpu, precision, text=args.text, visual=visual, batch=args.batch) for visual in counts
-    ]
-    return _run_gpu(rows, shape, gpu, precision, args)
+        return _run_paper(args)
+    if min(args.text, args.batch) < 1:
+        raise UserError("--text and --batch must be at least 1.")
+    patches = SHAPES[args.shape].tower.patches
+    if not 0 < min(args.visual) <= max(args.visual) <= patches:
+        raise UserError(f"--visual must lie between 1 and {patches}, the patches of the tower.")
+    args.visual = list(dict.fromkeys((patches, *args.visual)))  # all of them first, each once
+    return _run_all_gpus(args) if args.gpu is None else _run_gpu(args)
 
 
-def _run_paper(as_json: bool) -> int:
+def _run_paper(args: argparse.Namespace) -> int:
     rows = paper_table.compute()
-    if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
         return 0
-    figures = ("TFLOP", "prefill ms", "memory GB", "activation GB")
-    header = ("row", *(name for figure in figures for name in (figure, "printed")))
     cells = []
     for row in rows:
         computed = (
@@ -83,71 +59,85 @@ def _run_paper(as_json: bool) -> int:
         )
         pairs = zip(computed, paper_table.PRINTED[row.row], strict=True)
         cells.append((row.row, *(cell for pair in pairs for cell in pair)))
-    print(tables.render(header, cells))
+    figures = ("TFLOP", "prefill ms", "memory GB", "activation GB")
+    print(tables.render(("row", *(name for figure in figures for name in (figure, "printed"))), cells))
     print()
     for remark in paper_table.REMARKS:
         print(textwrap.fill(remark, 100, initial_indent="- ", subsequent_indent="  "))
     return 0
 
 
-def _run_all_gpus(shape: Shape, precision: Precision, args: argparse.Namespace) -> int:
+def _settings(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in ("shape", "precision", "text", "batch")}
+
+
+def _describe(args: argparse.Namespace) -> str:
+    return f"{args.shape}, {args.precision}, {args.text} text tokens, batch {args.batch}"
+
+
+def _run_all_gpus(args: argparse.Namespace) -> int:
     """Prefill on every card."""
-    cards = [gpu for gpu in gpus.GPUS if precision.name != "bf16" or gpu.capability >= gpus.AMPERE]
-    counts = [visual for visual in SWEEP if visual <= shape.tower.patches]
-    language = shape.language
-    prefill = {
-        gpu.name: [
-            estimate(prefill_operators(language, args.text + visual, args.batch, precision), gpu).ms
-            for visual in counts
-        ]
-        for gpu in cards
-    }
-    if args.json:
-        rows = [
-            {
-                **dataclasses.asdict(gpu),
-                "prefill_ms": dict(zip(map(str, counts), prefill[gpu.name], strict=True)),
-                "break_even_tokens": break_even(gpu, precision),
-            }
-            for gpu in cards
-        ]
-        print(json.dumps({**_settings(shape, precision, args), "gpus": rows}, indent=2))
-        return 0
-    print(f"Prefill, ms: {_describe(shape, precision, args)}")
-    header = ("GPU", "GB/s", "TFLOP/s", *(f"{visual} visual" for visual in counts), "break-even", "source")
-    rates = {gpu.name: getattr(gpu, precision.rate) / 1e12 for gpu in cards}
+    language, width = SHAPES[args.shape].language, PRECISIONS[args.precision]
+    operators = {n: prefill_operators(language, args.text + n, args.batch, width) for n in args.visual}
     rows = [
-        (
-            gpu.name,
-            f"{gpu.bandwidth / 1e9:.0f}",
-            f"{rates[gpu.name]:.1f}",
-            *(f"{ms:.1f}" for ms in prefill[gpu.name]),
-            f"{break_even(gpu, precision):.0f}",
-            gpu.source,
-        )
-        for gpu in cards
+        {
+            **asdict(gpu),
+            "prefill_ms": {str(visual): estimate(ops, gpu).ms for visual, ops in operators.items()},
+            "break_even_tokens": break_even(gpu, width),
+        }
+        for gpu in gpus.GPUS
     ]
-    print(tables.render(header, rows, left=(0, len(header) - 1)))
+    if args.json:
+        print(json.dumps({**_settings(args), "gpus": rows}, indent=2))
+        return 0
+    print(f"Prefill, ms: {_describe(args)}")
+    header = ("GPU", "GB/s", "TFLOP/s", *(f"{n} visual" for n in args.visual), "break-even", "source")
+    cells = [
+        (
+            row["name"],
+            f"{row['bandwidth'] / 1e9:.0f}",
+            f"{row['half'] / 1e12:.1f}",
+            *(f"{ms:.1f}" for ms in row["prefill_ms"].values()),
+            f"{row['break_even_tokens']:.0f}",
+            row["source"],
+        )
+        for row in rows
+    ]
+    print(tables.render(header, cells, left=(0, len(header) - 1)))
     print("break-even: tokens in flight (text + visual, times batch) below which fewer tokens save no time")
     return 0
 
 
-def _run_gpu(
-    rows: Sequence[Request], shape: Shape, gpu: gpus.Gpu, precision: Precision, args: argparse.Namespace
-) -> int:
-    dense = rows[0]
-    tokens = break_even(gpu, precision)
+def _run_gpu(args: argparse.Namespace) -> int:
+    """All stages of a request on one card."""
+    try:
+        gpu = gpus.find_gpu(args.gpu)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    shape, width = SHAPES[args.shape], PRECISIONS[args.precision]
+    how = {"text": args.text, "batch": args.batch, "width": width}
+    rows = [request(shape, gpu, visual=visual, **how) for visual in args.visual]
+    dense, tokens = rows[0], break_even(gpu, width)
     visual = max(tokens / args.batch - args.text, 0.0)
     if args.json:
-        settings = {
-            **_settings(shape, precision, args),
-            "gpu": dataclasses.asdict(gpu),
+        report = {
+            **_settings(args),
+            "gpu": asdict(gpu),
             "break_even_tokens": tokens,
             "break_even_visual": visual,
+            "rows": [
+                {
+                    **asdict(row),
+                    "first_token_ms": row.first_token_ms,
+                    "prefill_speedup": dense.prefill.ms / row.prefill.ms,
+                    "first_token_speedup": dense.first_token_ms / row.first_token_ms,
+                }
+                for row in rows
+            ],
         }
-        print(json.dumps({**settings, "rows": [_as_json(row, dense) for row in rows]}, indent=2))
+        print(json.dumps(report, indent=2))
         return 0
-    print(f"{gpu.name} ({gpu.bandwidth / 1e9:.0f} GB/s; {gpu.source}): {_describe(shape, precision, args)}")
+    print(f"{gpu.name} ({gpu.bandwidth / 1e9:.0f} GB/s; {gpu.source}): {_describe(args)}")
     header = ("visual", *STAGES, "first token", "speed-up", "decode/token", "KV MB", "prefill bound by")
     cells = [
         (
@@ -162,49 +152,19 @@ def _run_gpu(
         for row in rows
     ]
     print(tables.render(header, cells))
-    print("All times in ms, for the whole batch.\n")
     gain = (
         "every visual token saved is time saved"
         if visual < 1
         else f"going below {visual:.0f} visual tokens gains nothing"
     )
+    few = min(rows, key=lambda row: row.visual)
+    fit = "fit" if dense.weights_gb + dense.kv_gb < gpu.memory_gb else "DO NOT fit"
     print(
+        f"All times in ms, for the whole batch.\n\n"
         f"Weights take as long to read as to use at {tokens:.0f} tokens in flight "
-        f"(text + visual, times batch):\nwith {args.text} text tokens at batch {args.batch}, {gain}."
-    )
-    shortest = min(rows, key=lambda row: row.visual)
-    print(
+        f"(text + visual, times batch):\nwith {args.text} text tokens at batch {args.batch}, {gain}.\n"
         f"The tower is not reduced: {dense.vision.ms / dense.first_token_ms:.0%} of the dense run, "
-        f"{shortest.vision.ms / shortest.first_token_ms:.0%} of the run with {shortest.visual} visual tokens."
-    )
-    needed = dense.weights_gb + dense.kv_gb
-    fit = "fit" if needed < gpu.memory_gb else "DO NOT fit"
-    print(
+        f"{few.vision.ms / few.first_token_ms:.0%} of the run with {few.visual} visual tokens.\n"
         f"Weights {dense.weights_gb:.1f} GB and dense KV {dense.kv_gb:.2f} GB {fit} into {gpu.memory_gb} GB."
     )
     return 0
-
-
-def _as_json(row: Request, dense: Request) -> dict:
-    stages = {
-        stage: {**dataclasses.asdict(part), "bound": part.bound}
-        for stage in (*STAGES, "decode")
-        for part in (getattr(row, stage),)
-    }
-    return {
-        "visual": row.visual,
-        **stages,
-        "first_token_ms": row.first_token_ms,
-        "prefill_speedup": dense.prefill.ms / row.prefill.ms,
-        "first_token_speedup": dense.first_token_ms / row.first_token_ms,
-        "kv_gb": row.kv_gb,
-        "weights_gb": row.weights_gb,
-    }
-
-
-def _settings(shape: Shape, precision: Precision, args: argparse.Namespace) -> dict:
-    return {"shape": shape.name, "precision": precision.name, "text": args.text, "batch": args.batch}
-
-
-def _describe(shape: Shape, precision: Precision, args: argparse.Namespace) -> str:
-    return f"{shape.name}, {precision.name}, {args.text} text tokens, batch {args.batch}"

@@ -1,4 +1,7 @@
-"""The shapes of the models we estimate and time: numbers only, no weights and no torch."""
+"""The shapes of the models we estimate and time: numbers only, no weights and no torch.
+
+Fields are called as in transformers' configs, so the config of a LLaMA-like model serves as a LanguageShape.
+"""
 
 from dataclasses import dataclass
 
@@ -7,40 +10,37 @@ from dataclasses import dataclass
 class LanguageShape:
     """A LLaMA-like decoder: SwiGLU feed-forward, RMSNorm, rotary positions."""
 
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied_head: bool = False
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
 
-    @property
-    def head_width(self) -> int:
-        return self.hidden // self.heads
 
-    @property
-    def kv_width(self) -> int:
-        """Numbers of one key (or one value) of one token in one layer."""
-        return self.kv_heads * self.head_width
+def kv_width(language: LanguageShape) -> int:
+    """Numbers of one key (or one value) of one token in one layer."""
+    return language.num_key_value_heads * (language.hidden_size // language.num_attention_heads)
 
-    @property
-    def linears(self) -> tuple[tuple[str, int, int], ...]:
-        """(name, inputs, outputs) of one layer's weight products."""
-        return (
-            ("q_proj", self.hidden, self.hidden),
-            ("k_proj", self.hidden, self.kv_width),
-            ("v_proj", self.hidden, self.kv_width),
-            ("o_proj", self.hidden, self.hidden),
-            ("gate_proj", self.hidden, self.intermediate),
-            ("up_proj", self.hidden, self.intermediate),
-            ("down_proj", self.intermediate, self.hidden),
-        )
 
-    @property
-    def layer_weights(self) -> int:
-        """Parameters of one layer's products (norms are left out: under 0.01 %)."""
-        return sum(inputs * outputs for _, inputs, outputs in self.linears)
+def linears(language: LanguageShape) -> tuple[tuple[str, int, int], ...]:
+    """(name, inputs, outputs) of one layer's weight products."""
+    hidden, inner = language.hidden_size, language.intermediate_size
+    return (
+        ("q_proj", hidden, hidden),
+        ("k_proj", hidden, kv_width(language)),
+        ("v_proj", hidden, kv_width(language)),
+        ("o_proj", hidden, hidden),
+        ("gate_proj", hidden, inner),
+        ("up_proj", hidden, inner),
+        ("down_proj", inner, hidden),
+    )
+
+
+def decoder_weights(language: LanguageShape) -> int:
+    """Parameters of all layers' products (norms are left out: under 0.01 %)."""
+    return language.num_hidden_layers * sum(inputs * outputs for _, inputs, outputs in linears(language))
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,20 @@ class TowerShape:
 
     Attributes:
         family: clip or dinov2.
-        patch, image: edges in pixels.
+        patch_size, image_size: edges in pixels.
     """
 
     family: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    patch: int
-    image: int
-
-    @property
-    def side(self) -> int:
-        """Patches along one edge of the (square) image."""
-        return self.image // self.patch
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: int = 14
+    image_size: int = 336
 
     @property
     def patches(self) -> int:
-        return self.side**2
+        return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
@@ -79,10 +74,8 @@ class Shape:
     language: LanguageShape
 
 
-CLIP_L_336 = TowerShape(
-    family="clip", hidden=1024, intermediate=4096, layers=24, heads=16, patch=14, image=336
-)
-DINOV2_S = TowerShape(family="dinov2", hidden=384, intermediate=1536, layers=12, heads=6, patch=14, image=336)
+CLIP_L_336 = TowerShape("clip", 1024, 4096, 24, 16)
+DINOV2_S = TowerShape("dinov2", 384, 1536, 12, 6)
 
 SHAPES = {
     shape.name: shape
@@ -90,6 +83,6 @@ SHAPES = {
         Shape("7b", CLIP_L_336, LanguageShape(4096, 11008, 32, 32, 32, 32000)),
         Shape("13b", CLIP_L_336, LanguageShape(5120, 13824, 40, 40, 40, 32000)),
         # The small LLaVA that ships with the project: DINOv2 ViT-S/14 and SmolLM2-135M.
-        Shape("mini", DINOV2_S, LanguageShape(576, 1536, 30, 9, 3, 49152, tied_head=True)),
+        Shape("mini", DINOV2_S, LanguageShape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True)),
     )
 }

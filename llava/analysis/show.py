@@ -22,7 +22,7 @@ from llava.errors import UserError
 from llava.mm_utils import expand2square, load_image, mean_colour
 from llava.model.checkpoints import inspect_checkpoint, resolve_directory
 from llava.model.vision_tower import load_vision_tower
-from llava.reducers import ReducedTokens, ReducerInputError, ReducerSpecError, VisionFeatures, build_reducer
+from llava.reducers import ReducedTokens, ReducerInputError, VisionFeatures, build_reducer
 from llava.reducers.prumerge import outlier_fence
 from llava.reducers.scores import patch_scores
 
@@ -30,9 +30,6 @@ MINI_TOWER = Path("checkpoints/mini-base/vision_tower")
 
 CELL = 24
 """Pixels along the edge of a patch in the pictures."""
-
-PADDING = (124, 116, 104)
-"""Colour of the padding where no image processor says otherwise (ImageNet's mean)."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +47,18 @@ class Assignment:
     tokens: int
 
     @classmethod
-    def of(cls, reduced: ReducedTokens, index: int = 0) -> "Assignment":
-        """The patches of image `index` of a batch."""
-        row = reduced.source[index].cpu().numpy()
-        kept = (row >= 0) & (reduced.kept[index].cpu().numpy()[row] == np.arange(len(row)))
-        return cls(row, kept, int(reduced.lengths[index]))
+    def of(cls, reduced: ReducedTokens) -> "Assignment":
+        """The patches of a batch of one."""
+        row = reduced.source[0].cpu().numpy()
+        kept = (row >= 0) & (reduced.kept[0].cpu().numpy()[row] == np.arange(len(row)))
+        return cls(row, kept, int(reduced.lengths[0]))
 
     @property
     def merged(self) -> np.ndarray:
         return ~self.kept & (self.row >= 0)
 
 
-def as_seen(image: Image.Image, *, aspect_ratio: str | None = "pad", background=PADDING) -> Image.Image:
+def as_seen(image: Image.Image, aspect_ratio: str | None, background: tuple[int, ...]) -> Image.Image:
     """The square a tower sees: the picture padded to a square, or its middle where `aspect_ratio` crops."""
     if aspect_ratio == "pad":
         return expand2square(image, background)
@@ -70,29 +67,18 @@ def as_seen(image: Image.Image, *, aspect_ratio: str | None = "pad", background=
     return image.crop((left, top, left + side, top + side))
 
 
-def overlay(
-    image: Image.Image,
-    reduced: ReducedTokens,
-    grid: tuple[int, int],
-    *,
-    index: int = 0,
-    aspect_ratio: str | None = "pad",
-    background: tuple[int, ...] = PADDING,
-) -> Image.Image:
+def overlay(square: Image.Image, reduced: ReducedTokens, grid: tuple[int, int]) -> Image.Image:
     """The picture with kept patches bright and framed, merged ones tinted by the token they went to.
 
     Args:
-        image: the RGB picture as it was loaded.
-        reduced: what the reducer returned for it.
+        square: the picture as the tower sees it.
+        reduced: what the reducer returned for it (B = 1).
         grid: (rows, columns) of the patches.
-        index: which image of the batch `reduced` holds.
-        aspect_ratio, background: how the picture was made a square, see `as_seen`.
 
     Returns:
         RGB, `CELL` pixels per patch. Where all patches were kept, the plain square.
     """
-    square = _canvas(as_seen(image, aspect_ratio=aspect_ratio, background=background), grid)
-    return paint(square, Assignment.of(reduced, index), grid, tint=True)
+    return paint(_canvas(square, grid), Assignment.of(reduced), grid, tint=True)
 
 
 def _canvas(square: Image.Image, grid: tuple[int, int]) -> Image.Image:
@@ -255,22 +241,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-path", help="a LLaVA checkpoint: its tower, its way to square a picture, its reducer"
     )
-    parser.add_argument("--model-base", help="the base of a LoRA or projector-only checkpoint")
     parser.add_argument("--vision-tower", help="directory of a CLIP or DINOv2 tower (default: the small one)")
     parser.add_argument("--device", help="default: the best there is")
 
 
 def run(args: argparse.Namespace) -> int:
     charts.check_name(args.out, "--out")
-    source = _source(args)
+    path, config = _tower_and_config(args)
     try:
-        reducer = build_reducer(source.reducer if args.reducer is None else args.reducer)
+        reducer = build_reducer(
+            config.get("mm_token_reducer", "prumerge+") if args.reducer is None else args.reducer
+        )
         device = hardware.plan(args.device).device
-    except (ReducerSpecError, ValueError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from error
     image = load_image(args.image)
-    tower = load_vision_tower(source.tower, select_layer=source.select_layer, device=device)
-    square = as_seen(image, aspect_ratio=source.aspect_ratio, background=mean_colour(tower.image_processor))
+    tower = load_vision_tower(path, select_layer=config.get("mm_vision_select_layer", -2), device=device)
+    square = as_seen(image, config.get("image_aspect_ratio"), mean_colour(tower.image_processor))
     features = tower(tower.image_processor.preprocess(square, return_tensors="pt")["pixel_values"])
     try:
         reduced = reducer(features)
@@ -284,40 +271,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the features come from."""
-
-    tower: Path
-    select_layer: int = -2
-    aspect_ratio: str | None = "pad"
-    reducer: str = "prumerge+"
-
-
-def _source(args: argparse.Namespace) -> _Source:
-    """The tower and settings asked for: a checkpoint's, overridden by --vision-tower; or the small tower."""
+def _tower_and_config(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The tower asked for, and the config of the checkpoint it stands in: the defaults without one."""
     remedy = "--vision-tower PATH"
+    config: dict[str, Any] = {"image_aspect_ratio": "pad"}
+    name, beside = args.vision_tower or MINI_TOWER, None
     if args.model_path is not None:
-        info = inspect_checkpoint(
-            resolve_directory(args.model_path),
-            None
-            if args.model_base is None
-            else resolve_directory(args.model_base, remedy="--model-base PATH"),
-        ).llava_config
-        own = str(info.path) if info.kind == "llava_hf" else info.config.get("mm_vision_tower")
+        info = inspect_checkpoint(resolve_directory(args.model_path))
+        config, beside = info.config, info.path
+        own = str(info.path) if info.kind == "llava_hf" else config.get("mm_vision_tower")
         name = args.vision_tower or own
         if name is None:
             raise UserError(
                 f"{info.path} has no vision tower (mm_vision_tower in config.json): use {remedy}."
             )
-        return _Source(
-            tower=resolve_directory(name, beside=info.path, remedy=remedy),
-            select_layer=info.config.get("mm_vision_select_layer", -2),
-            aspect_ratio=info.config.get("image_aspect_ratio"),
-            reducer=info.config.get("mm_token_reducer", "prumerge+"),
-        )
-    if args.vision_tower is not None:
-        return _Source(resolve_directory(args.vision_tower, remedy=remedy))
-    if not MINI_TOWER.is_dir():
+    elif name == MINI_TOWER and not MINI_TOWER.is_dir():
         raise UserError(f"{MINI_TOWER} is not there: build it with `llava mini prepare`, or give {remedy}.")
-    return _Source(MINI_TOWER)
+    return resolve_directory(str(name), beside=beside, remedy=remedy), config

@@ -1,10 +1,9 @@
-"""Timing on a device that works in the background: synchronise, then look at the clock. And peak memory."""
+"""Timing on a device that works in the background: synchronise, then look at the clock."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,25 +55,3 @@ class Spread:
     def over(values: Sequence[float]) -> "Spread":
         p50, p95 = np.percentile(values, (50, 95))
         return Spread(float(p50), float(p95))
-
-
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new peak: of the allocator on CUDA, of the whole process on a CPU (Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu":
-        with suppress(OSError):
-            _RESET.write_text("5")  # man 5 proc: resets the high-water mark of resident memory
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the peak since `reset_peak_memory`; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "cpu" and _STATUS.exists():
-        line = next((line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        return None if line is None else int(line.split()[1]) * 1024
-    return None

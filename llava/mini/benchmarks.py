@@ -99,18 +99,8 @@ class Source:
         return world.interview("test", self.seed, scene)[0]
 
 
-def _things(scene: world.Scene) -> list[world.Thing]:
-    return [thing for thing in scene.objects if not thing.written]
-
-
 def _classes(scene: world.Scene) -> list[str]:
-    return sorted({thing.name for thing in _things(scene)})
-
-
-def _single(scene: world.Scene) -> list[world.Thing]:
-    """Things that are the only ones of their class."""
-    seen = Counter(thing.name for thing in scene.objects)
-    return [thing for thing in _things(scene) if seen[thing.name] == 1]
+    return sorted({thing.name for thing in scene.things})
 
 
 # --- POPE ---
@@ -169,8 +159,8 @@ def _count(rng: np.random.Generator, scene: world.Scene) -> Pair:
 
 def _sides(scene: world.Scene) -> list[tuple[world.Thing, world.Thing]]:
     """(left one, right one) of all single things in opposite halves."""
-    left = [thing for thing in _single(scene) if thing.region.endswith("left")]
-    right = [thing for thing in _single(scene) if thing.region.endswith("right")]
+    left = [thing for thing in scene.single if thing.region.endswith("left")]
+    right = [thing for thing in scene.single if thing.region.endswith("right")]
     return [(a, b) for a in left for b in right]
 
 
@@ -185,7 +175,7 @@ def _position(rng: np.random.Generator, scene: world.Scene) -> Pair:
 
 
 def _color(rng: np.random.Generator, scene: world.Scene) -> Pair:
-    colored = [thing for thing in _single(scene) if thing.color]
+    colored = [thing for thing in scene.single if thing.color]
     thing = colored[rng.integers(len(colored))]
     wrong = str(rng.choice([color for color in COLORS if color != thing.color]))
 
@@ -196,21 +186,16 @@ def _color(rng: np.random.Generator, scene: world.Scene) -> Pair:
 
 
 def _ocr(rng: np.random.Generator, scene: world.Scene) -> Pair:
-    right = next(thing.name for thing in scene.objects if thing.written)
-    wrong = str(rng.choice([word for word in WORDS if word != right]))
-    return f'Is the word in the image "{right}"?', f'Is the word in the image "{wrong}"?'
-
-
-def _has_word(scene: world.Scene) -> bool:
-    return any(thing.written for thing in scene.objects)
+    wrong = str(rng.choice([word for word in WORDS if word != scene.word]))
+    return f'Is the word in the image "{scene.word}"?', f'Is the word in the image "{wrong}"?'
 
 
 SUBTASKS: dict[str, tuple[Callable[..., Pair], Callable[[world.Scene], bool]]] = {
     "existence": (_existence, lambda scene: True),
     "count": (_count, lambda scene: scene.counted is not None),
     "position": (_position, lambda scene: bool(_sides(scene))),
-    "color": (_color, lambda scene: any(thing.color for thing in _single(scene))),
-    "OCR": (_ocr, _has_word),
+    "color": (_color, lambda scene: any(thing.color for thing in scene.single)),
+    "OCR": (_ocr, lambda scene: scene.word is not None),
 }
 
 
@@ -231,7 +216,7 @@ def write_mme(source: Source, number: int) -> None:
 
 def write_textvqa(source: Source, number: int) -> None:
     folder, data, rows = source.root / "textvqa", [], []
-    for place, scene in enumerate(islice(source.scenes(_has_word), number)):
+    for place, scene in enumerate(islice(source.scenes(lambda scene: scene.word is not None), number)):
         image_id = hashlib.sha256(f"{source.seed}/{scene.index}".encode()).hexdigest()[:16]
         image = f"{image_id}.jpg"
         source.save(scene, f"textvqa/train_images/{image}")
@@ -240,7 +225,7 @@ def write_textvqa(source: Source, number: int) -> None:
             {
                 "question": question,
                 "image_id": image_id,
-                "answers": [next(thing.name for thing in scene.objects if thing.written)] * 10,
+                "answers": [scene.word] * 10,
                 "question_id": place + 1,
                 "image_classes": _classes(scene),
                 "image_width": world.SIZE,
@@ -270,20 +255,15 @@ def write_vqav2(source: Source, number: int) -> None:
             question = asked[index]
             text, answer = question.text.removesuffix(SHORT), question.answer.lower()
             key = {"image_id": image_id, "question_id": image_id * 1000 + turn}
-            rows.append(
-                {"question_id": key["question_id"], "image": image, "text": text + SHORT}
-                | {"category": "default"}
-            )
+            row = {"question_id": key["question_id"], "image": image, "text": text + SHORT}
+            rows.append({**row, "category": "default"})
             questions.append({**key, "question": text})
+            kind = "number" if answer.isdigit() else "other"
             annotations.append(
                 {
                     **key,
                     "question_type": " ".join(text.lower().split()[:3]),
-                    "answer_type": "yes/no"
-                    if question.form == "yesno"
-                    else "number"
-                    if answer.isdigit()
-                    else "other",
+                    "answer_type": "yes/no" if question.form == "yesno" else kind,
                     "multiple_choice_answer": answer,
                     "answers": [
                         {"answer_id": i, "answer": answer, "answer_confidence": "yes"} for i in range(1, 11)

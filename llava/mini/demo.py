@@ -8,36 +8,19 @@ about composed scenes, in the benchmark's own file formats, by the commands the 
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from llava.errors import UserError
+from llava.eval.benchmarks.base import SHORT
 
-MODEL = Path("checkpoints/mini-lora")
-BASE = Path("checkpoints/mini-base")
+MODEL, BASE = "checkpoints/mini-lora", "checkpoints/mini-base"
 PICTURES = Path("playground/pictures")
 REDUCERS = ("none", "prumerge+", "prumerge+(max_tokens=144)", "prumerge")
-SHORT = "\nAnswer the question using a single word or phrase."
-
-
-@dataclass(frozen=True)
-class Row:
-    """One answer: a line of the table."""
-
-    picture: str
-    question: str
-    reducer: str
-    visual_tokens: int
-    prefill_ms: float
-    total_ms: float
-    answer: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-path", type=Path, default=MODEL)
-    parser.add_argument("--model-base", type=Path, default=BASE)
     parser.add_argument(
         "--pictures", type=Path, default=PICTURES, help="folder with questions.json (default: %(default)s)"
     )
@@ -45,20 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pope", type=int, default=8, help="pictures of the small POPE, 0: none (default: 8)"
     )
-    parser.add_argument("--json", action="store_true", help="print rows as JSON lines instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    questions = read_questions(args.pictures)
-    rows = answer_all(args, questions)
-    if args.json:
-        for row in rows:
-            print(json.dumps(vars(row)))
-    else:
-        print(table(rows))
+    print("\n".join(ask_all(args.pictures, args.out)))
     print(f"overlays: {args.out}/", file=sys.stderr)
     if args.pope:
-        mini_pope(args)
+        mini_pope(args.out / f"eval-mini-{args.pope}", args.pope)
     return 0
 
 
@@ -72,61 +48,43 @@ def read_questions(folder: Path) -> list[tuple[Path, str]]:
     return [(folder / name, question) for name, question in json.loads(index.read_text()).items()]
 
 
-def answer_all(args: argparse.Namespace, questions: list[tuple[Path, str]]) -> list[Row]:
+def ask_all(folder: Path, out: Path) -> list[str]:
+    """Lines of the table, a block per picture; overlays are written into `out`."""
     from llava.analysis.show import overlay
     from llava.engine import ModelSource, Request, finish
-    from llava.mm_utils import load_image, process_images
+    from llava.mm_utils import expand2square, load_image, mean_colour, process_images
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    questions = read_questions(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
     with tqdm(total=len(questions) * len(REDUCERS) + 1, desc="loading the model", file=sys.stderr) as bar:
-        source = ModelSource(str(args.model_path), str(args.model_base), conv_mode="smollm2", reducer="none")
-        engine = source.load()
-        model = engine.model
+        engine = ModelSource(MODEL, BASE, conv_mode="smollm2", reducer="none").load()
+        model, processor = engine.model, engine.image_processor
         first = Request(text=questions[0][1] + SHORT, images=[questions[0][0]], max_new_tokens=4)
         finish(engine.stream(first))  # warm-up: the first call pays for allocations
         bar.update()
         for path, question in questions:
             image = load_image(path)
+            square = expand2square(image, mean_colour(processor))
+            head = f"  {'reducer':<26} {'visual tokens':>13} {'prefill ms':>11} {'total ms':>9}  answer"
+            lines += [""] * bool(lines) + [f"{path.stem}: {question}", head]
             for reducer in REDUCERS:
                 bar.set_description(f"{path.stem}, {reducer}")
                 model.set_reducer(reducer)
-                answer = finish(
-                    engine.stream(Request(text=question + SHORT, images=[image], max_new_tokens=16))
-                )
-                if answer.problem:
-                    raise UserError(f"{path}: {answer.problem}")
-                took = answer.timing
-                tokens = sum(answer.visual_tokens)
-                rows.append(
-                    Row(path.stem, question, reducer, tokens, took.prefill_ms, took.total_ms, answer.text)
-                )
-                features = model.get_vision_tower()(
-                    process_images([image], engine.image_processor, model.config)
-                )
-                picture = overlay(image, model.reducer(features), features.grid)
-                picture.save(args.out / f"{path.stem}-{reducer.replace('+', '-plus')}.png")
+                request = Request(text=question + SHORT, images=[image], max_new_tokens=16)
+                answer = finish(engine.stream(request))
+                took, tokens = answer.timing, sum(answer.visual_tokens)
+                times = f"{took.prefill_ms:>11.0f} {took.total_ms:>9.0f}"
+                lines.append(f"  {reducer:<26} {tokens:>13} {times}  {answer.text}")
+                features = model.get_vision_tower()(process_images([image], processor, model.config))
+                picture = overlay(square, model.reducer(features), features.grid)
+                picture.save(out / f"{path.stem}-{reducer.replace('+', '-plus')}.png")
                 bar.update()
-    return rows
+    return lines
 
 
-def table(rows: list[Row]) -> str:
-    """The rows for people, one block per picture."""
-    lines, last = [], None
-    for row in rows:
-        if row.picture != last:
-            lines += ["", f"{row.picture}: {row.question}"]
-            lines.append(
-                f"  {'reducer':<26} {'visual tokens':>13} {'prefill ms':>11} {'total ms':>9}  answer"
-            )
-            last = row.picture
-        times = f"{row.prefill_ms:>11.0f} {row.total_ms:>9.0f}"
-        lines.append(f"  {row.reducer:<26} {row.visual_tokens:>13} {times}  {row.answer}")
-    return "\n".join(lines[1:])
-
-
-def mini_pope(args: argparse.Namespace) -> None:
-    """F1 on `--pope` held-out scenes, 18 questions each, per reducer; random keeps as many as prumerge."""
+def mini_pope(root: Path, pictures: int) -> None:
+    """F1 on held-out scenes, 18 questions each, per reducer; random keeps as many as prumerge."""
     from llava.engine import ModelSource
     from llava.eval import benchmarks
     from llava.eval.loop import Job, answer
@@ -135,19 +93,18 @@ def mini_pope(args: argparse.Namespace) -> None:
     from llava.mini.benchmarks import generate
     from llava.mini.evaluate import with_count
 
-    root = args.out / f"eval-mini-{args.pope}"
-    generate(root, seed=0, number=args.pope)
+    generate(root, seed=0, number=pictures)
     benchmark = benchmarks.get("pope")
     requests, lines = requests_of(
         benchmark, benchmark.load(root), benchmark.protocols[0], max_new_tokens=4, seed=0
     )
-    print(f"\nmini-POPE: {len(requests)} questions about {args.pope} composed scenes it never saw")
+    print(f"\nmini-POPE: {len(requests)} questions about {pictures} composed scenes it never saw")
     print(f"  {'reducer':<26} {'visual tokens':>13} {'F1':>6} {'95 %':>13} {'questions/s':>12}")
     tokens: dict[str, float] = {}
     for reducer in ("none", "prumerge+", "prumerge", "random"):
         spec = with_count(reducer, tokens)
         file = root / "pope" / "answers" / f"{spec}.jsonl"
-        source = ModelSource(str(args.model_path), str(args.model_base), conv_mode="smollm2", reducer=spec)
+        source = ModelSource(MODEL, BASE, conv_mode="smollm2", reducer=spec)
         took = answer(Job(requests, lines, source, answers=file, about={}))
         tokens[spec] = took["visual_tokens"]["mean"]
         headline = score(benchmark, root, [file])["headline"]

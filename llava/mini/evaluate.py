@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava.errors import UserError
+from llava.files import read_json, write_json, write_text
 
 REDUCERS = ("none", "prumerge+", "prumerge+(max_tokens=144)", "prumerge", "random", "topk")
 SAME_COUNT_AS = "prumerge"
@@ -83,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for answers and table")
     parser.add_argument("--reducers", nargs="+", default=list(REDUCERS), metavar="SPEC")
     parser.add_argument("--scenes", type=int, default=None, help="only the first so many scenes")
-    parser.add_argument("--conv-mode", default="smollm2")
     parser.add_argument("--device", default="cuda", help="default: cuda, or the CPU where there is none")
 
 
@@ -99,20 +99,20 @@ def run(args: argparse.Namespace) -> int:
     ]
     lines = [{"question_id": q["question_id"], "prompt": q["text"], "text": ""} for q in questions]
     tokens: dict[str, float] = {}
-    answers: dict[str, dict[int, str]] = {}
+    right: dict[str, list[bool]] = {}
     for reducer in args.reducers:
         spec = with_count(reducer, tokens)
         file = args.out / f"{re.sub(r'[^A-Za-z0-9=.]+', '-', spec.replace('+', '-plus')).strip('-')}.jsonl"
         source = ModelSource(
-            args.model_path, args.model_base, conv_mode=args.conv_mode, reducer=spec, device=args.device
+            args.model_path, args.model_base, conv_mode="smollm2", reducer=spec, device=args.device
         )
         took = answer(Job(requests, lines, source, answers=file, about={}))
         tokens[spec] = took["visual_tokens"]["mean"]
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        answers[spec] = {row["question_id"]: row["text"] for row in rows}
-    kinds = tabulate(questions, answers)
-    pairs = compare(questions, answers)
-    manifest = json.loads((args.data / "world.json").read_text(encoding="utf-8"))
+        said = {row["question_id"]: plain(row["text"]) for row in rows}
+        right[spec] = [said[q["question_id"]] == plain(q["answer"]) for q in questions]
+    kinds, pairs = tabulate(questions, right), compare(questions, right)
+    manifest = read_json(args.data / "world.json")
     text = as_markdown(kinds, tokens, pairs, manifest)
     report = {
         "tokens": tokens,
@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
         "pairs": [asdict(pair) for pair in pairs],
         "held_out": manifest["held_out"],
     }
-    (args.out / "table.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (args.out / "table.md").write_text(text, encoding="utf-8")
+    write_json(args.out / "table.json", report)
+    write_text(args.out / "table.md", text)
     print(text, end="")
     return 0
 
@@ -153,41 +153,33 @@ def plain(answer: str) -> str:
     return answer.strip().strip(".").strip().lower()
 
 
-def by_kind(questions: Sequence[dict]) -> dict[str, list[dict]]:
-    """Rows by type and form ("naming/open"), in alphabetical order."""
-    groups: dict[str, list[dict]] = {}
-    for row in questions:
-        groups.setdefault(f"{row['type']}/{row['form']}", []).append(row)
+def by_kind(questions: Sequence[dict]) -> dict[str, list[int]]:
+    """Places of the questions of each type and form ("naming/open"), in alphabetical order."""
+    groups: dict[str, list[int]] = {}
+    for place, row in enumerate(questions):
+        groups.setdefault(f"{row['type']}/{row['form']}", []).append(place)
     return dict(sorted(groups.items()))
 
 
-def tabulate(questions: Sequence[dict], answers: dict[str, dict[int, str]]) -> list[Kind]:
-    """One row per type and form of question, in alphabetical order."""
+def tabulate(questions: Sequence[dict], right: dict[str, list[bool]]) -> list[Kind]:
+    """One row per type and form of question. `right`: by reducer, whether each question's answer is."""
     kinds = []
-    for name, rows in by_kind(questions).items():
-        constant, hits = Counter(plain(row["answer"]) for row in rows).most_common(1)[0]
-        cells = {
-            spec: Cell(
-                sum(plain(given[row["question_id"]]) == plain(row["answer"]) for row in rows), len(rows)
-            )
-            for spec, given in answers.items()
-        }
-        kinds.append(Kind(name, len(rows), constant, hits / len(rows), cells))
+    for name, places in by_kind(questions).items():
+        n = len(places)
+        constant, hits = Counter(plain(questions[i]["answer"]) for i in places).most_common(1)[0]
+        cells = {spec: Cell(sum(flags[i] for i in places), n) for spec, flags in right.items()}
+        kinds.append(Kind(name, n, constant, hits / n, cells))
     return kinds
 
 
-def compare(questions: Sequence[dict], answers: dict[str, dict[int, str]]) -> list[Pair]:
+def compare(questions: Sequence[dict], right: dict[str, list[bool]]) -> list[Pair]:
     """PruMerge beside `random` and `topk`, kind by kind; only kinds with 20 questions or more."""
-
-    def right(spec: str, rows: Sequence[dict]) -> list[bool]:
-        return [plain(answers[spec][row["question_id"]]) == plain(row["answer"]) for row in rows]
-
-    others = [spec for spec in answers if spec.startswith(("random", "topk"))]
+    others = [spec for spec in right if spec.startswith(("random", "topk"))]
     pairs = []
-    for kind, rows in by_kind(questions).items():
-        for other in others if SAME_COUNT_AS in answers and len(rows) >= 20 else ():
-            both = list(zip(right(SAME_COUNT_AS, rows), right(other, rows), strict=True))
-            pairs.append(Pair(kind, other, len(rows), both.count((True, False)), both.count((False, True))))
+    for kind, places in by_kind(questions).items():
+        for other in others if SAME_COUNT_AS in right and len(places) >= 20 else ():
+            both = [(right[SAME_COUNT_AS][i], right[other][i]) for i in places]
+            pairs.append(Pair(kind, other, len(places), both.count((True, False)), both.count((False, True))))
     return pairs
 
 

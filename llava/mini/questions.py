@@ -147,7 +147,7 @@ def _yes(flag: bool) -> str:
 def presence(rng, scene, coins: Sequence[bool]) -> list[Question]:
     """One question per coin: about a class in the scene (True) or about one that is absent (False)."""
     weights = class_weights()
-    here = list(rng.permutation(sorted({o.name for o in scene.objects if not o.written})))
+    here = list(rng.permutation(sorted({o.name for o in scene.things})))
     absent = [name for name in weights if name not in here]
     odds = np.array([weights[name] for name in absent])
     gone = list(rng.choice(absent, len(coins), replace=False, p=odds / odds.sum()))
@@ -166,11 +166,10 @@ def class_weights() -> dict[str, float]:
 
 def naming(rng, scene) -> list[Question]:
     """What is in a region; in a scene of one object, what the object is."""
-    things = [o for o in scene.objects if not o.written]
     alone = len(scene.objects) == 1
     questions = []
-    for index in rng.permutation(len(things)):
-        thing = things[index]
+    for index in rng.permutation(len(scene.things)):
+        thing = scene.things[index]
         template = "alone" if alone and rng.random() < 0.7 else "open"
         text = _pick(rng, TEMPLATES["naming", template]).format(region=thing.region)
         about = "" if template == "alone" else thing.region
@@ -216,13 +215,11 @@ def counting(rng, scene) -> list[Question]:
 
 def position(rng, scene) -> list[Question]:
     """Where things are of which there is only one."""
-    names = [o.name for o in scene.objects if not o.written]
-    single = [o for o in scene.objects if not o.written and names.count(o.name) == 1]
     questions = []
-    for index in rng.permutation(len(single)):
-        thing, form = single[index], _form(rng)
+    for index in rng.permutation(len(scene.single)):
+        thing, form = scene.single[index], _form(rng)
         if form == "yesno":
-            questions.append(_position_yesno(rng, thing, [o for o in single if o is not thing]))
+            questions.append(_position_yesno(rng, thing, [o for o in scene.single if o is not thing]))
             continue
         text = _pick(rng, TEMPLATES["position", "open"]).format(name=thing.name)
         questions.append(_asked(rng, "position", form, scene, text, thing.region, thing.name, (thing.name,)))
@@ -248,7 +245,7 @@ def _position_yesno(rng, thing, others) -> Question:
 
 def words(rng, scene) -> list[Question]:
     """What the rendered word says, if there is one."""
-    right = next((o.name for o in scene.objects if o.written), None)
+    right = scene.word
     if right is None:
         return []
     form = _form(rng)

@@ -19,12 +19,9 @@ be asked alone); world.json (the manifest, written last).
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -33,6 +30,8 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from llava.errors import UserError
+from llava.eval.reading import jsonl
+from llava.files import write_text
 from llava.mini import backgrounds, sprites
 from llava.mini.questions import REGIONS, SHORT, Question, ask, caption, class_weights, converse, presence
 
@@ -72,6 +71,22 @@ class Scene:
     def image(self) -> str:
         """Where the picture lies, relative to the world's folder."""
         return f"images/{self.index:06d}.jpg"
+
+    @property
+    def things(self) -> list[Thing]:
+        """All objects but the word."""
+        return [thing for thing in self.objects if not thing.written]
+
+    @property
+    def single(self) -> list[Thing]:
+        """Things that are the only ones of their class."""
+        names = [thing.name for thing in self.things]
+        return [thing for thing in self.things if names.count(thing.name) == 1]
+
+    @property
+    def word(self) -> str | None:
+        """What the rendered word says, if there is one."""
+        return next((thing.name for thing in self.objects if thing.written), None)
 
 
 @dataclass(frozen=True)
@@ -234,7 +249,7 @@ def interview(split: str, seed: int, scene: Scene) -> tuple[list[Question], list
         return questions, [caption(rng, scene)]
     # A conversation asks about the presence of every class that is there and of as many that are not: one
     # picture costs the same however much is asked about it, and yes or no is what is learnt last.
-    here = len({t.name for t in scene.objects if not t.written})
+    here = len({thing.name for thing in scene.things})
     asked = presence(rng, scene, rng.permutation([True] * here + [False] * here).tolist())
     asked += [q for q in questions if q.type != "presence"]
     fit = "naming" if shape.asks_presence else "presence"
@@ -242,30 +257,25 @@ def interview(split: str, seed: int, scene: Scene) -> tuple[list[Question], list
     return questions, converse(rng, [q for q in asked if not (alone and q.type == fit)])
 
 
-_KEYS = {"name": "class"}  # where a field is called otherwise in objects.jsonl
-
-
 def describe(scene: Scene, image: str) -> dict:
-    """The row of objects.jsonl of a scene whose picture is `image`."""
-    objects = [{_KEYS.get(key, key): v for key, v in asdict(thing).items()} for thing in scene.objects]
+    """The row of objects.jsonl of a scene whose picture is `image`; a thing's name is called class there."""
+    objects = [{"class": thing.name, **asdict(thing)} for thing in scene.objects]
+    for thing in objects:
+        del thing["name"]
     return {"image": image, "background": scene.background, "counted": scene.counted, "objects": objects}
 
 
 def read_scenes(folder: Path) -> list[Scene]:
     """What the pictures of a world show, from its objects.jsonl."""
-    back = {on_disk: field for field, on_disk in _KEYS.items()}
     path = folder / "objects.jsonl"
     if not path.is_file():
         raise UserError(f"{folder} holds no objects.jsonl: make it with `llava mini world --out {folder}`.")
     scenes = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        things = [{back.get(key, key): value for key, value in thing.items()} for thing in row["objects"]]
-        if any(set(thing) != {field.name for field in fields(Thing)} for thing in things):
-            raise UserError(f"{path} was written by another version: remove {folder} and make it again.")
-        objects = tuple(Thing(**{**thing, "box": tuple(thing["box"])}) for thing in things)
-        index = int(Path(row["image"]).stem)
-        scenes.append(Scene(index, objects, row["counted"], row["background"]))
+    for row in map(json.loads, path.read_text().splitlines()):
+        things = tuple(
+            Thing(name=thing.pop("class"), box=tuple(thing.pop("box")), **thing) for thing in row["objects"]
+        )
+        scenes.append(Scene(int(Path(row["image"]).stem), things, row["counted"], row["background"]))
     return scenes
 
 
@@ -281,10 +291,10 @@ def to_llava(name: str, image: str, turns: list[Question]) -> dict:
     return {"id": name, "image": image, "conversations": talk}
 
 
-def _write_scene(index: int, *, split: str, seed: int, out: str) -> tuple[dict, dict, list[dict]]:
+def _write_scene(split: str, seed: int, index: int, out: Path) -> tuple[dict, dict, list[dict]]:
     """Write one picture; return its rows of conversations.json, objects.jsonl and questions.jsonl."""
     picture, scene = compose(split, seed, index)
-    picture.save(Path(out) / scene.image, quality=90)
+    picture.save(out / scene.image, quality=90)
     questions, turns = interview(split, seed, scene)
     rows = [
         {
@@ -331,21 +341,12 @@ def constant_answers(questions: list[dict]) -> dict[str, dict]:
     table = {}
     for name, answers in sorted(groups.items()):
         best, hits = answers.most_common(1)[0]
-        table[name] = {
-            "n": answers.total(),
-            "constant": best,
-            "share": round(hits / answers.total(), 4),
-        }
+        total = answers.total()
+        table[name] = {"n": total, "constant": best, "share": round(hits / total, 4)}
     return table
 
 
-def _replace(path: Path, lines: list[str]) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text("".join(lines))
-    os.replace(beside, path)
-
-
-def generate(split: str, seed: int, count: int, out: Path, workers: int = 1) -> dict:
+def generate(split: str, seed: int, count: int, out: Path) -> dict:
     """Write a world of `count` scenes into `out` and return its manifest. A finished equal world is kept."""
     wanted = manifest(split, seed, count)
     done = out / "world.json"
@@ -358,21 +359,15 @@ def generate(split: str, seed: int, count: int, out: Path, workers: int = 1) -> 
             f"{found.get('n')} scenes): choose another --out or remove it."
         )
     (out / "images").mkdir(parents=True, exist_ok=True)
-    work = partial(_write_scene, split=split, seed=seed, out=str(out))
-    bar = partial(tqdm, total=count, desc=f"{split} scenes", file=sys.stderr, mininterval=1)
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            results = list(bar(pool.map(work, range(count), chunksize=64)))
-    else:
-        results = [work(index) for index in bar(range(count))]
-
-    questions = [row for _, _, rows in results for row in rows]
-    entries = ",\n".join(json.dumps(entry) for entry, _, _ in results)
-    _replace(out / "conversations.json", [f"[\n{entries}\n]\n"])
-    _replace(out / "objects.jsonl", [json.dumps(shown) + "\n" for _, shown, _ in results])
-    _replace(out / "questions.jsonl", [json.dumps(row) + "\n" for row in questions])
+    bar = tqdm(range(count), desc=f"{split} scenes", file=sys.stderr, mininterval=1)
+    entries, shown, asked = zip(*(_write_scene(split, seed, index, out) for index in bar), strict=True)
+    questions = [row for rows in asked for row in rows]
+    conversations = ",\n".join(map(json.dumps, entries))
+    write_text(out / "conversations.json", f"[\n{conversations}\n]\n")
+    write_text(out / "objects.jsonl", jsonl(shown))
+    write_text(out / "questions.jsonl", jsonl(questions))
     wanted["constant_answers"] = constant_answers(questions)
-    _replace(done, [json.dumps(wanted, indent=1) + "\n"])
+    write_text(done, json.dumps(wanted, indent=1) + "\n")
     return wanted
 
 
@@ -381,13 +376,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw (default 1)")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.n < 1 or args.seed < 0 or args.workers < 1:
-        raise UserError("--n and --workers must be at least 1, and --seed at least 0.")
-    world = generate(args.split, args.seed, args.n, args.out, args.workers)
+    if args.n < 1 or args.seed < 0:
+        raise UserError("--n must be at least 1 and --seed at least 0.")
+    world = generate(args.split, args.seed, args.n, args.out)
     print(f"{args.out}: {world['n']} {world['split']} scenes, {len(world['classes'])} classes")
     print(f"{'questions':<18} {'n':>7}  constant answer")
     for name, row in world["constant_answers"].items():
