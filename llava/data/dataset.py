@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.table import mapped_anew, open_table
+from llava.data.table import open_table
 from llava.data.text import encode_conversation
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
@@ -129,7 +129,7 @@ class LazySupervisedDataset(Dataset):
         """Row `index` of the table, see `llava.data.table.table_row`."""
         self._rows_read += 1
         if self._rows_read % ROWS_PER_MAPPING == 0:
-            self.table = mapped_anew(self.table)
+            self.table = type(self.table).from_file(self.table.cache_files[0]["filename"])
         return self.table[index]
 
     def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
