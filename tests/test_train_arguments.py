@@ -114,8 +114,6 @@ def test_warmup_means_what_it_meant(argv: list[str], flags: str, steps: int) -> 
         ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", ["--tune_mm_mlp_adapter"]),
         ("--tune_mm_mlp_adapter True --lora_enable True", ["--lora_enable"]),
         ("--tune_mm_mlp_adapter True --mm_use_im_start_end True", ["--mm_use_im_start_end"]),
-        ("--freeze_mm_mlp_adapter True --mm_projector_lr 1e-3", ["--mm_projector_lr"]),
-        ("--freeze_backbone True --lora_enable True", ["--freeze_backbone"]),
         ("--warmup_ratio 1.5", ["--warmup_ratio"]),
         ("--mm_token_reducer prumerg", ["--mm_token_reducer", "prumerge"]),
         ("--per_device_train_batch_size 0", ["--per_device_train_batch_size"]),

@@ -98,18 +98,12 @@ def read_rows(path: Path) -> Iterator[Any]:
             ) from None
 
 
-def cache_directory() -> Path:
-    """Where copies lie: $LLAVA_CACHE, else `llava` in the user's cache directory."""
-    if own := os.environ.get("LLAVA_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava"
-
-
 def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Dataset":
     """The file as a memory-mapped `datasets.Dataset` with the columns of `table_row`.
 
-    The first call copies the file (a progress bar on stderr shows it) to `cache_dir` (default
-    `cache_directory()/data`); others, also from other processes, open the copy, which appears by a rename.
+    The first call copies the file (a progress bar on stderr shows it) to `cache_dir`, by default
+    $LLAVA_CACHE/data or ~/.cache/llava/data; others, also from other processes, open the copy, which appears
+    by a rename.
     """
     try:
         from datasets import Dataset
@@ -121,8 +115,8 @@ def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Datase
         raise UserError(f"there is no data file {path}; it is one JSON, JSONL or parquet file.")
     state = path.stat()
     key = f"{FORMAT} {path.resolve()} {state.st_size} {state.st_mtime_ns}"
-    directory = Path(cache_dir) if cache_dir else cache_directory() / "data"
-    copy = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
+    cache = Path(os.environ.get("LLAVA_CACHE") or Path.home() / ".cache" / "llava")
+    copy = Path(cache_dir or cache / "data") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
     try:
         if not copy.is_file():
             with replacing_file(copy) as partial:

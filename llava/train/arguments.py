@@ -139,8 +139,6 @@ EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
     ("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "nothing would train"),
     ("tune_mm_mlp_adapter", "lora_enable", "the first trains only the projector"),
     ("tune_mm_mlp_adapter", "mm_use_im_start_end", "the new tokens' rows would have to train alone"),
-    ("freeze_mm_mlp_adapter", "mm_projector_lr", "a frozen projector has no learning rate"),
-    ("freeze_backbone", "lora_enable", "LoRA freezes the model itself"),
     ("deepspeed", "fsdp", "both shard the model"),
 )
 """Pairs of flags that cannot be given together, and why."""

@@ -120,12 +120,10 @@ def _base(name: str) -> CheckpointInfo:
     info = inspect_checkpoint(resolve_directory(name, remedy="--model_name_or_path PATH"))
     if info.kind in ("plain_lm", "full"):
         return info
-    remedy = {
-        "lora": "merge it into its base first (llava tools merge-lora)",
-        "projector": "pass its language model, and this one's mm_projector.bin as --pretrain_mm_mlp_adapter",
-        "llava_hf": "convert it first (llava tools convert)",
-    }.get(info.kind, "pass a language model or a LLaVA checkpoint")
-    raise UserError(f"--model_name_or_path {name} is {KINDS[info.kind]}: {remedy}.")
+    raise UserError(
+        f"--model_name_or_path {name} is {KINDS[info.kind]}: give a language model or a whole LLaVA checkpoint "
+        "(`llava tools merge-lora` and `llava tools convert` make one)."
+    )
 
 
 def _config(

@@ -188,26 +188,14 @@ class LlavaTrainer(Trainer):
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[str, Any]]:
     """The optimizer's groups, in LLaVA's order: [decay, no decay]; with `mm_projector_lr` these two for the
-    rest, then for the projector. Decay is for weights outside layer norms; biases have none."""
-    norms = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-    def group(*, decay: bool, projector: bool | None) -> dict[str, Any]:
-        chosen = [
-            parameter
-            for name, parameter in trainable
-            if (name not in norms and "bias" not in name) == decay
-            and (projector is None or ("mm_projector" in name) == projector)
-        ]
-        options = {"weight_decay": args.weight_decay if decay else 0.0}
-        if projector:
-            options["lr"] = args.mm_projector_lr
-        return {"params": chosen, **options}
-
-    parts = (None,) if args.mm_projector_lr is None else (False, True)
-    return [group(decay=decay, projector=part) for part in parts for decay in (True, False)]
+    rest, then for the projector. Biases and the weights of norms have no decay."""
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for projector in (False,) if args.mm_projector_lr is None else (False, True):
+        for decay in (True, False):
+            group = {"params": [], "weight_decay": args.weight_decay if decay else 0.0}
+            groups[projector, decay] = group | ({"lr": args.mm_projector_lr} if projector else {})
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            projector = args.mm_projector_lr is not None and "mm_projector" in name
+            groups[projector, "norm" not in name and "bias" not in name]["params"].append(parameter)
+    return list(groups.values())
