@@ -350,20 +350,6 @@ def test_skipping_ends_where_nothing_is_left(write: Callable[..., Path], tokeniz
         dataset[0]
 
 
-def test_cached_visual_tokens_replace_images(write: Callable[..., Path], tokenizer: object) -> None:
-    asked = []
-
-    def load(name: str) -> torch.Tensor:
-        asked.append(name)
-        return torch.full((len(asked), 4), float(len(asked)))
-
-    dataset = LazySupervisedDataset(write(rows_of_every_kind()), tokenizer, load_visual=load)
-    batch = DataCollatorForSupervisedDataset(tokenizer)([dataset[i] for i in range(5)])
-    assert asked == ["a.png", "a.png", "b.png", "b.png"]
-    assert [tokens.shape[0] for tokens in batch["visual_tokens"]] == [1, 2, 3, 4]
-    assert "images" not in batch
-
-
 # ---------------------------------------------------------------------------------------------- batches
 
 

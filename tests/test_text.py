@@ -385,24 +385,6 @@ def test_several_images_stay_where_they_stand(tokenizer: LlamaTokenizer) -> None
     assert (ids == -200).sum() == 2  # those of one turn become one
 
 
-def test_start_and_end_tokens_stand_around_every_image(tokenizer: LlamaTokenizer) -> None:
-    own = pickle.loads(pickle.dumps(tokenizer))
-    own.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
-    start, end = own.convert_tokens_to_ids(["<im_start>", "<im_end>"])
-    ids, _ = encode_conversation(
-        turns("<image> or <image>?", "x"), own, mm_use_im_start_end=True, several_images=True
-    )
-    around = [(ids[i - 1].item(), ids[i + 1].item()) for i in (ids == -200).nonzero().flatten()]
-    assert [a for a, _ in around] == [start, start]
-    assert all(end in ids[i : i + 3] for i in (ids == -200).nonzero().flatten())
-
-
-def test_versions_that_are_no_template_mean_vicuna() -> None:
-    for version in ("v0", "v0.5", "no_such_version"):
-        assert training_template(version) is conv_templates["vicuna_v1"]
-    assert training_template("llava_v0") is conv_templates["llava_v0"]
-
-
 @pytest.mark.parametrize(
     ("conversation", "version", "says"),
     [

@@ -203,21 +203,6 @@ def test_two_processes_fill_one_folder(llava: LlavaLlamaForCausalLM, tiny: Tiny,
         torch.testing.assert_close(cache[digest_of(file)].float(), encoded(llava, file), atol=2e-3, rtol=2e-3)
 
 
-def test_an_unreadable_picture_has_no_entry_and_is_named(
-    llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path
-) -> None:
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture")
-    said: list[str] = []
-    good = pictures(tiny)[0]
-    cache, count = fill(llava, tmp_path / "c", [bad, good, tmp_path / "gone.png"], on_error=said.append)
-    assert count == 1
-    assert "gone.png" in said[0] and "bad.png" in said[1] and len(said) == 2
-    assert digest_of(bad) not in cache and b"" not in cache
-    with pytest.raises(KeyError):
-        cache[digest_of(bad)]
-
-
 # In a run
 
 

@@ -121,8 +121,8 @@ def _base(name: str) -> CheckpointInfo:
     if info.kind in ("plain_lm", "full"):
         return info
     raise UserError(
-        f"--model_name_or_path {name} is {KINDS[info.kind]}: give a language model or a whole LLaVA checkpoint "
-        "(`llava tools merge-lora` and `llava tools convert` make one)."
+        f"--model_name_or_path {name} is {KINDS[info.kind]}: give a language model or a whole LLaVA "
+        "checkpoint (`llava tools merge-lora` and `llava tools convert` make one)."
     )
 
 
