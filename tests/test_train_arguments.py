@@ -71,24 +71,15 @@ def test_defaults_are_llavas(argv: list[str]) -> None:
     ("flags", "name", "value"),
     [
         ("--evaluation_strategy no", "eval_strategy", "no"),
-        ("--group_by_length True", "train_sampling_strategy", "group_by_length"),
-        ("--group_by_length False", "train_sampling_strategy", "random"),
         ("--no_cuda True", "use_cpu", True),
         ("--debug --bf16", "bf16", True),
         ("--debug underflow_overflow", "debug", ["underflow_overflow"]),
-        ("--overwrite_output_dir --lora_r=8", "lora_r", 8),
-        ("--save_safetensors False --mm-projector-lr 1", "mm_projector_lr", 1.0),
+        ("--mm-projector-lr=1", "mm_projector_lr", 1.0),
     ],
 )
 def test_flags_of_transformers_4_are_read(argv: list[str], flags: str, name: str, value: object) -> None:
     _, _, training = parse([*argv, *shlex.split(flags)], quiet)
     assert getattr(training, name) == value
-
-
-def test_a_flag_without_effect_is_said(argv: list[str]) -> None:
-    said: list[str] = []
-    parse([*argv, "--logging_dir", "x"], said.append)
-    assert any("--logging_dir" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -116,42 +107,27 @@ def test_warmup_means_what_it_meant(argv: list[str], flags: str, steps: int) -> 
         ("--fp16 True", ["--fp16"]),
         ("--tf32 True", ["--tf32"]),
         ("--attn_implementation flash_attention_2", ["--attn_implementation"]),
-        ("--attn_implementation fast", ["--attn_implementation"]),
-        ("--bits 5", ["--bits"]),
         ("--bits 4", ["--bits", "--lora_enable"]),
         ("--pretrain_mm_mlp_adapter nowhere/mm_projector.bin", ["--pretrain_mm_mlp_adapter", "pretrain.sh"]),
-        ("--data_path nowhere.json", ["--data_path"]),
         ("--image_folder nowhere", ["--image_folder"]),
         ("--deepspeed nowhere.json", ["deepspeed", "nowhere.json"]),
         ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", ["--tune_mm_mlp_adapter"]),
         ("--tune_mm_mlp_adapter True --lora_enable True", ["--lora_enable"]),
         ("--tune_mm_mlp_adapter True --mm_use_im_start_end True", ["--mm_use_im_start_end"]),
-        ("--freeze_mm_mlp_adapter True --mm_projector_lr 1e-3", ["--mm_projector_lr"]),
-        ("--freeze_backbone True --lora_enable True", ["--freeze_backbone"]),
         ("--warmup_ratio 1.5", ["--warmup_ratio"]),
-        ("--warmup_ratio many", ["--warmup_ratio"]),
         ("--mm_token_reducer prumerg", ["--mm_token_reducer", "prumerge"]),
-        ("--reducer prumerge(ratio=2)", ["--mm_token_reducer", "ratio"]),
         ("--per_device_train_batch_size 0", ["--per_device_train_batch_size"]),
-        ("--model_max_length 0", ["--model_max_length"]),
         ("--global_batch_size 0", ["--global_batch_size"]),
-        ("--lora_rank 8", ["--lora_rank"]),
         ("--mm_projector_rl 1", ["--mm_projector_rl", "--mm_projector_lr"]),
-        ("--output_dir ''", ["--output_dir"]),
         ("--data_path ''", ["--data_path"]),
         ("--save_steps 2.5", ["save_steps"]),
-        ("--seed x", ["--seed"]),
-        ("--precision bf17", ["--precision", "fp32"]),
         ("--image_aspect_ratio anyres", ["--image_aspect_ratio", "pad"]),
         ("--mm_vision_select_feature cls", ["--mm_vision_select_feature", "cls_patch"]),
         ("--mm_projector_type mlp2x", ["mm_projector_type", "mlp2x_gelu"]),
         ("--lora_enable True --lora_r 0", ["--lora_r"]),
-        ("--lora_enable True --lora_dropout 1.5", ["--lora_dropout"]),
-        ("--visual_cache_batch_size 0", ["--visual_cache_batch_size"]),
         ("--dataloader_num_workers -1", ["--dataloader_num_workers"]),
         ("--optim adamw_8bits", ["adamw_8bits"]),
         ("--eval_strategy steps", ["--eval_strategy", "llava eval"]),
-        ("--data_path .", ["--data_path", "file"]),
         ("--resume_from_checkpoint nowhere", ["--resume_from_checkpoint"]),
         ("--deepspeed scripts/zero2.json --fsdp full_shard", ["--deepspeed", "--fsdp"]),
         ("--bits 4 --lora_enable True --deepspeed scripts/zero3.json", ["--bits 4", "ZeRO-3", "zero2.json"]),
@@ -230,13 +206,9 @@ def test_the_global_batch_is_kept() -> None:
             assert all(abs(batch * s * world - total) >= error for s in (max(1, steps - 1), steps + 1))
 
 
-def test_the_global_batch_sets_the_accumulation(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = [*argv, "--global_batch_size", "160", "--per_device_train_batch_size", "20"]
-    said: list[str] = []
-    _, _, training = parse(flags, said.append)
-    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 160
-    assert any("global batch 160" in line for line in said)
-    _, _, training = parse([*flags, "--gradient_accumulation_steps", "2"], quiet)
+def test_an_explicit_accumulation_wins_over_the_global_batch(argv: list[str]) -> None:
+    flags = "--global_batch_size 160 --per_device_train_batch_size 20 --gradient_accumulation_steps 2"
+    _, _, training = parse([*argv, *flags.split()], quiet)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (20, 2)
 
 
@@ -289,6 +261,9 @@ def test_every_scripts_flags_are_flags(
     settings = {**files_to_train_on(tmp_path), "MINI": mini, "GPUS": "0", "REDUCER": "prumerge+"}
     command = dry_run(root, script, "--use_cpu", "True", **settings)
     assert command[:2] == ["python", "llava/train/train_mem.py"]
+    # Precision is left to the hardware: nothing asks a V100 for bfloat16, tf32 or flash-attn.
+    assert not {"--bf16", "--tf32", "--fp16", "--attn_implementation"} & set(command)
+    assert command[command.index("--precision") + 1] == "auto"
     model, data, training = parse(command[2:], quiet)
 
     rate, batch, lora, projector_rate = RECIPES[script]
@@ -303,14 +278,6 @@ def test_every_scripts_flags_are_flags(
     assert data.image_aspect_ratio == ("square" if script == "pretrain" else "pad")
     assert training.warmup_steps == 0.03
     assert (model.mm_vision_select_layer, model.mm_projector_type) == (-2, "mlp2x_gelu")
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_leaves_precision_to_the_hardware(script: str, root: Path, tmp_path: Path) -> None:
-    """So that none asks a V100 for bfloat16, tf32 or flash-attn."""
-    command = dry_run(root, script, **files_to_train_on(tmp_path), GPUS="4", DEEPSPEED="none")
-    assert not {"--bf16", "--tf32", "--fp16", "--attn_implementation"} & set(command)
-    assert command[command.index("--precision") + 1] == "auto"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -345,10 +312,6 @@ def test_gpus_are_counted_as_cuda_does(visible: str, count: int, root: Path) -> 
         assert command[command.index("--nproc_per_node") + 1] == str(count)
     else:
         assert command[:2] == ["python", "llava/train/train_mem.py"]
-
-
-def test_zero_is_no(root: Path) -> None:
-    assert "checkpoints/mini-base" not in dry_run(root, "pretrain", MINI="0", GPUS="0")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.table import mapped_anew, open_table
+from llava.data.table import open_table
 from llava.data.text import encode_conversation
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
@@ -28,7 +28,7 @@ whole file would in time count as every worker's memory. Mapping anew after so m
 tokenising them and opening their images."""
 
 SKIPS_SAID = 5
-"""So many skipped samples are told with their reason when they are met."""
+"""So many skipped samples are logged with their reason; the run's last line counts all of them."""
 
 
 class BadSample(UserError):
@@ -110,9 +110,8 @@ class LazySupervisedDataset(Dataset):
                 return self.sample(candidate)
             except BadSample as error:
                 self.bad[candidate] = True
-                if (count := int(self.bad.sum())) <= SKIPS_SAID:
-                    more = "; the next ones are only counted" if count == SKIPS_SAID else ""
-                    logger.warning("skipped: %s%s", str(error).rstrip("."), more)
+                if self.bad.sum() <= SKIPS_SAID:
+                    logger.warning("skipped: %s", error)
         raise UserError(
             f"{self.data_path}: no sample of the kind of row {index} is usable; `llava doctor data` says why."
         )
@@ -129,7 +128,7 @@ class LazySupervisedDataset(Dataset):
         """Row `index` of the table, see `llava.data.table.table_row`."""
         self._rows_read += 1
         if self._rows_read % ROWS_PER_MAPPING == 0:
-            self.table = mapped_anew(self.table)
+            self.table = type(self.table).from_file(self.table.cache_files[0]["filename"])
         return self.table[index]
 
     def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -171,10 +170,7 @@ def check_placeholders(turns: Sequence[dict[str, str]], images: int, placeholder
     if images == 0:
         placeholders = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     if placeholders != images:
-        have = "1 image" if images == 1 else f"{images or 'no'} images"
-        raise UserError(
-            f"it has {have} and {placeholders} {DEFAULT_IMAGE_TOKEN} in its text; make them match."
-        )
+        raise UserError(f"it has images: {images}, {DEFAULT_IMAGE_TOKEN} in its text: {placeholders}.")
 
 
 class DataCollatorForSupervisedDataset:

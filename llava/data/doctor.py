@@ -4,7 +4,6 @@ Each finding is a row, a kind (see `KINDS`) and a reason. Exit status 0: nothing
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -27,9 +26,8 @@ KINDS = {
     "empty": "a turn without text",
     "image-count": "<image> and images do not match",
     "image": "missing or damaged",
-    "duplicate": "an earlier row says the same",
-    "too-long": "with --tokenizer: cut at --model-max-length",
-    "masked": "with --tokenizer: nothing to learn, a text holds the template's own markers",
+    "too-long": "cut at --model-max-length (needs --tokenizer)",
+    "masked": "nothing to learn, a text holds the template's own markers (needs --tokenizer)",
 }
 
 
@@ -39,15 +37,6 @@ class Finding:
     id: str
     kind: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """rows, images: how many were looked at (an image used by several rows once)."""
-
-    rows: int
-    images: int
-    findings: list[Finding]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,91 +54,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.image_folder is None:
-        print("no --image-folder: the images themselves are not looked at", file=sys.stderr)
-    elif not args.image_folder.is_dir():
-        raise UserError(f"there is no image folder {args.image_folder}; check --image-folder.")
-    report = examine(
-        args.file,
-        image_folder=args.image_folder,
-        tokenizer_path=args.tokenizer,
-        version=args.version,
-        max_length=args.model_max_length,
-        visual_tokens=args.visual_tokens,
-        workers=args.workers,
-    )
-    found = [finding for finding in report.findings if finding.kind not in args.ignore]
-    counts = dict(Counter(finding.kind for finding in found))
-    if args.json:
-        rows = [asdict(finding) for finding in found]
-        head = {"file": str(args.file), "rows": report.rows, "images": report.images}
-        print(json.dumps({**head, "counts": counts, "findings": rows}, ensure_ascii=False))
-    else:
-        for finding in found:
-            print(f"row {finding.row} (id {finding.id}): {finding.kind}: {finding.reason}")
-        said = ", ".join(f"{counts[kind]:,} {kind}" for kind in KINDS if kind in counts) or "nothing wrong"
-        images = f"{report.images:,} images" if args.image_folder else "no images"
-        print(f"{args.file}: {report.rows:,} rows, {images} looked at: {said}")
-    return 1 if found else 0
-
-
-def examine(
-    file: Path,
-    *,
-    image_folder: Path | None = None,
-    tokenizer_path: str | None = None,
-    version: str = "v1",
-    max_length: int = 2048,
-    visual_tokens: int = 576,
-    workers: int = 0,
-) -> Report:
-    """All findings of a data file, by row. Progress bars go to stderr."""
     from llava.data.table import image_names, open_table
     from llava.model.tokenization import load_tokenizer
 
-    table = open_table(file)
-    check = partial(check_row, table)
-    if tokenizer_path is not None:
-        tokenizer = load_tokenizer(tokenizer_path, model_max_length=int(1e9))  # lengths are judged here
-        check = partial(check, encoder=partial(check_ids, tokenizer, version, max_length, visual_tokens))
+    folder = args.image_folder
+    if folder is None:
+        print("no --image-folder: the images themselves are not looked at", file=sys.stderr)
+    elif not folder.is_dir():
+        raise UserError(f"there is no image folder {folder}; check --image-folder.")
+    table = open_table(args.file)
+    encoder = None
+    if args.tokenizer is not None:
+        tokenizer = load_tokenizer(args.tokenizer, model_max_length=int(1e9))  # lengths are judged here
+        encoder = partial(check_ids, tokenizer, args.version, args.model_max_length, args.visual_tokens)
     findings: list[Finding] = []
-    first_with: dict[bytes, int] = {}
-    for row, (identity, digest, found) in enumerate(_in_parallel(check, len(table), workers, "rows")):
+    rows = _in_parallel(partial(check_row, table, encoder), len(table), args.workers, "rows")
+    for row, (identity, found) in enumerate(rows):
         findings += [Finding(row, identity, kind, reason) for kind, reason in found]
-        first = first_with.setdefault(digest, row)
-        if digest and first != row:
-            findings.append(Finding(row, identity, "duplicate", f"the same as row {first}"))
 
-    rows_of: dict[str, list[int]] = {}
-    if image_folder is not None:
+    rows_of: dict[str, list[int]] = {}  # an image is looked at once, however many rows use it
+    if folder is not None:
         for row, images in enumerate(image_names(table)):
             for name in images:
                 rows_of.setdefault(name, []).append(row)
         names = list(rows_of)
-        check = partial(check_image, image_folder, names)
-        for name, reason in zip(names, _in_parallel(check, len(names), workers, "images"), strict=True):
+        reasons = _in_parallel(partial(check_image, folder, names), len(names), args.workers, "images")
+        for name, reason in zip(names, reasons, strict=True):
             if reason:
                 findings += [Finding(row, table[row]["id"], "image", reason) for row in rows_of[name]]
-    return Report(len(table), len(rows_of), sorted(findings))
+
+    findings = sorted(finding for finding in findings if finding.kind not in args.ignore)
+    counts = dict(Counter(finding.kind for finding in findings))
+    if args.json:
+        head = {"file": str(args.file), "rows": len(table), "images": len(rows_of), "counts": counts}
+        print(json.dumps({**head, "findings": [asdict(one) for one in findings]}, ensure_ascii=False))
+    else:
+        for finding in findings:
+            print(f"row {finding.row} (id {finding.id}): {finding.kind}: {finding.reason}")
+        said = ", ".join(f"{counts[kind]:,} {kind}" for kind in KINDS if kind in counts) or "nothing wrong"
+        print(f"{args.file}: {len(table):,} rows, {len(rows_of):,} images looked at: {said}")
+    return 1 if findings else 0
 
 
 def check_row(
-    table: "Dataset", index: int, encoder: Callable[[dict[str, Any]], Iterator[tuple[str, str]]] | None = None
-) -> tuple[str, bytes, list[tuple[str, str]]]:
-    """(id, digest of the content, [(kind, reason), ...]) of a row; only one without findings is encoded."""
+    table: "Dataset", encoder: Callable[[dict[str, Any]], Iterator[tuple[str, str]]] | None, index: int
+) -> tuple[str, list[tuple[str, str]]]:
+    """(id, [(kind, reason), ...]) of a row; only one without findings is encoded."""
     row = table[index]
     if row["problem"]:
-        return row["id"], b"", [("row", row["problem"])]
-    turns, images = row["conversations"], row["image"]
-    found = [*check_turns(turns), *check_image_count(turns, len(images))]
+        return row["id"], [("row", row["problem"])]
+    found = list(check_turns(row["conversations"], len(row["image"])))
     if not found and encoder is not None:
         found = list(encoder(row))
-    content = json.dumps([images, turns], sort_keys=True).encode()
-    return row["id"], hashlib.blake2b(content, digest_size=16).digest(), found
+    return row["id"], found
 
 
-def check_turns(turns: Sequence[dict[str, str]]) -> Iterator[tuple[str, str]]:
-    """Who speaks and whether they say something."""
+def check_turns(turns: Sequence[dict[str, str]], images: int) -> Iterator[tuple[str, str]]:
+    """Who speaks, whether they say something, and `<image>` against the number of images. For one image,
+    several `<image>` in one turn count as one, as in training."""
+    from llava.data.dataset import check_placeholders
     from llava.data.text import checked_turn, taking_turns
 
     try:
@@ -160,19 +123,13 @@ def check_turns(turns: Sequence[dict[str, str]]) -> Iterator[tuple[str, str]]:
     for i, turn in enumerate(turns, 1):
         if not turn["value"].strip():
             yield "empty", f"turn {i}, of {turn['from']}, is empty"
-
-
-def check_image_count(turns: Sequence[dict[str, str]], images: int) -> Iterator[tuple[str, str]]:
-    """`<image>` against images. For one image, several `<image>` in one turn count as one, as in training."""
-    from llava.data.dataset import check_placeholders
-
-    if len(turns) > 1 and turns[0]["from"] == "gpt":
+    if len(turns) > 1 and turns[0]["from"] == "gpt":  # it is dropped
         turns = turns[1:]
     counts = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns]
     try:
         check_placeholders(turns, images, sum(counts) if images > 1 else sum(map(bool, counts)))
     except UserError as error:
-        yield "image-count", str(error).removesuffix("; make them match.")
+        yield "image-count", str(error).rstrip(".")
 
 
 def check_ids(

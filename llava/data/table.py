@@ -8,6 +8,7 @@ cache. The copy is kept under a name made of the file's path, size and time: a c
 
 import codecs
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from llava.errors import UserError, first_line
+from llava.files import replacing_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 3  # goes into the copy's name: raise it when the columns change
+FORMAT = 4  # goes into the copy's name: raise it when the columns change
 
 
 class Turn(msgspec.Struct):
@@ -96,23 +98,15 @@ def read_rows(path: Path) -> Iterator[Any]:
             ) from None
 
 
-def cache_directory() -> Path:
-    """Where copies lie: $LLAVA_CACHE, else `llava` in the user's cache directory."""
-    if own := os.environ.get("LLAVA_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava"
-
-
 def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Dataset":
     """The file as a memory-mapped `datasets.Dataset` with the columns of `table_row`.
 
-    The first call copies the file (a progress bar on stderr shows it) to `cache_dir` (default
-    `cache_directory()/data`); others, also from other processes, open the copy. Of processes that begin
-    together one copies and the others wait.
+    The first call copies the file (a progress bar on stderr shows it) to `cache_dir`, by default
+    $LLAVA_CACHE/data or ~/.cache/llava/data; others, also from other processes, open the copy, which appears
+    by a rename.
     """
     try:
-        from datasets import Dataset, Features, Value
-        from datasets.exceptions import DatasetGenerationError
+        from datasets import Dataset
     except ImportError:
         raise UserError("training data needs the `datasets` package: pip install 'llava[train]'.") from None
 
@@ -121,46 +115,39 @@ def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Datase
         raise UserError(f"there is no data file {path}; it is one JSON, JSONL or parquet file.")
     state = path.stat()
     key = f"{FORMAT} {path.resolve()} {state.st_size} {state.st_mtime_ns}"
-    directory = Path(cache_dir) if cache_dir else cache_directory() / "data"
-    # Every run reads all of `words` when it begins: first in the schema it lies beside the batch's header,
-    # which has to be read in any case, and no other page of the file is touched.
-    text = Value("string")
-    columns = {
-        "words": Value("int32"),
-        "id": text,
-        "image": [text],
-        "conversations": [{"from": text, "value": text}],
-        "problem": text,
-    }
+    cache = Path(os.environ.get("LLAVA_CACHE") or Path.home() / ".cache" / "llava")
+    copy = Path(cache_dir or cache / "data") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
     try:
-        table = Dataset.from_generator(
-            _table_rows,
-            features=Features(columns),
-            cache_dir=str(directory),
-            gen_kwargs={"path": path},
-            writer_batch_size=2_000,
-            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
-        )
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+        if not copy.is_file():
+            with replacing_file(copy) as partial:
+                _write_copy(path, partial)
+        return Dataset.from_file(str(copy))
     except OSError as error:
         raise UserError(f"the copy of {path} cannot be written ({error}); set LLAVA_CACHE.") from error
-    return table
 
 
-def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
-    row = None
-    for row in read_rows(path):
-        yield table_row(row)
-    if row is None:
+def _write_copy(path: Path, copy: Path) -> None:
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    text = pa.string()
+    # Every run reads all of `words` when it begins: first in the schema it lies beside the batch's header,
+    # which has to be read in any case, and no other page of the file is touched.
+    schema = pa.schema(
+        {
+            "words": pa.int32(),
+            "id": text,
+            "image": pa.list_(text),
+            "conversations": pa.list_(pa.struct({"from": text, "value": text})),
+            "problem": text,
+        }
+    )
+    rows = map(table_row, tqdm(read_rows(path), f"copying {path.name}", unit=" rows", delay=1))
+    with pa.ipc.new_stream(str(copy), schema) as writer:
+        while batch := list(itertools.islice(rows, 2_000)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+    if not writer.stats.num_record_batches:
         raise UserError(f"{path} has no rows.")
-
-
-def mapped_anew(table: "Dataset") -> "Dataset":
-    """The same table, with none of its pages in this process's memory (the page cache keeps them)."""
-    from datasets import Dataset, concatenate_datasets
-
-    return concatenate_datasets([Dataset.from_file(file["filename"]) for file in table.cache_files])
 
 
 def image_names(table: "Dataset") -> Iterator[list[str]]:

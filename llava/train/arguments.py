@@ -79,7 +79,6 @@ class DataArguments:
         "error", "a sample that cannot be used ends the run (error) or is replaced (skip)"
     )
     visual_cache: str | None = flag(None, "folder for visual tokens, made once before the first step")
-    visual_cache_batch_size: int = flag(16, "images per batch while the cache is filled")
 
 
 @dataclass
@@ -118,24 +117,16 @@ class TrainingArguments(transformers.TrainingArguments):
     eval_strategy: str = flag("no", "only `no`: see `llava eval`", aliases="--evaluation_strategy")
     use_cpu: bool = flag(False, "train on the CPU", aliases="--no_cuda")
     warmup_ratio: float = flag(0.0, "old name of --warmup_steps below 1, which wins over it")
-    group_by_length: bool = flag(False, "old name of --train_sampling_strategy group_by_length")
     # `llava`'s own --debug (the traceback of an error) takes no value, transformers' one does
     debug: str = flag("", "see transformers", nargs="?", const="")
 
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
-WITHOUT_EFFECT = (
-    "overwrite_output_dir", "logging_dir", "save_safetensors", "half_precision_backend", "fp16_backend",
-    "fp16_opt_level", "dispatch_batches", "split_batches", "include_tokens_per_second",
-)  # fmt: skip
-"""Flags of transformers 4 that are accepted, said to have no effect, and dropped."""
-
 LIMITS: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, inf),
     "gradient_accumulation_steps": (1, inf),
     "model_max_length": (1, inf),
-    "visual_cache_batch_size": (1, inf),
     "dataloader_num_workers": (0, inf),
     "lora_r": (1, inf),
     "lora_alpha": (1, inf),
@@ -148,14 +139,11 @@ EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
     ("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "nothing would train"),
     ("tune_mm_mlp_adapter", "lora_enable", "the first trains only the projector"),
     ("tune_mm_mlp_adapter", "mm_use_im_start_end", "the new tokens' rows would have to train alone"),
-    ("freeze_mm_mlp_adapter", "mm_projector_lr", "a frozen projector has no learning rate"),
-    ("freeze_backbone", "lora_enable", "LoRA freezes the model itself"),
     ("deepspeed", "fsdp", "both shard the model"),
 )
 """Pairs of flags that cannot be given together, and why."""
 
 PATHS: dict[str, tuple[Callable[[Path], bool], str]] = {
-    "data_path": (Path.is_file, "file of conversations (JSON, JSONL or parquet)"),
     "image_folder": (Path.is_dir, "folder"),
     "pretrain_mm_mlp_adapter": (Path.is_file, "file; scripts/v1_5/pretrain.sh writes it"),
     "resume_from_checkpoint": (Path.is_dir, "checkpoint folder"),
@@ -171,14 +159,11 @@ class Parser(HfArgumentParser):
 
 
 def build_parser() -> Parser:
-    parser = Parser(
+    return Parser(
         (ModelArguments, DataArguments, TrainingArguments),
         prog="llava train",
         description="Train a LLaVA: projector, full fine-tuning, LoRA or QLoRA.",
     )
-    for name in WITHOUT_EFFECT:
-        parser.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
-    return parser
 
 
 def parse(argv: Sequence[str], say: Callable[[str], None] = print) -> Arguments:
@@ -198,14 +183,9 @@ def parse(argv: Sequence[str], say: Callable[[str], None] = print) -> Arguments:
         near = difflib.get_close_matches(flag, [f"--{name}" for name in vars(values)], n=1)
         parser.error(f"there is no flag {flag}" + "".join(f"; did you mean {name}?" for name in near))
     given = {token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")}
-    for name in WITHOUT_EFFECT:
-        if values.__dict__.pop(name) is not None:
-            say(f"--{name} has no effect any more")
     _refuse(values)
     if values.warmup_ratio and not values.warmup_steps:
         values.warmup_steps = min(values.warmup_ratio, 1 - 1e-9)  # below 1 it is a ratio, 1 is one step
-    if values.group_by_length:
-        values.train_sampling_strategy = "group_by_length"
     decide_precision(values, given, say)
     decide_accumulation(values, given, say)
     drop_missing_trackers(values, say)

@@ -10,6 +10,7 @@ from typing import Any
 from llava.errors import UserError
 
 LOG_FILE = "log.jsonl"
+SMOOTHING = 0.9
 
 PANELS: tuple[tuple[str, str], ...] = (
     # key of a log line, label of the axis
@@ -27,21 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run, or its log.jsonl"
     )
     parser.add_argument("--out", type=Path, help="picture to write (default: RUN/log.png of the first run)")
-    parser.add_argument(
-        "--smooth",
-        type=float,
-        default=0.9,
-        help="memory of the running mean over the loss, 0 to 1 (default: 0.9)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
-    if not 0 <= args.smooth < 1:
-        raise UserError(f"--smooth {args.smooth}: a number from 0 up to, but not including, 1.")
     logs = {path: load(path) for path in args.runs}
     first = args.runs[0]
     out = args.out or (first if first.is_dir() else first.parent) / "log.png"
-    draw(logs, out, args.smooth)
+    draw(logs, out)
     print(out)
     return 0
 
@@ -72,21 +65,17 @@ def load(path: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["step"])
 
 
-def running_mean(values: list[float], memory: float) -> list[float]:
-    """Exponential mean without the bias of its start: each value weighs `memory` times the next one.
-
-    >>> running_mean([2.0, 4.0], 0.5)
-    [2.0, 3.3333333333333335]
-    """
+def running_mean(values: list[float]) -> list[float]:
+    """Exponential mean without the bias of its start: each value weighs `SMOOTHING` times the next one."""
     total = weight = 0.0
     means = []
     for value in values:
-        total, weight = memory * total + value, memory * weight + 1
+        total, weight = SMOOTHING * total + value, SMOOTHING * weight + 1
         means.append(total / weight)
     return means
 
 
-def draw(logs: dict[Path, list[dict[str, Any]]], out: Path, smooth: float) -> None:
+def draw(logs: dict[Path, list[dict[str, Any]]], out: Path) -> None:
     """One panel per quantity that any run has logged, one colour per run."""
     from matplotlib.figure import Figure
 
@@ -100,9 +89,9 @@ def draw(logs: dict[Path, list[dict[str, Any]]], out: Path, smooth: float) -> No
             points = [(row["step"], row[key]) for row in rows if key in row]
             steps, values = [step for step, _ in points], [value for _, value in points]
             color = f"C{number}"
-            if key == "loss" and smooth:
+            if key == "loss":
                 axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-                values = running_mean(values, smooth)
+                values = running_mean(values)
             axis.plot(steps, values, color=color, linewidth=1.2, label=path.name)
         axis.set(xlabel="step", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, and only whole ones are resumed.
 
 `write_model` puts a stage's weights where LLaVA puts them (in the formats of `llava.model.checkpoints`),
-gathering them first where DeepSpeed or FSDP have sharded them. `checkpoint_to_resume` finds the newest
+gathering them first where DeepSpeed or FSDP have sharded them. `last_checkpoint` finds the newest
 checkpoint-N that is complete. `read_model` puts an intermediate checkpoint's weights back, bit for bit.
 """
 
@@ -16,7 +16,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 from llava.errors import UserError
 from llava.files import read_json, write_json
@@ -57,10 +57,7 @@ def write_model(trainer: Trainer, prepared: Prepared, out: Path, *, final: bool)
     config = prepared.llava.config
     config.use_cache = True  # Trainer turns it off for training; a saved model is for generation
     if prepared.stage == "projector":
-        # LLaVA's habit: a run whose folder is called checkpoint-X leaves its projector in ../mm_projector/.
-        aside = final and out.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        file = out.parent / "mm_projector" / f"{out.name}.bin" if aside else None
-        save_projector(prepared.model, out, state_dict=state, file=file)
+        save_projector(prepared.model, out, state_dict=state)
         return
     if prepared.stage == "lora":
         lora = {name: tensor for name, tensor in state.items() if "lora_" in name}
@@ -117,36 +114,15 @@ def publish(staging: Path, target: Path) -> None:
     shutil.rmtree(staging.parent)
 
 
-def clean(run: Path) -> None:
-    """Delete what a killed run left unfinished."""
-    for left_over in run.glob(f"{STAGING}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-
-
 # Resuming
 
 
-def checkpoint_to_resume(asked: str | None, run: Path, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: the one asked for, else the newest complete one of the run's folder.
-
-    Raises:
-        UserError: the one asked for is not complete.
-    """
-    if asked not in (None, "True", "true"):
-        if (problem := what_is_missing(Path(asked))) is not None:
-            raise UserError(f"--resume_from_checkpoint {asked}: {problem}.")
-        return Path(asked)
-    checkpoint = last_checkpoint(run, say)
-    if checkpoint is not None:
-        say(f"resuming from {checkpoint}")
-    return checkpoint
-
-
-def last_checkpoint(run: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
+def last_checkpoint(run: Path, say: Callable[[str], None] = print) -> Path | None:
     """The newest complete checkpoint of a run; says which ones it passes over, and why."""
-    for checkpoint in reversed(sort_checkpoints(str(run))):
-        if (problem := what_is_missing(Path(checkpoint))) is None:
-            return Path(checkpoint)
+    for checkpoint in map(Path, reversed(sort_checkpoints(str(run)))):
+        if (problem := what_is_missing(checkpoint)) is None:
+            say(f"resuming from {checkpoint}")
+            return checkpoint
         say(f"{checkpoint} is not resumed: {problem}")
     return None
 

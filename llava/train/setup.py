@@ -11,6 +11,7 @@ compute in.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llava.errors import UserError
 from llava.model.checkpoints import (
@@ -71,12 +71,6 @@ class Prepared:
         return self.model if is_bare else self.model.get_base_model()
 
 
-def stage_of(model: ModelArguments, training: TrainingArguments) -> Stage:
-    if model.tune_mm_mlp_adapter:
-        return "projector"
-    return "lora" if training.lora_enable else "full"
-
-
 def compute_dtype(training: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
 
@@ -87,7 +81,7 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
     Raises:
         UserError: a file is missing or does not fit, or nothing would train.
     """
-    stage = stage_of(model, training)
+    stage: Stage = "projector" if model.tune_mm_mlp_adapter else "lora" if training.lora_enable else "full"
     info = _base(model.model_name_or_path)
     config = _config(info, model, data, training, say)
     tokenizer = _tokenizer(info, config, model, training)
@@ -128,12 +122,10 @@ def _base(name: str) -> CheckpointInfo:
     info = inspect_checkpoint(resolve_directory(name, remedy="--model_name_or_path PATH"))
     if info.kind in ("plain_lm", "full"):
         return info
-    remedy = {
-        "lora": "merge it into its base first (llava tools merge-lora)",
-        "projector": "pass its language model, and this one's mm_projector.bin as --pretrain_mm_mlp_adapter",
-        "llava_hf": "convert it first (llava tools convert)",
-    }.get(info.kind, "pass a language model or a LLaVA checkpoint")
-    raise UserError(f"--model_name_or_path {name} is {KINDS[info.kind]}: {remedy}.")
+    raise UserError(
+        f"--model_name_or_path {name} is {KINDS[info.kind]}: give a language model or a whole LLaVA "
+        "checkpoint (`llava tools merge-lora` and `llava tools convert` make one)."
+    )
 
 
 def _config(
@@ -268,45 +260,25 @@ def choose_trainables(
 def _cast(model: nn.Module, training: TrainingArguments) -> None:
     """Trainable parameters to float32, unless DeepSpeed holds float32 copies of them; norms of a quantized
     model too, as QLoRA does."""
-    if training.bits in (4, 8):
-        for name, parameter in model.named_parameters():
-            if "norm" in name and "vision_tower" not in name:
-                parameter.data = parameter.data.float()
-    if training.deepspeed is not None:
-        dtype = compute_dtype(training)
-        for parameter in model.parameters():
-            if parameter.requires_grad and not is_deepspeed_zero3_enabled():
-                parameter.data = parameter.data.to(dtype)
-        return
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    trained_dtype = torch.float32 if training.deepspeed is None else compute_dtype(training)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # ZeRO-3 has cast its own
+            parameter.data = parameter.data.to(trained_dtype)
+        elif training.bits != 16 and "norm" in name and "vision_tower" not in name:
             parameter.data = parameter.data.float()
 
 
 def describe(model: nn.Module) -> list[str]:
-    """What trains and what is frozen, one line a part: parameters and dtypes."""
-    named = {
-        "lora_": "LoRA",
-        "vision_tower": "vision tower",
-        "mm_projector": "projector",
-        "": "language model",
-    }
-    parts: dict[str, dict[bool, tuple[int, set[str]]]] = {}
+    """How many parameters train and how many are frozen, one line per part and dtype."""
+    names = {"lora_": "LoRA", "vision_tower": "vision tower", "mm_projector": "projector"}
+    counts: Counter[tuple[str, str, torch.dtype]] = Counter()
     for name, parameter in model.named_parameters():
-        counts = parts.setdefault(next((named[key] for key in named if key in name), "language model"), {})
-        number, dtypes = counts.get(parameter.requires_grad, (0, set()))
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        counts[parameter.requires_grad] = (number + full_shape(parameter).numel(), dtypes | {dtype})
-    lines = []
-    for part, counts in parts.items():
-        texts = [
-            f"{'trains' if trains else 'frozen'} {number:,} ({', '.join(sorted(dtypes))})"
-            for trains, (number, dtypes) in sorted(counts.items(), reverse=True)
-        ]
-        lines.append(f"{part}: {'; '.join(texts)}")
-    trained = sum(number for counts in parts.values() for trains, (number, _) in counts.items() if trains)
-    total = sum(number for counts in parts.values() for number, _ in counts.values())
-    return [*lines, f"in all {trained:,} of {total:,} parameters train ({trained / total:.2%})"]
+        part = next((names[key] for key in names if key in name), "language model")
+        does = "trains" if parameter.requires_grad else "frozen"
+        counts[part, does, parameter.dtype] += full_shape(parameter).numel()
+    trained = sum(number for (_, does, _), number in counts.items() if does == "trains")
+    lines = [f"{part}: {does} {number:,} ({dtype})" for (part, does, dtype), number in counts.items()]
+    return [*lines, f"in all {trained:,} of {counts.total():,} parameters train"]
 
 
 # ZeRO-3 keeps each parameter cut up over the processes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from llava.errors import UserError, exit_status
-from llava.train.arguments import TrainingArguments, build_parser, parse
+from llava.train.arguments import build_parser, parse
 
 
 def train(attn_implementation: str | None = None, argv: Sequence[str] | None = None) -> None:
@@ -51,7 +52,18 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
 
     if training_args.process_index == 0:
         print(*notes, sep="\n", file=sys.stderr)
-    _set_up_processes(training_args)
+    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
+    for noisy in ("httpx", "filelock", "PIL", "datasets", "huggingface_hub", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # A plain `python` start on several GPUs: DataParallel cannot split lists of images.
+    if training_args.n_gpu > 1:
+        training_args._n_gpu = 1
+    if training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # the model touches the projector in every batch
+    if training_args.deepspeed is not None and training_args.use_cpu:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
 
     # What can be wrong with the folder and the data is found before the model is loaded.
     run = Path(training_args.output_dir)
@@ -61,9 +73,14 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
             write_run_file(run, arguments, notes)
         except OSError as error:
             raise UserError(f"--output_dir {run} cannot be written to ({error.strerror}).") from error
-        save.clean(run)
-    checkpoint = save.checkpoint_to_resume(training_args.resume_from_checkpoint, run, say)
-    open_table(data_args.data_path)
+        for left_over in run.glob(f"{save.STAGING}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+    if (asked := training_args.resume_from_checkpoint) in (None, "True", "true"):
+        checkpoint = save.last_checkpoint(run, say)
+    elif (problem := save.what_is_missing(checkpoint := Path(asked))) is not None:
+        raise UserError(f"--resume_from_checkpoint {asked}: {problem}.")
+    with training_args.main_process_first():  # one makes the copy, the others open it
+        open_table(data_args.data_path)
 
     prepared = build(model_args, data_args, training_args, say)
     tower = prepared.llava.get_vision_tower()
@@ -98,21 +115,6 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
     say(f"saved in {run}")
     if training_args.should_save:
         write_run_file(run, arguments, notes)
-
-
-def _set_up_processes(training: TrainingArguments) -> None:
-    logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING)
-    for noisy in ("httpx", "filelock", "PIL", "datasets", "huggingface_hub", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # A plain `python` start on several GPUs: DataParallel cannot split lists of images.
-    if training.n_gpu > 1:
-        training._n_gpu = 1
-    if training.ddp_find_unused_parameters is None:
-        training.ddp_find_unused_parameters = False  # the model touches the projector in every batch
-    if training.deepspeed is not None and training.use_cpu:
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
 
 
 # Entry points

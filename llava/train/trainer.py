@@ -4,74 +4,50 @@ how the loss is averaged, what a checkpoint holds, and what is logged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data import length_grouped_order
 from llava.train import save
 from llava.train.arguments import TrainingArguments
-from llava.train.log import Console, JsonlLog, Meter
+from llava.train.log import JsonlLog, peak_memory
 from llava.train.setup import Prepared
 
 
-class EpochSampler(Sampler[int]):
-    """An order of the samples that follows from seed and epoch alone, so that a resumed run sees the same.
+def epoch_order(size: int, seed: int, lengths: list[int] | None = None, **grouping: Any) -> list[int]:
+    """A random order of the samples that follows from the seed alone, so that a resumed run sees the same.
 
     Args:
-        lengths: one per sample; text-only samples negative. None: not grouped.
-        shuffle: False keeps the samples as they stand in the file (only where they are not grouped).
-        by_modality: batches of one modality (`--group_by_modality_length`), else of similar length only.
-        batch_size: per device.
-        world_size: processes times accumulation steps.
+        lengths: one per sample, to group by; None: not grouped.
+        grouping: batch_size, world_size and by_modality of `length_grouped_order`.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if lengths is None:
+            return torch.randperm(size).tolist()
+        return length_grouped_order(lengths, **grouping)
 
-    def __init__(
-        self,
-        size: int,
-        seed: int,
-        *,
-        lengths: list[int] | None = None,
-        shuffle: bool = True,
-        by_modality: bool = True,
-        batch_size: int = 1,
-        world_size: int = 1,
-    ):
-        self.size, self.seed, self.epoch = size, seed, 0
-        self.lengths, self.shuffle, self.by_modality = lengths, shuffle, by_modality
-        self.batch_size, self.world_size = batch_size, world_size
+
+class OrderedSampler(Sampler[int]):
+    """Samples in the order that `order()` returns when an epoch begins."""
+
+    def __init__(self, size: int, order: Callable[[], list[int]]):
+        self.size, self.order = size, order
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        if self.lengths is None and not self.shuffle:
-            return iter(range(self.size))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + self.epoch)
-            if self.lengths is None:
-                return iter(torch.randperm(self.size).tolist())
-            order = length_grouped_order(self.lengths, self.batch_size, self.world_size, self.by_modality)
-            return iter(order)
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins; where batches are skipped, accelerate's wrappers do not."""
-
-    def __init__(self, trainer: LlavaTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        # After a resumption in the middle of an epoch `state.epoch` is a fraction.
-        self.trainer.sampler.epoch = int((state.epoch or 0) + 1e-6)
+        return iter(self.order())
 
 
 class LlavaTrainer(Trainer):
@@ -90,9 +66,10 @@ class LlavaTrainer(Trainer):
         self, prepared: Prepared, args: TrainingArguments, train_dataset: Dataset, data_collator: Any
     ):
         self.prepared = prepared
-        self.meter = Meter()
-        self.sampler: EpochSampler | None = None
-        self._projected = 0
+        self._projected = 0  # visual tokens of the batch
+        # Since the last log line: samples, text tokens, images, visual tokens. Kept on the device until then.
+        self._seen = torch.zeros(4, dtype=torch.int64, device=args.device)
+        self._since = time.perf_counter()
         super().__init__(
             model=prepared.model,
             args=args,
@@ -104,31 +81,34 @@ class LlavaTrainer(Trainer):
         self.model_accepts_loss_kwargs = args.loss_average == "token"
         prepared.llava.config.use_cache = True  # for whoever loads it; `compute_loss` says False for training
         prepared.llava.get_model().mm_projector.register_forward_hook(self._count_visual_tokens)
-        for callback in (ProgressCallback, PrinterCallback):
-            self.remove_callback(callback)
-        for callback in (Console(), JsonlLog(Path(args.output_dir)), _SetEpoch(self)):
-            self.add_callback(callback)
+        self.add_callback(JsonlLog(Path(args.output_dir)))
 
     # Order of the samples
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> OrderedSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
+        args, size = self.args, len(dataset)
         lengths = None
-        if by_modality := args.group_by_modality_length:
+        if args.group_by_modality_length:
             lengths = dataset.modality_lengths
         elif args.train_sampling_strategy == "group_by_length":
             lengths = dataset.lengths
-        self.sampler = EpochSampler(
-            len(dataset),
-            args.seed if args.data_seed is None else args.data_seed,
-            lengths=lengths,
-            shuffle=args.train_sampling_strategy != "sequential",
-            by_modality=by_modality,
-            batch_size=args.train_batch_size,
-            world_size=args.world_size * args.gradient_accumulation_steps,
-        )
-        return self.sampler
+
+        def order() -> list[int]:
+            if lengths is None and args.train_sampling_strategy == "sequential":
+                return list(range(size))
+            # After a resumption in the middle of an epoch `state.epoch` is a fraction.
+            epoch = int((self.state.epoch or 0) + 1e-6)
+            return epoch_order(
+                size,
+                (args.seed if args.data_seed is None else args.data_seed) + epoch,
+                lengths,
+                batch_size=args.train_batch_size,
+                world_size=args.world_size * args.gradient_accumulation_steps,
+                by_modality=args.group_by_modality_length,
+            )
+
+        return OrderedSampler(size, order)
 
     # Optimizer
 
@@ -157,21 +137,26 @@ class LlavaTrainer(Trainer):
         self._projected = 0
         inputs = {**inputs, "use_cache": False, "loss_only": True}
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-        placeholders = (ids == IMAGE_TOKEN_INDEX) & mask
-        images = placeholders.sum()
-        self.meter.add(
-            samples=len(ids),
-            text=mask.sum() - images,
-            images=images,
-            # Without images one row passes through the projector to keep it in the graph.
-            visual=torch.where(images > 0, self._projected, 0),
-        )
+        mask = inputs["attention_mask"].bool()
+        images = ((inputs["input_ids"] == IMAGE_TOKEN_INDEX) & mask).sum()
+        # Without images one row passes through the projector to keep it in the graph.
+        visual = torch.where(images > 0, self._projected, 0)
+        self._seen += torch.stack([images.new_tensor(len(mask)), mask.sum() - images, images, visual])
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds throughput over all processes, and one process's peak of memory, to lines with a loss."""
         if "loss" in logs:
-            logs.update(self.meter.read(self.accelerator))
+            seconds = time.perf_counter() - self._since
+            samples, text, images, visual = self.accelerator.reduce(self._seen, reduction="sum").tolist()
+            self._seen.zero_()
+            self._since = time.perf_counter()
+            logs["samples_per_second"] = samples / seconds
+            logs["text_tokens_per_second"] = text / seconds
+            logs["visual_tokens_per_second"] = visual / seconds
+            if images:
+                logs["visual_tokens_per_image"] = visual / images
+            logs["memory_gib"] = peak_memory(self.args.device) / 2**30
         super().log(logs, start_time)
 
     # Checkpoints
@@ -203,26 +188,14 @@ class LlavaTrainer(Trainer):
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict[str, Any]]:
     """The optimizer's groups, in LLaVA's order: [decay, no decay]; with `mm_projector_lr` these two for the
-    rest, then for the projector. Decay is for weights outside layer norms; biases have none."""
-    norms = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-    def group(*, decay: bool, projector: bool | None) -> dict[str, Any]:
-        chosen = [
-            parameter
-            for name, parameter in trainable
-            if (name not in norms and "bias" not in name) == decay
-            and (projector is None or ("mm_projector" in name) == projector)
-        ]
-        options = {"weight_decay": args.weight_decay if decay else 0.0}
-        if projector:
-            options["lr"] = args.mm_projector_lr
-        return {"params": chosen, **options}
-
-    parts = (None,) if args.mm_projector_lr is None else (False, True)
-    return [group(decay=decay, projector=part) for part in parts for decay in (True, False)]
+    rest, then for the projector. Biases and the weights of norms have no decay."""
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for projector in (False,) if args.mm_projector_lr is None else (False, True):
+        for decay in (True, False):
+            group = {"params": [], "weight_decay": args.weight_decay if decay else 0.0}
+            groups[projector, decay] = group | ({"lr": args.mm_projector_lr} if projector else {})
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            projector = args.mm_projector_lr is not None and "mm_projector" in name
+            groups[projector, "norm" not in name and "bias" not in name]["params"].append(parameter)
+    return list(groups.values())

@@ -1,9 +1,8 @@
 """Visual tokens kept on disk: tower and reducer are frozen, so each image needs them only once.
 
-A cache folder has one subfolder per way of making tokens (tower's weights, layer, reducer, preprocessing,
-dtype), and in it entries by the content of the image file. So nothing in it can be stale: a changed image,
-tower, reducer or preprocessing is another key. Against changes of the program itself (a reducer that is being
-worked on) a few synthetic pictures are encoded at each start and compared with the first ones.
+A cache folder has one subfolder per way of making tokens (tower's weights, layer, reducer and its program,
+preprocessing, dtype), and in it entries by the content of the image file. So nothing in it can be stale: a
+changed image, tower, reducer or preprocessing is another key.
 
 On disk: safetensors files of some hundred images, each with `tokens` (float16 [rows, C], image after image),
 `digests` (uint8 [images, 16], of the image files) and `lengths` (int64 [images], rows of each). A file
@@ -14,12 +13,13 @@ one folder.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
-import shutil
+import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -54,6 +53,7 @@ ROWS_PER_FILE = 1 << 15
 def recipe_of(llava: LlavaLlamaForCausalLM) -> dict[str, Any]:
     """All that decides what tokens an image becomes, as the model is set up now."""
     tower = llava.get_vision_tower()
+    source = inspect.getsource(sys.modules[type(llava.reducer).__module__])
     weights = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -63,6 +63,7 @@ def recipe_of(llava: LlavaLlamaForCausalLM) -> dict[str, Any]:
         "select_layer": tower.select_layer,
         "select_feature": tower.select_feature,
         "reducer": llava.reducer.spec,
+        "program": hashlib.sha256(source.encode()).hexdigest(),
         "processor": tower.image_processor.to_dict(),
         "aspect": llava.config.image_aspect_ratio,
         "pinpoints": llava.config.image_grid_pinpoints,
@@ -125,26 +126,6 @@ class VisualCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a data loader's worker maps for itself
-
-    # Filling
-
-    def check_program(self, llava: LlavaLlamaForCausalLM) -> bool:
-        """Whether the program still makes of a few synthetic pictures what it made when the cache was begun.
-
-        If not, the entries are deleted: tower or reducer have changed in a way their settings do not show.
-        """
-        file = self.folder / "probe.safetensors"
-        pixels = process_images(list(_pictures()), llava.get_vision_tower().image_processor, llava.config)
-        now = {str(i): one.float().cpu().contiguous() for i, one in enumerate(llava.encode_images(pixels))}
-        if file.exists():
-            pairs = [(one, now[key]) for key, one in load_file(file).items()]
-            if all(a.shape == b.shape and (a - b).abs().max() <= 0.04 * a.abs().max() for a, b in pairs):
-                return True
-            shutil.rmtree(self.folder)
-            self.reload()
-        with replacing_file(file) as partial:
-            save_file(now, partial)
-        return False
 
     def fill(
         self,
@@ -226,16 +207,6 @@ class _Images(Dataset):
             return digest, str(error)
 
 
-def _pictures() -> Iterator[Image.Image]:
-    """Synthetic pictures of several shapes: gradients, edges and noise from a fixed seed."""
-    random = np.random.default_rng(0)
-    for height, width in ((96, 96), (80, 144), (160, 60)):
-        y, x = np.mgrid[0:height, 0:width]
-        picture = np.stack([255 * y / height, 255 * x / width, 255 * ((x // 16 + y // 16) % 2)], axis=-1)
-        picture += random.normal(0, 12, picture.shape)
-        yield Image.fromarray(picture.clip(0, 255).astype(np.uint8))
-
-
 # In a run
 
 
@@ -263,16 +234,9 @@ def cached_tokens(
     with gathered(list(llava.get_vision_tower().parameters())):
         llava.get_vision_tower().to(training.device)
         cache = VisualCache(data.visual_cache, recipe_of(llava))
-        with training.main_process_first(local=False):  # the others wait until the entries are checked
-            if training.process_index == 0:
-                had = len(cache)
-                if not cache.check_program(llava) and had:
-                    say("visual cache: the program makes other tokens than before, so it is filled anew")
-        cache.reload()
         encoded = cache.fill(
             [folder / name for name in names[training.process_index :: training.world_size]],
             llava,
-            batch_size=data.visual_cache_batch_size,
             workers=training.dataloader_num_workers,
             on_error=on_error,
             show=training.process_index == 0,
