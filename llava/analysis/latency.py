@@ -124,7 +124,7 @@ def run_once(model: LlavaLlamaForCausalLM, reducer: Reducer, work: Workload, clo
         watch.ms["reduce"] = 0.0
     else:
         with watch.stage("vision"):
-            features = tower(pixels)
+            features = tower(pixels, reducer.asks)
         with watch.stage("reduce"):
             visual = reducer(features).unbind()
     with watch.stage("project"):
@@ -298,12 +298,12 @@ def measure_tower(
     """All blocks as transformers runs them, what a reducer reads, the patches alone, reducers; in turn."""
     side = tower.image_size
     pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
-    features = tower(pixels)
+    features = {reducer: tower(pixels, reducer.asks) for reducer in reducers}
     ways: dict[str, Callable[[], object]] = {
         "all blocks": lambda: tower.backbone(pixels),
         "patches, key and CLS query": lambda: tower(pixels),
         "patches": lambda: tower.tokens(pixels),
-        **{reducer.spec: lambda reducer=reducer: reducer(features) for reducer in reducers},
+        **{reducer.spec: lambda reducer=reducer: reducer(features[reducer]) for reducer in reducers},
     }
 
     def once(way: Callable[[], object]) -> float:

@@ -249,16 +249,16 @@ def run(args: argparse.Namespace) -> int:
     charts.check_name(args.out, "--out")
     path, config = _tower_and_config(args)
     try:
-        reducer = build_reducer(
-            config.get("mm_token_reducer", "prumerge+") if args.reducer is None else args.reducer
-        )
+        recorded = config.get("mm_token_reducer", "prumerge+")
+        reducer = build_reducer(args.reducer or recorded, from_checkpoint=args.reducer is None)
         device = hardware.plan(args.device).device
     except ValueError as error:
         raise UserError(str(error)) from error
     image = load_image(args.image)
     tower = load_vision_tower(path, select_layer=config.get("mm_vision_select_layer", -2), device=device)
     square = as_seen(image, config.get("image_aspect_ratio"), mean_colour(tower.image_processor))
-    features = tower(tower.image_processor.preprocess(square, return_tensors="pt")["pixel_values"])
+    pixels = tower.image_processor.preprocess(square, return_tensors="pt")["pixel_values"]
+    features = tower(pixels, reducer.asks)
     try:
         reduced = reducer(features)
     except ReducerInputError as error:

@@ -25,7 +25,7 @@ from llava import hardware
 from llava.conversation import conv_templates, default_conv_mode
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import build_config, load_pretrained_model, load_tokenizer
+from llava.model.builder import load_pretrained_model, load_tokenizer
 from llava.model.checkpoints import (
     KINDS,
     CheckpointInfo,
@@ -35,6 +35,7 @@ from llava.model.checkpoints import (
     resolve_directory,
     save_full,
 )
+from llava.model.load import build_config
 from llava.reducers import ReducerSpecError, build_reducer
 from llava.serve.vllm import NAME, VERSION
 from llava.serve.vllm.template import chat_template, image_tag, spelled_bos

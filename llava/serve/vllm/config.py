@@ -9,8 +9,8 @@ from vllm.transformers_utils.config import register_config_parser
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.model.builder import build_config, tokenizer_of
 from llava.model.checkpoints import inspect_checkpoint, llava_config_dict
+from llava.model.load import build_config, tokenizer_of
 from llava.serve.vllm import ARCHITECTURE, NAME
 
 

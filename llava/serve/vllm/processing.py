@@ -28,8 +28,8 @@ from llava import hardware
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError
 from llava.mm_utils import process_images
-from llava.model.builder import tower_of
 from llava.model.checkpoints import PROJECTOR, inspect_checkpoint, read_model_weights, resolve_directory
+from llava.model.load import tower_of
 from llava.model.vision_tower import ENCODERS
 from llava.reducers import build_reducer
 
