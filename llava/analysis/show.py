@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
     path, config = _tower_and_config(args)
     try:
         recorded = config.get("mm_token_reducer", "prumerge+")
-        reducer = build_reducer(args.reducer or recorded, from_checkpoint=args.reducer is None)
+        reducer = build_reducer(args.reducer or recorded, allow_files=args.reducer is not None)
         device = hardware.plan(args.device).device
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -148,7 +148,7 @@ class LlavaMetaForCausalLM(_Model):
         self.model = self.body_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.set_reducer(config.mm_token_reducer, from_checkpoint=True)
+        self.set_reducer(config.mm_token_reducer, allow_files=False)
         self.post_init()
 
     # Parts
@@ -186,7 +186,7 @@ class LlavaMetaForCausalLM(_Model):
         """The token reducer: a callable from VisionFeatures to ReducedTokens, see `llava.reducers`."""
         return self._reducer
 
-    def set_reducer(self, spec: str, *, from_checkpoint: bool = False) -> None:
+    def set_reducer(self, spec: str, *, allow_files: bool = True) -> None:
         """Reduces visual tokens as `spec` says from now on; saved with the config.
 
         Raises:
@@ -194,7 +194,7 @@ class LlavaMetaForCausalLM(_Model):
                 number of tokens where the tiles of an image share it.
         """
         try:
-            reducer = build_reducer(spec, from_checkpoint=from_checkpoint)
+            reducer = build_reducer(spec, allow_files=allow_files)
         except ReducerSpecError as error:
             raise UserError(str(error)) from error
         fixed = reducer.name == "none" or getattr(reducer, "tokens", None) is not None

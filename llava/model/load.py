@@ -71,7 +71,7 @@ def build_config(raw: Mapping[str, Any], info: CheckpointInfo) -> LlavaMetaConfi
     except Exception as error:  # transformers' own code, which meets a field of the wrong type anywhere
         raise UserError(f"{file} makes no sense: {first_line(error)}") from error
     try:
-        build_reducer(config.mm_token_reducer, from_checkpoint=True)
+        build_reducer(config.mm_token_reducer, allow_files=False)
     except ReducerSpecError as error:
         raise UserError(f"{file}, mm_token_reducer: {error}") from error
     return config

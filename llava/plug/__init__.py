@@ -41,7 +41,7 @@ def reduce_tokens(model: PreTrainedModel, spec: str | Reducer | None = None) -> 
             "this model's config records no reducer (mm_token_reducer): name one, for example "
             'reduce_tokens(model, "prumerge+(tokens=144)")'
         )
-    reducer = build_reducer(spec, from_checkpoint=recorded)
+    reducer = build_reducer(spec, allow_files=not recorded)
     if reducer.name != "none":
         kind = model.config.vision_config.model_type
         if kind not in ENCODERS:

@@ -134,13 +134,13 @@ def available_reducers() -> list[str]:
     return list(dict.fromkeys([*ours, *(point.name for point in entry_points(group=ENTRY_POINTS))]))
 
 
-def build_reducer(spec: "str | Reducer | None", *, from_checkpoint: bool = False) -> Reducer:
+def build_reducer(spec: "str | Reducer | None", *, allow_files: bool = True) -> Reducer:
     """The reducer a spec describes. None means "none"; a reducer is returned as it is.
 
     Args:
         spec: what a user writes, or what a checkpoint's config records.
-        from_checkpoint: the spec was read from a checkpoint. One that names a Python file is refused then:
-            loading a model must not run code.
+        allow_files: false: a spec that names a Python file is refused. So are read a checkpoint's config and a
+            request to a server: neither may run code.
 
     Raises:
         ReducerSpecError: with what is wrong, the nearest name, and the names there are.
@@ -152,10 +152,10 @@ def build_reducer(spec: "str | Reducer | None", *, from_checkpoint: bool = False
     if not isinstance(spec, str):
         raise ReducerSpecError(f"a reducer spec is a string such as 'prumerge+', not {spec!r}")
     name, given = _parse(spec)
-    if from_checkpoint and ":" in name:
+    if not allow_files and ":" in name:
         raise ReducerSpecError(
-            f"the checkpoint asks for the reducer {spec!r} in a Python file, but loading one runs no code: "
-            "pass that spec yourself (--reducer, reducer=) if you trust the file"
+            f"the reducer {spec!r} lies in a Python file; a checkpoint or a request runs no code: pass that spec "
+            "yourself (--reducer, reducer=) if you trust the file"
         )
     method = _find(name)
     known = [f.name for f in fields(method)]

@@ -119,7 +119,7 @@ class LlavaProcessingInfo(BaseProcessingInfo):
         spec = merged.pop("reducer", self.get_hf_config().mm_token_reducer)
         if merged:
             raise ValueError(f"mm_processor_kwargs takes `reducer` only, not {', '.join(sorted(merged))}")
-        return build_reducer(spec).spec
+        return build_reducer(spec, allow_files="reducer" not in kwargs).spec
 
 
 class LlavaDummyInputs(BaseDummyInputsBuilder[LlavaProcessingInfo]):
