@@ -139,8 +139,8 @@ def build_reducer(spec: "str | Reducer | None", *, allow_files: bool = True) -> 
 
     Args:
         spec: what a user writes, or what a checkpoint's config records.
-        allow_files: false: a spec that names a Python file is refused. So are read a checkpoint's config and a
-            request to a server: neither may run code.
+        allow_files: false: a spec that names a Python file is refused. For what comes from a checkpoint's
+            config or a request to a server: neither may run code.
 
     Raises:
         ReducerSpecError: with what is wrong, the nearest name, and the names there are.
@@ -154,8 +154,8 @@ def build_reducer(spec: "str | Reducer | None", *, allow_files: bool = True) -> 
     name, given = _parse(spec)
     if not allow_files and ":" in name:
         raise ReducerSpecError(
-            f"the reducer {spec!r} lies in a Python file; a checkpoint or a request runs no code: pass that spec "
-            "yourself (--reducer, reducer=) if you trust the file"
+            f"the reducer {spec!r} lies in a Python file, and a checkpoint or a request may not run code: pass "
+            "that spec yourself (--reducer, reducer=) if you trust the file"
         )
     method = _find(name)
     known = [f.name for f in fields(method)]
