@@ -244,12 +244,6 @@ def test_tower_override(tiny: Family) -> None:
     load(tiny.full, vision_tower=tiny.tower)
 
 
-def test_tower_of_another_width(tiny: Family) -> None:
-    edit_json(tiny.full / "config.json", mm_hidden_size=48)
-    with pytest.raises(UserError, match=r"mm_projector.0.weight has shape \[64, 32\].*\[64, 48\]"):
-        load(tiny.full)
-
-
 # Reducers
 
 

@@ -95,13 +95,6 @@ def test_bad_images_are_one_sentence_about_the_file(kind: str, tmp_path: Path, n
     assert "\n" not in message and message.endswith(".")
 
 
-@pytest.mark.parametrize(("name", "says"), [("nothing.png", "no such image"), (".", "is a directory")])
-def test_paths_that_are_no_file(name: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=says) as caught:
-        mm_utils.load_image(tmp_path / name)
-    assert str(tmp_path) in str(caught.value)
-
-
 def test_an_address_is_fetched(tmp_path: Path, noise: Image.Image) -> None:
     """From a server on this machine; what it does not have is one sentence."""
     (tmp_path / "good.png").write_bytes(encoded(noise, "PNG"))

@@ -75,7 +75,7 @@ def attention_mass(features: VisionFeatures, pictures: Sequence[int], total: int
     among = torch.arange(scores.shape[1]) < share.unsqueeze(1)
     mass = (scores * among.to(scores.device)).sum(1)
     require_finite(mass.isfinite().tolist())
-    return mass.tolist()
+    return mass.clamp(min=1e-12).tolist()  # not 0 where CLS looks at no patch at all
 
 
 def share_out(total: int, masses: Sequence[float], most: int) -> list[int]:
