@@ -38,7 +38,7 @@ from llava.analysis.shapes import SHAPES
 from llava.analysis.stopwatch import CLOCKS, Spread
 from llava.engine import ModelSource
 from llava.errors import UserError
-from llava.files import write_json
+from llava.files import write_text
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.reducers import Reducer, build_reducer
 
@@ -108,9 +108,12 @@ def run(args: argparse.Namespace) -> int:
         report, text = _tower(args, plan, reducers)
     else:
         report, text = _requests(args, plan, reducers)
-    print(json.dumps(report, indent=2) if args.json else f"{_headline(report)}\n{text}")
+    content = json.dumps(report, indent=2, default=dataclasses.asdict)
+    print(content if args.json else f"{_headline(report)}\n{text}")
     if args.out:
-        write_json(args.out, report)
+        write_text(args.out, content + "\n")
+    if args.plot and "results" in report:
+        plot(report["results"], _headline(report), args.plot)
     return 0
 
 
@@ -133,10 +136,8 @@ def _requests(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[
         "layers": model.config.num_hidden_layers,
         "text_tokens": args.text,
         "new_tokens": args.new_tokens,
-        "results": list(map(dataclasses.asdict, results)),
+        "results": results,
     }
-    if args.plot:
-        plot(results, _headline(report), args.plot)
     return report, f"{text}\nms for the whole batch, median (95th percentile)"
 
 
@@ -144,11 +145,8 @@ def _prefill(args: argparse.Namespace, plan: hardware.Plan) -> tuple[dict, str]:
     lengths = args.prefill or list(paper_table.LENGTHS.values())
     model, clock = _load(args, plan), CLOCKS[args.clock]
     rows = [row for batch in args.batch for row in measure_prefill(model, lengths, batch, args.rounds, clock)]
-    report = {
-        **_circumstances(args, plan),
-        "layers": model.config.num_hidden_layers,
-        "prefill": list(map(dataclasses.asdict, rows)),
-    }
+    layers = model.config.num_hidden_layers
+    report = {**_circumstances(args, plan), "layers": layers, "prefill": rows}
     columns = {
         "batch": [str(row.batch) for row in rows],
         "length": [str(row.length) for row in rows],
@@ -179,8 +177,9 @@ def _tower(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Red
     how = (args.rounds, CLOCKS[args.clock])
     rows = [row for batch in args.batch for row in measure_tower(tower, reducers[1:], batch, *how)]
     cells = [(row.way, str(row.batch), _spread(row.time), f"{row.part:.2%}") for row in rows]
-    report = {**_circumstances(args, plan), "tower": list(map(dataclasses.asdict, rows))}
-    return report, tables.render(("way", "batch", "ms", "of all blocks"), cells)
+    return {**_circumstances(args, plan), "tower": rows}, tables.render(
+        ("way", "batch", "ms", "of all blocks"), cells
+    )
 
 
 def _load(args: argparse.Namespace, plan: hardware.Plan) -> LlavaLlamaForCausalLM:
