@@ -154,7 +154,7 @@ def build_reducer(spec: "str | Reducer | None", *, allow_files: bool = True) -> 
     name, given = _parse(spec)
     if not allow_files and ":" in name:
         raise ReducerSpecError(
-            f"the reducer {spec!r} lies in a Python file, and a checkpoint or a request may not run code: pass "
+            f"the reducer {spec!r} lies in a Python file, and checkpoints and requests run no code: pass "
             "that spec yourself (--reducer, reducer=) if you trust the file"
         )
     method = _find(name)

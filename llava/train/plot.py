@@ -83,7 +83,7 @@ def draw(logs: dict[Path, list[dict[str, Any]]], out: Path) -> None:
         (key, label) for key, label in PANELS if any(key in row for rows in logs.values() for row in rows)
     ]
     figure = Figure(figsize=(11, 3 * ((len(panels) + 1) // 2)), layout="constrained")
-    axes = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False).flat
+    axes = list(figure.subplots((len(panels) + 1) // 2, 2, squeeze=False).flat)
     for (key, label), axis in zip(panels, axes, strict=False):
         for number, (path, rows) in enumerate(logs.items()):
             points = [(row["step"], row[key]) for row in rows if key in row]
@@ -96,7 +96,6 @@ def draw(logs: dict[Path, list[dict[str, Any]]], out: Path) -> None:
         axis.set(xlabel="step", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes = figure.axes
     for spare in axes[len(panels) :]:
         spare.set_axis_off()
     if len(logs) > 1:

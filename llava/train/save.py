@@ -77,13 +77,10 @@ def gather_state(trainer: Trainer, prepared: Prepared) -> dict[str, Tensor]:
     """What a stage saves, on the CPU, under `model.state_dict()`'s names; collective, only the main process
     gets it. For LoRA and adapter tuning that is what trains and the projector in any case, else everything.
     """
-    saved_anyway = {"projector": ["mm_projector."], "lora": ["mm_projector.", "lora_"], "full": [""]}
-    parts = saved_anyway[prepared.stage]
-    if prepared.stage == "projector" and prepared.llava.config.mm_use_im_start_end:
-        parts.append("embed_tokens")
+    parts = {"projector": ["mm_projector."], "lora": ["mm_projector.", "lora_"], "full": [""]}
 
     def belongs(name: str) -> bool:
-        return any(part in name for part in parts)
+        return any(part in name for part in parts[prepared.stage])
 
     if trainer.is_fsdp_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model)

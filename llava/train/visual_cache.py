@@ -85,12 +85,11 @@ class VisualCache:
     def __init__(self, folder: str | Path, recipe: dict[str, Any]):
         content = json.dumps(recipe, sort_keys=True, default=str)
         self.folder = Path(folder) / hashlib.sha256(content.encode()).hexdigest()[:16]
-        self.recipe = recipe
+        write_json(self.folder / "recipe.json", recipe)
         self.reload()
 
     def reload(self) -> None:
         """Read which entries there are, those of other processes included. A torn file is left aside."""
-        write_json(self.folder / "recipe.json", self.recipe)
         self._open: dict[int, Any] = {}
         self._files = sorted(self.folder.glob("tokens-*.safetensors"))
         digests, places = [np.empty(0, "S16")], [np.empty((0, 3), np.int64)]
