@@ -1,4 +1,4 @@
-"""The `llava` command: a table of subcommands, each of which lives in the room it calls.
+"""The `llava` command: a table of subcommands, each a module of the package it belongs to.
 
 A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. Only the module that is asked
 for is imported, so `llava score` never waits for torch.
