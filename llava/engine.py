@@ -134,6 +134,7 @@ class ModelSource:
     conv_mode: str | None = None  # None: the one the model was trained with
     reducer: str | None = None
     vision_tower: str | None = None
+    anyres: str | None = None
     dtype: str | None = None
     attention: str | None = None
     device: str = "cuda"
@@ -169,6 +170,7 @@ class ModelSource:
             device=self.device,
             reducer=self.reducer,
             vision_tower=self.vision_tower,
+            anyres=self.anyres,
             dtype=self.dtype,
             attn_implementation=self.attention,
         )

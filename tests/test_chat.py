@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_video import write_video
 from tiny_checkpoints import VISUAL_TOKENS, Family, family, write_json
 from transformers import AutoTokenizer
 
@@ -185,6 +186,13 @@ def test_one_question(tiny: Family, session: Chat, pictures, images, capsys) -> 
     answer = plain_answer(session, prompt_of("<image>\n<image>\nWhat is it?", None), images)
     assert (status, out) == (0, answer + "\n")
     assert f"({VISUAL_TOKENS} + {VISUAL_TOKENS} visual tokens; vision " in err
+
+
+def test_frames_of_a_video_are_its_pictures(tiny: Family, tmp_path: Path, capsys) -> None:
+    write_video(tmp_path / "film.mp4", list(range(10, 210, 20)))
+    flags = ["--video-file", str(tmp_path / "film.mp4"), "--frames", "3", "--query", "What is it?"]
+    status, _, err = ask(tiny, *flags, "--reducer", "topk(tokens=4)", capsys=capsys)
+    assert status == 0 and "4 + 4 + 4 visual tokens" in err
 
 
 def test_a_conversation(tiny: Family, session: Chat, pictures, images, capsys, monkeypatch) -> None:

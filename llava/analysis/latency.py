@@ -195,7 +195,8 @@ def summarise(
     def of(stage: str, rounds: Sequence[Round] = rounds) -> list[float]:
         return [each.ms[stage] for each in rounds]
 
-    text, visual, shape = len(work.prompt) - 1, rounds[0].visual_tokens, model.config
+    text, visual = len(work.prompt) - 1, rounds[0].visual_tokens
+    shape: Any = model.config
     return Result(
         batch=work.batch,
         reducer=reducer,
@@ -225,7 +226,8 @@ def roofline_prefill(model: LlavaLlamaForCausalLM, length: int, batch: int) -> f
         gpu = gpus.find_gpu(torch.cuda.get_device_name(model.device))
     except ValueError:
         return None
-    return roofline.estimate(roofline.prefill_operators(model.config, length, batch), gpu).ms
+    shape: Any = model.config
+    return roofline.estimate(roofline.prefill_operators(shape, length, batch), gpu).ms
 
 
 # Prefill alone ---------------------------------------------------------------------------------------

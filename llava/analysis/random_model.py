@@ -14,6 +14,7 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     Dinov2Config,
+    PreTrainedConfig,
 )
 
 from llava import hardware
@@ -60,6 +61,7 @@ def memory_of(device: torch.device) -> int:
 def build_tower(shape: TowerShape, plan: hardware.Plan) -> VisionTower:
     """A CLIP or DINOv2 tower with its processor."""
     sizes = dataclasses.asdict(shape)
+    config: PreTrainedConfig
     if sizes.pop("family") == "clip":
         config = CLIPVisionConfig(**sizes)
     else:  # as released: a table of 37 x 37 positions, interpolated in every call

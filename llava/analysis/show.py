@@ -257,7 +257,8 @@ def run(args: argparse.Namespace) -> int:
     image = load_image(args.image)
     tower = load_vision_tower(path, select_layer=config.get("mm_vision_select_layer", -2), device=device)
     square = as_seen(image, config.get("image_aspect_ratio"), mean_colour(tower.image_processor))
-    pixels = tower.image_processor.preprocess(square, return_tensors="pt")["pixel_values"]
+    processor: Any = tower.image_processor
+    pixels = processor.preprocess(square, return_tensors="pt")["pixel_values"]
     features = tower(pixels, reducer.asks)
     try:
         reduced = reducer(features)

@@ -186,7 +186,8 @@ def _in_parallel(function: Callable[[int], Any], count: int, workers: int, what:
     from tqdm import tqdm
 
     workers = 0 if count <= 100 else workers  # starting processes would take longer than a few calls
-    loader = DataLoader(_Calls(function, count), batch_size=16, num_workers=workers, collate_fn=list)
+    calls: Any = _Calls(function, count)
+    loader: Any = DataLoader(calls, batch_size=16, num_workers=workers, collate_fn=list)
     with tqdm(total=count, desc=f"checking {what}", unit=f" {what}", delay=1) as bar:
         for results in loader:
             yield from results

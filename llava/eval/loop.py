@@ -211,6 +211,7 @@ def run_facts(job: Job, engine: LocalEngine) -> dict[str, Any]:
         "conv_mode": engine.conv_mode,
         "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16],
         "image_aspect_ratio": engine.pixel_config.image_aspect_ratio,
+        "anyres": source.anyres,
         "generation": {name: getattr(first, name) for name in names},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": "8bit" if source.load_8bit else "4bit" if source.load_4bit else None,

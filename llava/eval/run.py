@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model-base", help="base of a LoRA or projector-only checkpoint")
     model.add_argument("--reducer", help="token reducer in place of the checkpoint's, e.g. prumerge+")
     model.add_argument("--vision-tower", help="vision tower in place of the checkpoint's")
+    model.add_argument(
+        "--anyres", choices=("tile", "shared", "papers"), help="what a number of tokens means for tiles"
+    )
     model.add_argument("--conv-mode", help="prompt template (default: vicuna_v1, for the mini model smollm2)")
     model.add_argument("--dtype", help="float16, bfloat16, float32 (default: what the device is best at)")
     model.add_argument("--attention", help="sdpa, eager, flash_attention_2 (default: likewise)")

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -118,7 +119,7 @@ def write_pope(source: Source, number: int) -> None:
         source.save(scene, f"pope/val2014/{image}")
         present = [str(name) for name in rng.permutation(_classes(scene))[:3]]
         absent = [str(name) for name in rng.permutation([n for n in drawings() if n not in _classes(scene)])]
-        seen_with = {a: sum(together[tuple(sorted((a, p)))] for p in _classes(scene)) for a in absent}
+        seen_with = {a: sum(together[min(a, p), max(a, p)] for p in _classes(scene)) for a in absent}
         negatives = {
             "random": absent[:3],
             "popular": sorted(absent, key=lambda name: -frequent[name])[:3],
@@ -167,9 +168,9 @@ def _sides(scene: world.Scene) -> list[tuple[world.Thing, world.Thing]]:
 def _position(rng: np.random.Generator, scene: world.Scene) -> Pair:
     sides = _sides(scene)
     left, right = sides[rng.integers(len(sides))]
-    sides = {"left": (left.name, right.name), "right": (right.name, left.name)}
+    names = {"left": (left.name, right.name), "right": (right.name, left.name)}
     true, false = rng.permutation(["left", "right"])
-    subject, other = sides[true]
+    subject, other = names[true]
     ask = f"Is the {subject} on the {{}} of the {other} in the image?"
     return ask.format(true), ask.format(false)
 
@@ -282,8 +283,8 @@ def write_vqav2(source: Source, number: int) -> None:
     )
     write_text(folder / "v2_composed_mini_annotations.json", json.dumps({**head, "annotations": annotations}))
     # As with the real sets: test-dev is asked, test2015 holds more and is what an upload lists.
-    asked = rows[: max(1, round(TEST_DEV_SHARE * len(rows)))]
-    write_text(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", jsonl(asked))
+    test_dev = rows[: max(1, round(TEST_DEV_SHARE * len(rows)))]
+    write_text(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", jsonl(test_dev))
     write_text(folder / "llava_vqav2_mscoco_test2015.jsonl", jsonl(rows))
 
 
@@ -466,7 +467,7 @@ def blind_scores(root: Path) -> dict[str, dict]:
 
 def generate(out: Path, seed: int, number: int) -> dict:
     """Write all six sets into `out`, whole or not at all, and return the manifest; an equal set is kept."""
-    wanted = {"version": VERSION, "world": world.VERSION, "seed": seed, "n": number}
+    wanted: dict[str, Any] = {"version": VERSION, "world": world.VERSION, "seed": seed, "n": number}
     manifest = out / "mini.json"
     if manifest.exists():
         found = json.loads(manifest.read_text())

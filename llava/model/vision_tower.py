@@ -70,11 +70,11 @@ class VisionEncoder:
     def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return block(hidden, attention_mask=None)
 
-    def norm(self, block: nn.Module) -> nn.Module:
+    def norm(self, block: Any) -> nn.Module:
         """The layer norm in front of a block's attention."""
         return block.layer_norm1
 
-    def query_key(self, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def query_key(self, block: Any) -> tuple[nn.Module, nn.Module]:
         """A block's q and k projections."""
         return block.self_attn.q_proj, block.self_attn.k_proj
 
@@ -232,10 +232,10 @@ class Dinov2Encoder(VisionEncoder):
     def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return block(hidden)
 
-    def norm(self, block: nn.Module) -> nn.Module:
+    def norm(self, block: Any) -> nn.Module:
         return block.norm1
 
-    def query_key(self, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def query_key(self, block: Any) -> tuple[nn.Module, nn.Module]:
         attention = block.attention
         if hasattr(attention, "q_proj"):
             return attention.q_proj, attention.k_proj

@@ -53,8 +53,8 @@ def reduce_tokens(model: PreTrainedModel, spec: str | Reducer | None = None) -> 
     _drop_hook(model)
     if reducer.name != "none":
         model.model.register_forward_pre_hook(_refuse_pixels, with_kwargs=True)
-    model.__class__ = reduced_class(untouched)
-    model.reducer = reducer
+    reduced: Any = model
+    reduced.__class__, reduced.reducer = reduced_class(untouched), reducer
     return model
 
 
@@ -67,8 +67,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, ReducedModel):
         raise ValueError(f"this {type(model).__name__} was not reduced: there is nothing to restore")
     _drop_hook(model)
-    del model.reducer
-    model.__class__ = type(model).untouched
+    reduced: Any = model
+    del reduced.reducer
+    reduced.__class__ = type(model).untouched
     return model
 
 

@@ -92,7 +92,7 @@ class Llava:
         pixels: Tensor,
         inputs: Mapping[str, Any],
         *,
-        tower: nn.Module | None = None,
+        tower: Any = None,
         keeps_cls: bool | None = None,
         pool: Callable[[VisionFeatures], VisionFeatures] | None = None,
     ) -> tuple[list[Tensor], int]:

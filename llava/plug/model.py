@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,11 @@ LONG |= {"vision_aspect_ratio", "token_type_ids", "mm_token_type_ids", "position
 CANNOT = "{} does not work with a reduced model: it goes by the positions of the unreduced prompt"
 
 
-class ReducedModel:
+# A mixin: what it uses of a model comes from the class it stands before.
+_Model: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class ReducedModel(_Model):
     """What stands before a class of transformers in the order of its methods; see `reduced_class`."""
 
     untouched: type[PreTrainedModel]
@@ -205,7 +209,7 @@ class _Forward:
 
 
 @functools.cache
-def reduced_class(untouched: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def reduced_class(untouched: Any) -> Any:
     """The subclass that reduces, of the same name: save_pretrained writes it, Trainer reads it."""
     names = {name: getattr(untouched, name) for name in ("__module__", "__qualname__", "__doc__")}
     members = {"untouched": untouched, "forward": _Forward(), **names}

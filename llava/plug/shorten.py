@@ -39,7 +39,7 @@ class Past:
             values = output.values() if isinstance(output, ModelOutput) else output
             cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is not None:
-            cache.reduced_past = self
+            vars(cache)["reduced_past"] = self
 
     @staticmethod
     def of(cache: Cache | None, attention_mask: Tensor | None, input_ids: Tensor) -> "Past":

@@ -183,8 +183,8 @@ def _find(name: str) -> type[Reducer]:
         for point in points:
             point.load()
     except Exception as error:  # whatever the code of others raises
-        for new in _METHODS.keys() - before:
-            del _METHODS[new]
+        for half in _METHODS.keys() - before:
+            del _METHODS[half]
         raise ReducerSpecError(
             f"cannot import the reducer {name!r}: {type(error).__name__}: {error}"
         ) from error

@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", required=True, help="checkpoint: directory or hub name")
     parser.add_argument("--model-base", help="base of a LoRA or projector-only checkpoint")
     parser.add_argument("--image-file", default="", metavar="FILES", help="pictures, separated by commas")
+    parser.add_argument("--video-file", metavar="FILE", help="a video, of which some frames are the pictures")
+    parser.add_argument(
+        "--frames", type=int, default=8, help="how many, spread evenly (default: %(default)s)"
+    )
     parser.add_argument("--query", help="one question; without it the chat is interactive")
     parser.add_argument(
         "--reducer",
@@ -42,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='token reducer in place of the checkpoint\'s: prumerge+, "prumerge(ratio=0.125)", ...',
     )
     parser.add_argument("--vision-tower", metavar="DIR", help="vision tower in place of the checkpoint's")
+    parser.add_argument(
+        "--anyres",
+        choices=("tile", "shared", "papers"),
+        help="what a number of tokens means for pictures in tiles",
+    )
     parser.add_argument("--conv-mode", help="prompt template (default: the one the model was trained with)")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     parser.add_argument("--top-p", "--top_p", type=float)
@@ -58,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
     images = load_images(args.image_file, exif=args.exif)  # before the model: a bad picture fails at once
+    if args.video_file is not None:
+        if args.frames < 1:
+            raise UserError(f"--frames {args.frames}: give 1 or more.")
+        from llava.video import read_frames
+
+        images += read_frames(args.video_file, args.frames)
     from llava.engine import ModelSource
 
     chat = Chat(ModelSource.of(args).load(), sampling)

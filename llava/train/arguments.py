@@ -159,8 +159,9 @@ class Parser(HfArgumentParser):
 
 
 def build_parser() -> Parser:
+    kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
     return Parser(
-        (ModelArguments, DataArguments, TrainingArguments),
+        kinds,
         prog="llava train",
         description="Train a LLaVA: projector, full fine-tuning, LoRA or QLoRA.",
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -31,6 +32,7 @@ from llava.model.checkpoints import (
     save_projector,
     save_tokenizer,
 )
+from llava.train.arguments import TrainingArguments
 from llava.train.setup import Prepared, compute_dtype, gathered
 
 STAGING = ".saving-"
@@ -50,8 +52,8 @@ def write_model(trainer: Trainer, prepared: Prepared, out: Path, *, final: bool)
         final: the run's result, in the files and dtype LLaVA leaves; else an intermediate checkpoint, which
             keeps the exact weights to resume from, and the tokenizer.
     """
-    state = gather_state(trainer, prepared)
-    if not trainer.args.should_save:
+    state, arguments = gather_state(trainer, prepared), cast(TrainingArguments, trainer.args)
+    if not arguments.should_save:
         return
     out.mkdir(parents=True, exist_ok=True)
     config = prepared.llava.config
@@ -64,7 +66,7 @@ def write_model(trainer: Trainer, prepared: Prepared, out: Path, *, final: bool)
         others = {name: tensor for name, tensor in state.items() if name not in lora}
         save_lora(prepared.model, out, state_dict=lora, non_lora_state_dict=others)
     else:
-        if final and (dtype := compute_dtype(trainer.args)) is not torch.float32:
+        if final and (dtype := compute_dtype(arguments)) is not torch.float32:
             state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
             config.dtype = dtype
         save_full(prepared.llava, None, out, state_dict=state)

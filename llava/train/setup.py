@@ -67,8 +67,8 @@ class Prepared:
     @property
     def llava(self) -> LlavaMetaForCausalLM:
         """The model without PEFT's wrapping."""
-        is_bare = isinstance(self.model, LlavaMetaForCausalLM)
-        return self.model if is_bare else self.model.get_base_model()
+        model: Any = self.model
+        return model if isinstance(model, LlavaMetaForCausalLM) else model.get_base_model()
 
 
 def compute_dtype(training: TrainingArguments) -> torch.dtype:
@@ -249,7 +249,7 @@ def choose_trainables(
         llava.requires_grad_(stage == "full")
         if model.freeze_backbone:
             body.requires_grad_(False)
-    vision = [body.mm_projector, *([body.image_newline] if body.image_newline is not None else [])]
+    vision: list[Any] = [body.mm_projector, *([body.image_newline] if body.image_newline is not None else [])]
     for part in vision:
         part.requires_grad_(not training.freeze_mm_mlp_adapter)
     body.vision_tower.requires_grad_(False)

@@ -86,7 +86,7 @@ class LlavaTrainer(Trainer):
     # Order of the samples
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> OrderedSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args, size = self.args, len(dataset)
         lengths = None
         if args.group_by_modality_length:
@@ -112,12 +112,14 @@ class LlavaTrainer(Trainer):
 
     # Optimizer
 
-    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: nn.Module | None = None):
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None):
         """What `create_optimizer` makes the optimizer of: its class, its options, and LLaVA's groups."""
         cls, options = super().get_optimizer_cls_and_kwargs(args, model)
         options.setdefault("params", parameter_groups(model, args))
         if self.is_deepspeed_enabled and args.hf_deepspeed_config.is_offload():
-            from deepspeed.ops.adam import DeepSpeedCPUAdam as cls  # vectorised, where the states now lie
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            cls = DeepSpeedCPUAdam  # vectorised, where the states now lie
 
             options.pop("fused", None)
         return cls, options

@@ -113,7 +113,7 @@ class VisualCache:
 
     def __contains__(self, digest: bytes) -> bool:
         spot = np.searchsorted(self._digests, np.bytes_(digest))
-        return digest != b"" and spot < len(self) and self._digests[spot] == np.bytes_(digest)
+        return bool(digest and spot < len(self) and self._digests[spot] == np.bytes_(digest))
 
     def __getitem__(self, digest: bytes) -> Tensor:
         if digest not in self:
