@@ -9,4 +9,5 @@ export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
 lint-imports --no-cache --no-logo
+mypy
 exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

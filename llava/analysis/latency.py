@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.analysis import gpus, roofline
-from llava.analysis.shapes import LanguageShape
 from llava.analysis.stopwatch import WALL, Clock, Spread, Stopwatch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
@@ -213,7 +212,7 @@ def summarise(
     )
 
 
-def prefill_flops(shape: LanguageShape, length: int) -> float:
+def prefill_flops(shape: Any, length: int) -> float:
     """FLOPs of the prefill of one sequence of `length` positions."""
     return sum(op.flops for op in roofline.prefill_operators(shape, length, 1))
 

@@ -33,7 +33,7 @@ def reduce_tokens(model: PreTrainedModel, spec: str | Reducer | None = None) -> 
         ValueError: another class, an unknown spec, a reducer that does not work with this model's tower. The
             model is left as it was.
     """
-    untouched = type(model).untouched if isinstance(model, ReducedModel) else type(model)
+    untouched: Any = type(model).untouched if isinstance(model, ReducedModel) else type(model)
     family = family_of(untouched)
     recorded = spec is None
     if recorded and (spec := getattr(model.config, "mm_token_reducer", None)) is None:

@@ -186,7 +186,7 @@ class _Forward:
     `forward` is, so that those who wrap the forward that they find do not meet themselves.
     """
 
-    def __get__(self, model: nn.Module | None, owner: type) -> Callable:
+    def __get__(self, model: nn.Module | None, owner: Any) -> Callable:
         own = owner.untouched.forward
         below = None if model is None else vars(model).get("forward")
 
@@ -216,7 +216,7 @@ def reduced_class(untouched: Any) -> Any:
     return type(untouched.__name__, (ReducedModel, untouched), members)
 
 
-def _new_reduced(untouched: type[PreTrainedModel]) -> PreTrainedModel:
+def _new_reduced(untouched: Any) -> PreTrainedModel:
     cls = reduced_class(untouched)
     return cls.__new__(cls)
 
