@@ -31,7 +31,7 @@ FLAWED: list[tuple[object, str | None, str]] = [
     (
         sample("<image>", "x", "<image>", "x", image="a.png"),
         "image-count",
-        "images: 1, <image> in the text: 2",
+        "images: 1, <image> in its text: 2",
     ),
     (sample("none", "x", image="a.png"), "image-count", "images: 1"),
     (sample("<image>", "x"), "image-count", "images: 0"),

@@ -470,7 +470,7 @@ def test_a_subclass_of_the_users():
         ),
         (lambda: build("Llava"), "prumerg", "prumerge"),
         (lambda: build("Llava"), None, "records no reducer"),
-        (lambda: build("LlavaOnevision"), "prumerge", "CLS"),
+        (lambda: build("LlavaOnevision"), "visionzip", "cls"),
         (
             lambda: build("Llava", vision_config=tf.PixtralVisionConfig(**VISION)),
             "pool",

