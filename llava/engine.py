@@ -116,7 +116,7 @@ class Answer:
 
 
 def finish(pieces: Generator[str, None, Answer], emit: Callable[[str], None] = lambda piece: None) -> Answer:
-    """Hands every piece of a stream to `emit`; returns the whole answer."""
+    """Passes every piece of a stream to `emit`; returns the whole answer."""
     with closing(pieces):  # where `emit` raises, as Ctrl-C does, the model stops too
         while True:
             try:
@@ -582,7 +582,7 @@ class _TextStream(BaseStreamer):
         self.text, self.first = "", 0.0
         self._ids: list[int] = []
         self._emitted = 0  # characters
-        self._prompt_is_next = True  # generate hands that out too
+        self._prompt_is_next = True  # generate puts that out too
 
     def put(self, value: Tensor) -> None:
         if self._prompt_is_next:

@@ -283,9 +283,9 @@ def test_command_answers_scores_and_resumes(tiny, data, capsys):
     facts = json.loads(answers.with_suffix(".provenance.json").read_text())
     assert facts["run"]["reducer"] == "prumerge" and facts["run"]["benchmark"] == "pope"
     assert facts["score"]["headline"]["over"] == 35 and facts["summary"]["images"] == 2
-    sitting = facts["sittings"][0]
-    assert sitting["torch"] == torch.__version__ and sitting["attention"] == "sdpa"
-    assert sitting["device"].endswith(f", {os.cpu_count()} cores") and sitting["llava"]
+    session = facts["sessions"][0]
+    assert session["torch"] == torch.__version__ and session["attention"] == "sdpa"
+    assert session["device"].endswith(f", {os.cpu_count()} cores") and session["llava"]
     # Another reducer, template or protocol never adds to this file.
     elsewhere = [*command(tiny, data, "pope"), "--answers", str(answers), "--conv-mode", "llava_v1"]
     assert cli.main(elsewhere) == 2
@@ -363,7 +363,7 @@ def test_kills_lose_nothing_and_double_nothing(tiny, data, tmp_path, capfd):
     assert kills == 2 and lines_of(answers) == 56 and Files(answers).parts == []
     assert texts_of(answers) == texts_of(tmp_path / "whole.jsonl")
     facts = json.loads(Files(answers).provenance.read_text())
-    assert len(facts["sittings"]) >= 3 and facts["summary"]["answered"] == 56
+    assert len(facts["sessions"]) >= 3 and facts["summary"]["answered"] == 56
     assert "56 of 56 questions answered" in capfd.readouterr().out
 
 

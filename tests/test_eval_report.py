@@ -19,7 +19,7 @@ def provenance(folder, name, reducer, benchmark="pope", value=80.0, tokens=144.0
             "questions": 100, "answered": 100, "problems": [], "questions_per_second": 4.0,
             "visual_tokens": {"mean": tokens, "p50": tokens, "p95": tokens + 8, "max": 200},
         },
-        "sittings": [{"device": "cpu"}],
+        "sessions": [{"device": "cpu"}],
         "score": {"headline": {"name": "f1", "value": value, "interval": [value - 1, value + 1.5]}},
     } | more  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

@@ -84,8 +84,8 @@ def answer(job: Job, *, workers: int | None = None, overwrite: bool = False) -> 
     with AnswersFile(job.answers, job.lines) as file:
         file.merge()
         took = summary(files, job.lines, file.answered())
-    machines = [event["sitting"] for event in files.events() if "sitting" in event]
-    files.update(summary=took, sittings=machines)
+    machines = [event["session"] for event in files.events() if "session" in event]
+    files.update(summary=took, sessions=machines)
     return took
 
 
@@ -101,7 +101,7 @@ def work(job: Job, rank: int = 0, world: int = 1, gpu: int | None = None) -> Non
         missing = [request for request in mine if request.id not in answered]
         if not missing:
             return
-        files.note(sitting={"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine_facts(engine)})
+        files.note(session={"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine_facts(engine)})
         bar = tqdm(total=len(mine), initial=len(mine) - len(missing), unit="q", disable=rank > 0)
         took = Took(files)
         for one in engine.answer(missing):

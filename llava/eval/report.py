@@ -110,7 +110,7 @@ def read_run(file: Path) -> Run | None:
         visual_tokens=tokens.get("mean"),
         visual_tokens_p95=tokens.get("p95"),
         seconds_per_question=1 / speed if speed else None,
-        device=", ".join(sorted({str(one.get("device")) for one in content["sittings"]})),
+        device=", ".join(sorted({str(one.get("device")) for one in content["sessions"]})),
     )
 
 
