@@ -1,1 +1,1 @@
-"""LLaVA with adaptive visual-token reduction, on today's stack. docs/architecture.md shows how it is built."""
+"""LLaVA with adaptive visual-token reduction, on today's stack. How it is built: docs/architecture.md."""
