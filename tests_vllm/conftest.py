@@ -40,7 +40,7 @@ def mini_merged(mini, tmp_path_factory) -> Path:
     tokenizer, model, _ = mini
     folder = tmp_path_factory.mktemp("merged") / "mini-merged"
     model.config.mm_vision_tower = str(BASE / "vision_tower")
-    save_full(model, tokenizer, folder, include_tower=False)
+    save_full(model, tokenizer, folder)
     return folder
 
 
