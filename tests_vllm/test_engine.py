@@ -133,7 +133,7 @@ def test_a_random_checkpoint_with_every_reducer_in_one_batch(kind, tmp_path):
     requests += [(prompt_of("vicuna_v1", "Hello"), [], "none")]
     found, wanted = both(path, loaded, requests, length=512)
     assert found == wanted
-    assert len({tuple(ids) for ids in wanted}) > len(requests) // 4  # the pictures matter
+    assert len({tuple(ids) for ids in wanted}) > 9  # pictures and reducers matter
 
 
 def gradient(width: int, height: int, shade: int) -> Image.Image:
