@@ -33,14 +33,12 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import conv_templates, default_conv_mode
 from llava.errors import UserError
-from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
+from llava.mm_utils import get_model_name_from_path, image_tag, tokenizer_image_token
 from llava.model import prefix
 from llava.pixels import Decoding, Pixels, Source, decode, in_workers
 
@@ -457,9 +455,8 @@ class LocalEngine:
             texts[0] = f"{DEFAULT_IMAGE_TOKEN}\n" * len(request.images) + texts[0]
         conversation = conv_templates[self.conv_mode].copy()
         for place, text in enumerate([*texts, None]):
-            if text and self.model.config.mm_use_im_start_end:
-                tag = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-                text = text.replace(DEFAULT_IMAGE_TOKEN, tag)
+            if text:
+                text = text.replace(DEFAULT_IMAGE_TOKEN, image_tag(self.model.config.mm_use_im_start_end))
             conversation.append_message(conversation.roles[place % 2], text)
         prompt = conversation.get_prompt()
         places, count = prompt.count(DEFAULT_IMAGE_TOKEN), len(request.images)

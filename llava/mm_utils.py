@@ -18,7 +18,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import StoppingCriteria
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
 from llava.errors import UserError, first_line
 
 MAX_PIXELS = 178_956_970
@@ -162,7 +167,7 @@ def process_images(
         if aspect == "anyres":
             pinpoints = model_cfg.image_grid_pinpoints
             if getattr(model_cfg, "mm_anyres_budget", "tile") == "papers":
-                pinpoints = [(2 * _tile_side(image_processor),) * 2]
+                pinpoints = [(2 * tile_side(image_processor),) * 2]
                 image = image.resize(pinpoints[0])
             pixels.append(process_anyres_image(image, image_processor, pinpoints))
             continue
@@ -172,6 +177,13 @@ def process_images(
     if pixels and all(p.shape == pixels[0].shape for p in pixels):
         return torch.stack(pixels)
     return pixels
+
+
+def image_tag(mm_use_im_start_end: bool) -> str:
+    """What stands for an image in the prompts of a checkpoint: its config says which."""
+    if mm_use_im_start_end:
+        return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    return DEFAULT_IMAGE_TOKEN
 
 
 def mean_colour(image_processor: Any) -> tuple[int, ...]:
@@ -225,7 +237,7 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
     ]
 
 
-def _pinpoints(grid_pinpoints: str | Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+def read_pinpoints(grid_pinpoints: str | Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """Pinpoints as configs carry them: a list of [width, height], or its text."""
     points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
     return [(int(width), int(height)) for width, height in points]
@@ -235,7 +247,7 @@ def get_anyres_image_grid_shape(
     image_size: tuple[int, int], grid_pinpoints: str | Sequence[Sequence[int]], patch_size: int
 ) -> tuple[int, int]:
     """Tiles across and down for an image of (width, height), tiles of `patch_size` pixels."""
-    width, height = select_best_resolution(image_size, _pinpoints(grid_pinpoints))
+    width, height = select_best_resolution(image_size, read_pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
 
 
@@ -243,14 +255,14 @@ def process_anyres_image(
     image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """Float32 [1 + tiles, 3, S, S]: the whole image squeezed to a square, then its tiles row by row."""
-    best = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
-    tiles = divide_to_patches(resize_and_pad_image(image, best), _tile_side(processor))
+    best = select_best_resolution(image.size, read_pinpoints(grid_pinpoints))
+    tiles = divide_to_patches(resize_and_pad_image(image, best), tile_side(processor))
     side = _edge(processor.size)
     return torch.stack([_pixels(view, processor) for view in [image.resize((side, side)), *tiles]])
 
 
-def _tile_side(processor: Any) -> int:
-    """Pixels of a tile: what the processor gives. SigLIP's crops nothing."""
+def tile_side(processor: Any) -> int:
+    """Side in pixels of the squares that the processor gives, so of a tile. SigLIP's crops nothing."""
     return _edge(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
 
 

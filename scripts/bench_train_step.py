@@ -27,11 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava.analysis.stopwatch import CLOCKS, Stopwatch
 from llava.analysis.tables import render
-from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.data import DataCollatorForSupervisedDataset
 from llava.files import write_json
 from llava.mini.world import generate
 from llava.train.arguments import parse
-from llava.train.setup import build
+from llava.train.setup import build, open_dataset
 from llava.train.trainer import LlavaTrainer
 
 
@@ -83,15 +83,7 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> LlavaTrainer:
     model_args, data_args, training_args = parse(shlex.split(flags))
     torch.manual_seed(0)
     prepared = build(model_args, data_args, training_args, print)
-    dataset = LazySupervisedDataset(
-        data_args.data_path,
-        prepared.tokenizer,
-        prepared.llava.get_vision_tower().image_processor,
-        image_folder=data_args.image_folder,
-        version=model_args.version,
-        image_aspect_ratio=data_args.image_aspect_ratio,
-        cache_dir=folder / "cache",
-    )
+    dataset = open_dataset(prepared, model_args, data_args, cache_dir=folder / "cache")
     trainer = LlavaTrainer(
         prepared, training_args, dataset, DataCollatorForSupervisedDataset(prepared.tokenizer)
     )

@@ -268,7 +268,7 @@ def test_square_helpers_are_the_references(text_data: Path) -> None:
         assert list(square.getbbox()) == case["content_box_xyxy"]
     for case in helpers["anyres"]:
         size = tuple(case["size"])
-        points = mm_utils._pinpoints(case["pinpoints"])
+        points = mm_utils.read_pinpoints(case["pinpoints"])
         best = mm_utils.select_best_resolution(size, points)
         assert list(best) == case["best"], case
         for form in (case["pinpoints"], points):

@@ -11,10 +11,10 @@ from PIL import Image
 from tiny_checkpoints import Family, family
 from torch.utils.data import Subset
 
-from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.data import DataCollatorForSupervisedDataset
 from llava.train.arguments import parse
 from llava.train.plot import read_log
-from llava.train.setup import Prepared, build
+from llava.train.setup import Prepared, build, open_dataset
 from llava.train.train import train
 from llava.train.trainer import LlavaTrainer
 
@@ -59,14 +59,7 @@ def trainer(argv: list[str], order: list[int] | None = None) -> tuple[Prepared, 
     model_args, data_args, training_args = parse(argv, silent)
     torch.manual_seed(0)
     prepared = build(model_args, data_args, training_args, silent)
-    dataset = LazySupervisedDataset(
-        data_args.data_path,
-        prepared.tokenizer,
-        prepared.llava.get_vision_tower().image_processor,
-        image_folder=data_args.image_folder,
-        version=model_args.version,
-        image_aspect_ratio=data_args.image_aspect_ratio,
-    )
+    dataset = open_dataset(prepared, model_args, data_args)
     samples = dataset if order is None else Subset(dataset, order)
     collator = DataCollatorForSupervisedDataset(prepared.tokenizer)
     return prepared, LlavaTrainer(prepared, training_args, samples, collator)

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 
 from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import Conversation, SeparatorStyle, conv_templates, default_conversation
 from llava.errors import UserError
+from llava.mm_utils import image_tag
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +109,7 @@ def _place_image(text: str, im_start_end: bool, mmtag: bool, several: bool) -> s
         return text
     if not several:
         text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
-    tag = DEFAULT_IMAGE_TOKEN
-    if im_start_end:
-        tag = DEFAULT_IM_START_TOKEN + tag + DEFAULT_IM_END_TOKEN
+    tag = image_tag(im_start_end)
     if mmtag:
         tag = f"<Image>{tag}</Image>"
     return text.replace(DEFAULT_IMAGE_TOKEN, tag)

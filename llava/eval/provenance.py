@@ -18,6 +18,8 @@ import numpy as np
 from llava.errors import UserError
 from llava.files import write_json
 
+REMEDY = "Give another --answers file, or --overwrite."
+
 
 @dataclass(frozen=True)
 class Files:
@@ -72,14 +74,13 @@ class Files:
         Raises:
             UserError: they belong to another one (the difference is named), or nothing says to which.
         """
-        remedy = "Give another --answers file, or --overwrite."
         if self.provenance.exists():
             if different := differences(read_run(self.provenance), json.loads(json.dumps(run))):
-                raise UserError(f"{self.answers} belongs to another run ({different}). {remedy}")
+                raise UserError(f"{self.answers} belongs to another run ({different}). {REMEDY}")
         elif self.answers.exists() and self.answers.stat().st_size > 0:
             raise UserError(
                 f"{self.answers} holds answers, and no {self.provenance.name} beside it says what made them. "
-                + remedy
+                + REMEDY
             )
         else:
             write_json(self.provenance, {"run": run})

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError
-from llava.eval.provenance import Files
-
-REMEDY = "Give another --answers file, or --overwrite."
+from llava.eval.provenance import REMEDY, Files
 
 
 class AnswersFile:

@@ -33,6 +33,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging as hf_logging
 
 from llava.errors import UserError, first_line
+from llava.mm_utils import tile_side
 from llava.reducers.features import VisionFeatures
 
 
@@ -323,10 +324,7 @@ class VisionTower(nn.Module):
     @property
     def image_size(self) -> int:
         """Side in pixels of the square images this tower is fed with."""
-        processor: Any = self.image_processor
-        if processor is None:
-            return self.config.image_size
-        return (processor.crop_size if processor.do_center_crop else processor.size)["height"]
+        return self.config.image_size if self.image_processor is None else tile_side(self.image_processor)
 
     @property
     def grid(self) -> tuple[int, int]:

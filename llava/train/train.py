@@ -37,11 +37,11 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
     arguments = model_args, data_args, training_args = parse(argv, say=notes.append)
 
     # Only now: these take seconds to import, and a wrong flag should be answered at once.
-    from llava.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+    from llava.data import DataCollatorForSupervisedDataset
     from llava.data.table import open_table
     from llava.train import save
     from llava.train.log import write_run_file
-    from llava.train.setup import build
+    from llava.train.setup import build, open_dataset
     from llava.train.trainer import LlavaTrainer
     from llava.train.visual_cache import cached_tokens
 
@@ -84,16 +84,7 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
 
     prepared = build(model_args, data_args, training_args, say)
     tower = prepared.llava.get_vision_tower()
-    dataset = LazySupervisedDataset(
-        data_args.data_path,
-        prepared.tokenizer,
-        tower.image_processor,
-        image_folder=data_args.image_folder,
-        version=model_args.version,
-        image_aspect_ratio=data_args.image_aspect_ratio,
-        mm_use_im_start_end=model_args.mm_use_im_start_end,
-        on_bad_sample=data_args.on_bad_sample,
-    )
+    dataset = open_dataset(prepared, model_args, data_args, on_bad_sample=data_args.on_bad_sample)
     longest = training_args.model_max_length
     if prepared.llava.reducer.spec == "none" and tower.num_patches >= longest:
         say(

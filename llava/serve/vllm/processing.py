@@ -1,7 +1,6 @@
 """From pictures to visual tokens in vLLM's front end: tower and reducer run here, so that the count of tokens
 of each picture is known before its prompt is scheduled. The engine gets [K, C] tokens instead of pixels."""
 
-import ast
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from vllm.multimodal.processing import (
 from llava import hardware
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError
-from llava.mm_utils import process_images
+from llava.mm_utils import process_images, read_pinpoints, tile_side
 from llava.model.checkpoints import PROJECTOR, inspect_checkpoint, read_model_weights, resolve_directory
 from llava.model.load import tower_of
 from llava.model.vision_tower import ENCODERS
@@ -99,13 +98,11 @@ class LlavaProcessingInfo(BaseProcessingInfo):
         vision = AutoConfig.from_pretrained(path, local_files_only=True)
         vision = getattr(vision, "vision_config", vision)
         processor = ENCODERS[vision.model_type].processor_class.from_pretrained(path, local_files_only=True)
-        size = dict(processor.crop_size if processor.do_center_crop else processor.size)
-        side = size.get("height") or size["shortest_edge"]
+        side = tile_side(processor)
         rows = side // vision.patch_size
         views = 1
         if config.image_aspect_ratio == "anyres":
-            points = config.image_grid_pinpoints
-            points = points if isinstance(points, list) else ast.literal_eval(points)
+            points = read_pinpoints(config.image_grid_pinpoints)
             views += max((width // side) * (height // side) for width, height in points)
         return views * (rows * rows + rows)
 

@@ -5,7 +5,7 @@ import json
 import re
 from typing import Any
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
 
 SYSTEM, QUESTION, ANSWER, NEXT_QUESTION = "\ue000", "\ue001", "\ue002", "\ue003"
@@ -71,10 +71,3 @@ def chat_template(conversation: Conversation, *, bos: str = "", image: str = DEF
 def spelled_bos(tokenizer: Any) -> str:
     """The BOS in letters where the tokenizer puts one in front of every text, else nothing."""
     return tokenizer.bos_token if tokenizer("").input_ids else ""
-
-
-def image_tag(config: Any) -> str:
-    """What stands for a picture in the prompts of this checkpoint."""
-    if config.mm_use_im_start_end:
-        return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-    return DEFAULT_IMAGE_TOKEN

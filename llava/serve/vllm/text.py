@@ -7,9 +7,9 @@ from vllm.tokenizers.hf import get_cached_tokenizer
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates, default_conv_mode
-from llava.mm_utils import get_model_name_from_path
+from llava.mm_utils import get_model_name_from_path, image_tag
 from llava.serve.vllm.config import load_config
-from llava.serve.vllm.template import chat_template, image_tag, spelled_bos
+from llava.serve.vllm.template import chat_template, spelled_bos
 
 
 class _PieceByPiece:
@@ -57,7 +57,7 @@ class LlavaTokenizer:
         config, tokenizer = load_config(path)
         conversation = conv_templates[default_conv_mode(get_model_name_from_path(str(path)), tokenizer)]
         tokenizer.chat_template = chat_template(
-            conversation, bos=spelled_bos(tokenizer), image=image_tag(config)
+            conversation, bos=spelled_bos(tokenizer), image=image_tag(config.mm_use_im_start_end)
         )
         tokenizer.truncation_side = truncation_side
         tokenizer.__class__ = _SentencePiece if isinstance(tokenizer, LlamaTokenizer) else _ByteLevel
