@@ -499,7 +499,7 @@ def test_tokenizer_of_another_model(tiny: Family) -> None:
 
 def test_config_that_makes_no_sense(tiny: Family) -> None:
     edit_json(tiny.full / "config.json", num_attention_heads="four")
-    with pytest.raises(UserError, match=r"config.json makes no sense"):
+    with pytest.raises(UserError, match=r"config.json is not a valid config"):
         load(tiny.full)
 
 

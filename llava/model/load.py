@@ -69,7 +69,7 @@ def build_config(raw: Mapping[str, Any], info: CheckpointInfo) -> LlavaMetaConfi
     try:
         config = model_class.config_class.from_dict(fields)
     except Exception as error:  # transformers' own code, which meets a field of the wrong type anywhere
-        raise UserError(f"{file} makes no sense: {first_line(error)}") from error
+        raise UserError(f"{file} is not a valid config: {first_line(error)}") from error
     try:
         build_reducer(config.mm_token_reducer, allow_files=False)
     except ReducerSpecError as error:
