@@ -1,16 +1,15 @@
 """`llava bench`: where the time of a request goes, with few visual tokens and with all of them.
 
 `--shape 7b --random-weights` needs no checkpoint. `--prefill 616 184 72` times the language model alone at
-these lengths; `--paper` does so at the lengths of the PruMerge paper's table, beside its figures. `--tower`
-times the vision tower and the reducers alone, beside the forward of all its blocks. How it is measured:
-`latency.py`.
+these lengths. `--tower` times the vision tower and the reducers alone, beside the forward of all its blocks.
+How it is measured: `latency.py`.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +32,13 @@ from llava.analysis.latency import (
     run_once,
     summarise,
 )
-from llava.analysis.random_model import build_model, build_tower, with_layers
+from llava.analysis.random_model import build_model, build_tower
 from llava.analysis.shapes import SHAPES
 from llava.analysis.stopwatch import CLOCKS, Spread
 from llava.engine import ModelSource
 from llava.errors import UserError
 from llava.files import write_text
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.reducers import Reducer, build_reducer
 
 
@@ -67,8 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--prefill", type=int, nargs="+", metavar="LENGTH", help="time prefill alone, at these lengths"
     )
+    lengths = list(paper_table.LENGTHS.values())
     work.add_argument(
-        "--paper", action="store_true", help="time the prefills of the paper's efficiency table"
+        "--paper",
+        dest="prefill",
+        action="store_const",
+        const=lengths,
+        help=f"--prefill {' '.join(map(str, lengths))}: those of the paper's efficiency table",
     )
     work.add_argument("--tower", action="store_true", help="time the vision tower and the reducers alone")
     how = parser.add_argument_group("measurement")
@@ -85,8 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if min(args.rounds, args.new_tokens, args.text, *args.batch, *(args.prefill or [1])) < 1:
-        raise UserError("--rounds, --new-tokens, --text, --batch and --prefill must be at least 1.")
+    for name in ("rounds", "new_tokens", "text", "layers", "batch", "prefill"):
+        value = getattr(args, name)
+        if value is not None and np.min(value) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
     if (args.model_path is None) == (args.shape is None):
         raise UserError("say what to measure: either --model-path PATH, or --shape 7b --random-weights.")
     if args.layers is not None and args.shape is None:
@@ -102,13 +108,13 @@ def run(args: argparse.Namespace) -> int:
         print(warning, file=sys.stderr)
     if args.clock == "cpu" and plan.device.type != "cpu":
         raise UserError(f"--clock cpu counts what a CPU does; on {plan.device} use --clock wall.")
-    if args.paper or args.prefill:
+    if args.prefill:
         report, text = _prefill(args, plan)
     elif args.tower:
         report, text = _tower(args, plan, reducers)
     else:
         report, text = _requests(args, plan, reducers)
-    content = json.dumps(report, indent=2, default=dataclasses.asdict)
+    content = json.dumps(report, indent=2, default=asdict)
     print(content if args.json else f"{_headline(report)}\n{text}")
     if args.out:
         write_text(args.out, content + "\n")
@@ -142,11 +148,9 @@ def _requests(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[
 
 
 def _prefill(args: argparse.Namespace, plan: hardware.Plan) -> tuple[dict, str]:
-    lengths = args.prefill or list(paper_table.LENGTHS.values())
-    model, clock = _load(args, plan), CLOCKS[args.clock]
-    rows = [row for batch in args.batch for row in measure_prefill(model, lengths, batch, args.rounds, clock)]
-    layers = model.config.num_hidden_layers
-    report = {**_circumstances(args, plan), "layers": layers, "prefill": rows}
+    model, how = _load(args, plan), (args.rounds, CLOCKS[args.clock])
+    rows = [row for batch in args.batch for row in measure_prefill(model, args.prefill, batch, *how)]
+    report = {**_circumstances(args, plan), "layers": model.config.num_hidden_layers, "prefill": rows}
     columns = {
         "batch": [str(row.batch) for row in rows],
         "length": [str(row.length) for row in rows],
@@ -154,19 +158,10 @@ def _prefill(args: argparse.Namespace, plan: hardware.Plan) -> tuple[dict, str]:
         "speed-up": [f"{row.speedup:.2f}x" for row in rows],
         "FLOP ratio": [f"{row.flop_ratio:.2f}x" for row in rows],
         "reached": [f"{row.speedup / row.flop_ratio:.0%}" for row in rows],
-        "peak MB": [_megabytes(row.peak_bytes) for row in rows],
     }
     if any(row.roofline_ms for row in rows):
         columns["roofline ms"] = [f"{row.roofline_ms:.1f}" for row in rows]
-    text = tables.render(list(columns), list(zip(*columns.values(), strict=True)), left=())
-    if args.paper and args.shape in ("7b", "13b"):
-        printed = [paper_table.PRINTED[f"{args.shape}-fp16-{name}"][1] for name in paper_table.LENGTHS]
-        text += (
-            f"\nThe paper prints {' and '.join(printed)} ms for {args.shape}, FP16, at the lengths "
-            f"{paper_table.LENGTHS['full']} and {paper_table.LENGTHS['prumerge']}: a roofline of a V100, "
-            "not a measurement."
-        )
-    return report, text
+    return report, tables.render(list(columns), list(zip(*columns.values(), strict=True)), left=())
 
 
 def _tower(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Reducer]) -> tuple[dict, str]:
@@ -182,9 +177,12 @@ def _tower(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Red
     )
 
 
-def _load(args: argparse.Namespace, plan: hardware.Plan) -> LlavaLlamaForCausalLM:
+def _load(args: argparse.Namespace, plan: hardware.Plan) -> LlavaMetaForCausalLM:
     if args.shape is not None:
-        return build_model(with_layers(SHAPES[args.shape], args.layers), plan)
+        shape = SHAPES[args.shape]
+        if args.layers is not None:
+            shape = replace(shape, language=replace(shape.language, num_hidden_layers=args.layers))
+        return build_model(shape, plan)
     dtype, device = str(plan.dtype).removeprefix("torch."), str(plan.device)
     source = ModelSource(
         args.model_path, args.model_base, dtype=dtype, attention=plan.attention, device=device

@@ -10,6 +10,7 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from llava.analysis.stopwatch import WALL, Clock, Spread, Stopwatch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.vision_tower import VisionTower
 from llava.reducers import Reducer
 
@@ -105,11 +106,12 @@ class Result:
 
 
 @torch.inference_mode()
-def run_once(model: LlavaLlamaForCausalLM, reducer: Reducer, work: Workload, clock: Clock = WALL) -> Round:
+def run_once(model: LlavaMetaForCausalLM, reducer: Reducer, work: Workload, clock: Clock = WALL) -> Round:
     """One batch of requests from image bytes to the last token, greedily; stops for no end token."""
     device, tower = model.device, model.get_vision_tower()
-    watch = Stopwatch(device, clock)
-    reset_peak_memory(device)
+    watch, on_gpu = Stopwatch(device, clock), device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     with watch.stage("decode-image"):
         images = [load_image(work.picture, name="the picture") for _ in range(work.batch)]
     with watch.stage("preprocess"):
@@ -151,17 +153,8 @@ def run_once(model: LlavaLlamaForCausalLM, reducer: Reducer, work: Workload, clo
     ms["decode-token"] = 1e3 * (times[-1] - times[0]) / max(work.new_tokens - 1, 1)
     ms["first token"] = sum(ms[stage] for stage in FIRST)
     ms["request"] = ms["first token"] + 1e3 * (times[-1] - times[0])
-    return Round(ms, len(visual[0]), answers, peak_memory(device))
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the peak since `reset_peak_memory`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    return Round(ms, len(visual[0]), answers, peak)
 
 
 def interleave(runs: Sequence[Callable[[], Any]], rounds: int, name: str) -> list[list[Any]]:
@@ -187,7 +180,7 @@ def summarise(
     rounds: Sequence[Round],
     dense: Sequence[Round],
     work: Workload,
-    model: LlavaLlamaForCausalLM,
+    model: LlavaMetaForCausalLM,
 ) -> Result:
     """What the rounds of one reducer say beside the dense rounds taken in turn with them."""
 
@@ -214,10 +207,10 @@ def summarise(
 
 def prefill_flops(shape: Any, length: int) -> float:
     """FLOPs of the prefill of one sequence of `length` positions."""
-    return sum(op.flops for op in roofline.prefill_operators(shape, length, 1))
+    return sum(op.flops for op in roofline.decoder_operators(shape, length, length, 1))
 
 
-def roofline_prefill(model: LlavaLlamaForCausalLM, length: int, batch: int) -> float | None:
+def roofline_prefill(model: LlavaMetaForCausalLM, length: int, batch: int) -> float | None:
     """The bound on prefill time in 16 bits on the model's GPU, ms; None elsewhere, and for other cards."""
     if model.device.type != "cuda" or model.dtype is torch.float32:
         return None
@@ -226,7 +219,7 @@ def roofline_prefill(model: LlavaLlamaForCausalLM, length: int, batch: int) -> f
     except ValueError:
         return None
     shape: Any = model.config
-    return roofline.estimate(roofline.prefill_operators(shape, length, batch), gpu).ms
+    return roofline.estimate(roofline.decoder_operators(shape, length, length, batch), gpu).ms
 
 
 # Prefill alone ---------------------------------------------------------------------------------------
@@ -241,42 +234,36 @@ class Prefill:
     time: Spread
     speedup: float
     flop_ratio: float
-    peak_bytes: int | None
     roofline_ms: float | None
 
 
 @torch.inference_mode()
 def measure_prefill(
-    model: LlavaLlamaForCausalLM, lengths: Sequence[int], batch: int, rounds: int, clock: Clock
+    model: LlavaMetaForCausalLM, lengths: Sequence[int], batch: int, rounds: int, clock: Clock
 ) -> list[Prefill]:
     """Prefill of random embeddings, each length in turn, `rounds` times."""
 
-    def once(length: int) -> tuple[float, int | None]:
+    def once(length: int) -> float:
         size = (batch, length, model.config.hidden_size)
         embeds = torch.randn(size, device=model.device, dtype=model.dtype)
         watch = Stopwatch(model.device, clock)
-        reset_peak_memory(model.device)
         with watch.stage("prefill"):
             model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-        return watch.ms["prefill"], peak_memory(model.device)
+        return watch.ms["prefill"]
 
-    measured = interleave([lambda length=length: once(length) for length in lengths], rounds, "prefill")
-    shape, dense = model.config, [ms for ms, _ in measured[0]]
-    rows = []
-    for length, results in zip(lengths, measured, strict=True):
-        times = [ms for ms, _ in results]
-        rows.append(
-            Prefill(
-                batch=batch,
-                length=length,
-                time=Spread.over(times),
-                speedup=median_ratio(dense, times),
-                flop_ratio=prefill_flops(shape, lengths[0]) / prefill_flops(shape, length),
-                peak_bytes=results[-1][1],
-                roofline_ms=roofline_prefill(model, length, batch),
-            )
+    measured = interleave([partial(once, length) for length in lengths], rounds, "prefill")
+    dense_flops = prefill_flops(model.config, lengths[0])
+    return [
+        Prefill(
+            batch=batch,
+            length=length,
+            time=Spread.over(times),
+            speedup=median_ratio(measured[0], times),
+            flop_ratio=dense_flops / prefill_flops(model.config, length),
+            roofline_ms=roofline_prefill(model, length, batch),
         )
-    return rows
+        for length, times in zip(lengths, measured, strict=True)
+    ]
 
 
 # The tower alone -------------------------------------------------------------------------------------
@@ -304,7 +291,7 @@ def measure_tower(
         "all blocks": lambda: tower.backbone(pixels),
         "patches, key and CLS query": lambda: tower(pixels),
         "patches": lambda: tower.tokens(pixels),
-        **{reducer.spec: lambda reducer=reducer: reducer(features[reducer]) for reducer in reducers},
+        **{reducer.spec: partial(reducer, features[reducer]) for reducer in reducers},
     }
 
     def once(way: Callable[[], object]) -> float:
@@ -313,7 +300,7 @@ def measure_tower(
             way()
         return watch.ms["tower"]
 
-    measured = interleave([lambda way=way: once(way) for way in ways.values()], rounds, "tower")
+    measured = interleave([partial(once, way) for way in ways.values()], rounds, "tower")
     return [
         TowerTime(batch, way, Spread.over(times), median_ratio(times, measured[0]))
         for way, times in zip(ways, measured, strict=True)
@@ -331,14 +318,7 @@ def picture_bytes(path: Path | None) -> bytes:
     if path is not None:
         load_image(path)  # its errors are for people
         return path.read_bytes()
-    noise = np.random.default_rng(0)
-    layers = [
-        Image.fromarray(noise.integers(0, 256, (3 * size, 4 * size, 3), dtype=np.uint8)).resize(
-            (640, 480), Image.Resampling.BICUBIC
-        )
-        for size in (2, 8, 40)
-    ]
-    mixed = Image.blend(Image.blend(layers[0], layers[1], 0.35), layers[2], 0.2)
+    noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
     file = io.BytesIO()
-    mixed.save(file, "JPEG", quality=90)
+    Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()
