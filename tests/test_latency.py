@@ -157,8 +157,8 @@ def test_the_tower_alone(tiny_shapes, capsys):
     assert run(flags) == 0
     rows = json.loads(capsys.readouterr().out)["tower"]
     assert [row["batch"] for row in rows] == [1] * 4 + [3] * 4
-    assert rows[-1]["way"] == "topk(tokens=4)"
-    assert [row["part"] == 1 for row in rows] == [row["way"] == "all blocks" for row in rows]
+    assert rows[-1]["name"] == "topk(tokens=4)"
+    assert [row["speedup"] == 1 for row in rows] == [row["name"] == "all blocks" for row in rows]
 
 
 def test_a_checkpoint_is_measured_as_it_is(tmp_path, capsys):

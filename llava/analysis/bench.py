@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from llava.analysis.latency import (
     Result,
     Workload,
     interleave,
-    measure_prefill,
-    measure_tower,
+    measure,
     picture_bytes,
+    prefill_flops,
     prompt_ids,
+    roofline_prefill,
     run_once,
     summarise,
 )
@@ -129,7 +131,7 @@ def _requests(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[
     results, text = [], ""
     for batch in args.batch:
         work = Workload(picture, prompt_ids(args.text, model.config.vocab_size), batch, args.new_tokens)
-        runs = [lambda each=each, work=work: run_once(model, each, work, clock) for each in reducers]
+        runs = [partial(run_once, model, each, work, clock) for each in reducers]
         rounds = interleave(runs, args.rounds, f"batch {batch}")
         rows = [
             summarise(reducer.spec, measured, rounds[0], work, model)
@@ -148,32 +150,48 @@ def _requests(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[
 
 
 def _prefill(args: argparse.Namespace, plan: hardware.Plan) -> tuple[dict, str]:
+    """Random embeddings through the language model alone."""
     model, how = _load(args, plan), (args.rounds, CLOCKS[args.clock])
-    rows = [row for batch in args.batch for row in measure_prefill(model, args.prefill, batch, *how)]
+    rows, cells, dense_flops = [], [], prefill_flops(model.config, args.prefill[0])
+    for batch in args.batch:
+        hidden = torch.randn(
+            batch, max(args.prefill), model.config.hidden_size, device=model.device, dtype=model.dtype
+        )
+        calls = {
+            str(length): partial(model, inputs_embeds=hidden[:, :length], use_cache=True, logits_to_keep=1)
+            for length in args.prefill
+        }
+        for row in measure(calls, model.device, batch, *how):
+            length = int(row.name)
+            flop_ratio = dense_flops / prefill_flops(model.config, length)
+            bound = roofline_prefill(model, length, batch)
+            rows.append({**asdict(row), "length": length, "flop_ratio": flop_ratio, "roofline_ms": bound})
+            ratios = f"{row.speedup:.2f}x", f"{flop_ratio:.2f}x", f"{row.speedup / flop_ratio:.0%}"
+            cells.append((str(batch), row.name, _spread(row.time), *ratios, f"{bound:.1f}" if bound else "-"))
     report = {**_circumstances(args, plan), "layers": model.config.num_hidden_layers, "prefill": rows}
-    columns = {
-        "batch": [str(row.batch) for row in rows],
-        "length": [str(row.length) for row in rows],
-        "prefill ms": [_spread(row.time) for row in rows],
-        "speed-up": [f"{row.speedup:.2f}x" for row in rows],
-        "FLOP ratio": [f"{row.flop_ratio:.2f}x" for row in rows],
-        "reached": [f"{row.speedup / row.flop_ratio:.0%}" for row in rows],
-    }
-    if any(row.roofline_ms for row in rows):
-        columns["roofline ms"] = [f"{row.roofline_ms:.1f}" for row in rows]
-    return report, tables.render(list(columns), list(zip(*columns.values(), strict=True)), left=())
+    header = ("batch", "length", "prefill ms", "speed-up", "FLOP ratio", "reached", "roofline ms")
+    return report, tables.render(header, cells, left=())
 
 
 def _tower(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Reducer]) -> tuple[dict, str]:
+    """All blocks as transformers runs them, what a reducer reads, the patches alone, and the reducers."""
     if args.shape is not None:
         tower = build_tower(SHAPES[args.shape].tower, plan)
     else:
         tower = _load(args, plan).get_vision_tower()
-    how = (args.rounds, CLOCKS[args.clock])
-    rows = [row for batch in args.batch for row in measure_tower(tower, reducers[1:], batch, *how)]
-    cells = [(row.way, str(row.batch), _spread(row.time), f"{row.part:.2%}") for row in rows]
+    rows, side = [], tower.image_size
+    for batch in args.batch:
+        pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
+        calls = {
+            "all blocks": partial(tower.backbone, pixels),
+            "patches, key and CLS query": partial(tower, pixels),
+            "patches": partial(tower.tokens, pixels),
+            **{each.spec: partial(each, tower(pixels, each.asks)) for each in reducers[1:]},
+        }
+        rows += measure(calls, tower.device, batch, args.rounds, CLOCKS[args.clock])
+    cells = [(row.name, str(row.batch), _spread(row.time), f"{1 / row.speedup:.2%}") for row in rows]
     return {**_circumstances(args, plan), "tower": rows}, tables.render(
-        ("way", "batch", "ms", "of all blocks"), cells
+        ("call", "batch", "ms", "of all blocks"), cells
     )
 
 

@@ -8,7 +8,7 @@ after warm-up rounds that are thrown away. `llava bench` (bench.py) is the comma
 
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,14 +26,10 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.vision_tower import VisionTower
 from llava.reducers import Reducer
 
 STAGES = ("decode-image", "preprocess", "vision", "reduce", "project", "prefill", "decode-token")
 """`decode-token` is one token after the first; the others happen once per request."""
-
-FIRST = STAGES[:-1]
-"""The stages up to the first token."""
 
 TOTALS = ("first token", "request")
 
@@ -150,9 +146,10 @@ def run_once(model: LlavaMetaForCausalLM, reducer: Reducer, work: Workload, cloc
     )
     ms = watch.ms
     ms["prefill"] = 1e3 * (times[0] - start)
-    ms["decode-token"] = 1e3 * (times[-1] - times[0]) / max(work.new_tokens - 1, 1)
-    ms["first token"] = sum(ms[stage] for stage in FIRST)
-    ms["request"] = ms["first token"] + 1e3 * (times[-1] - times[0])
+    ms["first token"] = sum(ms.values())
+    decoding = 1e3 * (times[-1] - times[0])
+    ms["decode-token"] = decoding / max(work.new_tokens - 1, 1)
+    ms["request"] = ms["first token"] + decoding
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     return Round(ms, len(visual[0]), answers, peak)
 
@@ -176,29 +173,26 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def summarise(
-    reducer: str,
-    rounds: Sequence[Round],
-    dense: Sequence[Round],
-    work: Workload,
-    model: LlavaMetaForCausalLM,
+    reducer: str, rounds: Sequence[Round], dense: Sequence[Round], work: Workload, model: LlavaMetaForCausalLM
 ) -> Result:
     """What the rounds of one reducer say beside the dense rounds taken in turn with them."""
+    ms = {stage: [each.ms[stage] for each in rounds] for stage in (*STAGES, *TOTALS)}
 
-    def of(stage: str, rounds: Sequence[Round] = rounds) -> list[float]:
-        return [each.ms[stage] for each in rounds]
+    def speedup(stage: str) -> float:
+        return median_ratio([each.ms[stage] for each in dense], ms[stage])
 
-    text, visual = len(work.prompt) - 1, rounds[0].visual_tokens
-    shape: Any = model.config
+    text, visual, shape = len(work.prompt) - 1, rounds[0].visual_tokens, model.config
+    dense_flops = prefill_flops(shape, text + dense[0].visual_tokens)
     return Result(
         batch=work.batch,
         reducer=reducer,
         visual_tokens=visual,
-        stages={stage: Spread.over(of(stage)) for stage in (*STAGES, *TOTALS)},
-        prefill_speedup=median_ratio(of("prefill", dense), of("prefill")),
-        first_token_speedup=median_ratio(of("first token", dense), of("first token")),
-        request_speedup=median_ratio(of("request", dense), of("request")),
-        reducer_share=median_ratio(of("reduce"), of("vision")),
-        flop_ratio=prefill_flops(shape, text + dense[0].visual_tokens) / prefill_flops(shape, text + visual),
+        stages={stage: Spread.over(values) for stage, values in ms.items()},
+        prefill_speedup=speedup("prefill"),
+        first_token_speedup=speedup("first token"),
+        request_speedup=speedup("request"),
+        reducer_share=median_ratio(ms["reduce"], ms["vision"]),
+        flop_ratio=dense_flops / prefill_flops(shape, text + visual),
         kv_bytes=int(roofline.kv_bytes(shape, text + visual, work.batch, model.dtype.itemsize)),
         peak_bytes=rounds[-1].peak_bytes,
         roofline_prefill_ms=roofline_prefill(model, text + visual, work.batch),
@@ -206,7 +200,7 @@ def summarise(
 
 
 def prefill_flops(shape: Any, length: int) -> float:
-    """FLOPs of the prefill of one sequence of `length` positions."""
+    """FLOPs of the prefill of one sequence of `length` positions; `shape`: a LanguageShape or a config."""
     return sum(op.flops for op in roofline.decoder_operators(shape, length, length, 1))
 
 
@@ -222,88 +216,32 @@ def roofline_prefill(model: LlavaMetaForCausalLM, length: int, batch: int) -> fl
     return roofline.estimate(roofline.decoder_operators(shape, length, length, batch), gpu).ms
 
 
-# Prefill alone ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Prefill:
-    """Prefill of one length. ms for the whole batch; ratios are against the first length measured."""
+class Timing:
+    """One of several calls. ms for the whole batch; `speedup`: of the first call's time to this one's."""
 
     batch: int
-    length: int
+    name: str
     time: Spread
     speedup: float
-    flop_ratio: float
-    roofline_ms: float | None
 
 
 @torch.inference_mode()
-def measure_prefill(
-    model: LlavaMetaForCausalLM, lengths: Sequence[int], batch: int, rounds: int, clock: Clock
-) -> list[Prefill]:
-    """Prefill of random embeddings, each length in turn, `rounds` times."""
+def measure(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, batch: int, rounds: int, clock: Clock
+) -> list[Timing]:
+    """The calls in turn, `rounds` times each."""
 
-    def once(length: int) -> float:
-        size = (batch, length, model.config.hidden_size)
-        embeds = torch.randn(size, device=model.device, dtype=model.dtype)
-        watch = Stopwatch(model.device, clock)
-        with watch.stage("prefill"):
-            model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-        return watch.ms["prefill"]
+    def once(call: Callable[[], object]) -> float:
+        watch = Stopwatch(device, clock)
+        with watch.stage("call"):
+            call()
+        return watch.ms["call"]
 
-    measured = interleave([partial(once, length) for length in lengths], rounds, "prefill")
-    dense_flops = prefill_flops(model.config, lengths[0])
+    measured = interleave([partial(once, call) for call in calls.values()], rounds, f"batch {batch}")
     return [
-        Prefill(
-            batch=batch,
-            length=length,
-            time=Spread.over(times),
-            speedup=median_ratio(measured[0], times),
-            flop_ratio=dense_flops / prefill_flops(model.config, length),
-            roofline_ms=roofline_prefill(model, length, batch),
-        )
-        for length, times in zip(lengths, measured, strict=True)
-    ]
-
-
-# The tower alone -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TowerTime:
-    """One way through the tower, or a reducer. ms for the whole batch; `part`: of the time of all blocks."""
-
-    batch: int
-    way: str
-    time: Spread
-    part: float
-
-
-@torch.inference_mode()
-def measure_tower(
-    tower: VisionTower, reducers: Sequence[Reducer], batch: int, rounds: int, clock: Clock
-) -> list[TowerTime]:
-    """All blocks as transformers runs them, what a reducer reads, the patches alone, reducers; in turn."""
-    side = tower.image_size
-    pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
-    features = {reducer: tower(pixels, reducer.asks) for reducer in reducers}
-    ways: dict[str, Callable[[], object]] = {
-        "all blocks": lambda: tower.backbone(pixels),
-        "patches, key and CLS query": lambda: tower(pixels),
-        "patches": lambda: tower.tokens(pixels),
-        **{reducer.spec: partial(reducer, features[reducer]) for reducer in reducers},
-    }
-
-    def once(way: Callable[[], object]) -> float:
-        watch = Stopwatch(tower.device, clock)
-        with watch.stage("tower"):
-            way()
-        return watch.ms["tower"]
-
-    measured = interleave([partial(once, way) for way in ways.values()], rounds, "tower")
-    return [
-        TowerTime(batch, way, Spread.over(times), median_ratio(times, measured[0]))
-        for way, times in zip(ways, measured, strict=True)
+        Timing(batch, name, Spread.over(times), median_ratio(measured[0], times))
+        for name, times in zip(calls, measured, strict=True)
     ]
 
 
@@ -318,7 +256,6 @@ def picture_bytes(path: Path | None) -> bytes:
     if path is not None:
         load_image(path)  # its errors are for people
         return path.read_bytes()
-    noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
-    file = io.BytesIO()
+    noise, file = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8), io.BytesIO()
     Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()
