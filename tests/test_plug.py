@@ -634,12 +634,9 @@ def test_the_code_of_the_page_runs(root, tmp_path, monkeypatch, capsys):
 
 def test_the_benchmark_of_the_page_runs(root):
     """One layer of each; the numbers of positions are those of the reducers."""
-    small = ["--layers", "1", "--tower-layers", "1", "--text", "8", "--rounds", "1"]
-    run = subprocess.run(
-        [sys.executable, root / "scripts/bench_plug.py", *small, "--width", "64"],
-        capture_output=True,
-        text=True,
-    )
+    small = ["--shape", "mini", "--layers", "1", "--tower-layers", "1", "--text", "8", "--rounds", "1"]
+    command = [sys.executable, root / "scripts/bench_plug.py", *small, "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    positions = {line.split()[0]: int(line.split()[1]) for line in run.stdout.splitlines()[2:]}
+    positions = {line.split()[0]: int(line.split()[1]) for line in run.stdout.splitlines()[3:]}
     assert positions == {"untouched": 584, "prumerge+(tokens=144)": 153, "prumerge(tokens=32)": 41}
