@@ -100,7 +100,8 @@ def main() -> None:
         rows.append((spec, str(positions[0]), *cells, f"{ratio:.2f}x"))
     print(
         f"{plan.device}, {plan.dtype}, {torch.get_num_threads()} threads, {args.clock} time, median of "
-        f"{args.rounds}: {args.layers} layers of {args.shape}, {args.tower_layers} of CLIP-L, {args.text} text tokens"
+        f"{args.rounds} rounds: {args.layers} layers of {args.shape}, {args.tower_layers} of CLIP-L, "
+        f"{args.text} text tokens"
     )
     print(tables.render(("", "positions", "whole ms", "language model ms", "its FLOPs"), rows))
 
