@@ -240,31 +240,28 @@ def _headline(report: dict) -> str:
 
 def _table(results: Sequence[Result], new_tokens: int) -> str:
     """One batch size: a column per reducer."""
-    rows = [
-        ("visual tokens", *(str(result.visual_tokens) for result in results)),
-        *((stage, *(_spread(result.stages[stage]) for result in results)) for stage in STAGES),
-        ("first token", *(_spread(result.stages["first token"]) for result in results)),
-        (f"request, {new_tokens} tokens", *(_spread(result.stages["request"]) for result in results)),
-        ("reducer, of the tower", *(f"{result.reducer_share:.2%}" for result in results)),
-        ("prefill speed-up", *(f"{result.prefill_speedup:.2f}x" for result in results)),
-        ("  FLOP ratio", *(f"{result.flop_ratio:.2f}x" for result in results)),
-        ("first token speed-up", *(f"{result.first_token_speedup:.2f}x" for result in results)),
-        ("request speed-up", *(f"{result.request_speedup:.2f}x" for result in results)),
-        ("KV cache MB", *(_megabytes(result.kv_bytes) for result in results)),
+    columns = [
+        {
+            "visual tokens": str(result.visual_tokens),
+            **{stage: _spread(result.stages[stage]) for stage in (*STAGES, "first token")},
+            f"request, {new_tokens} tokens": _spread(result.stages["request"]),
+            "reducer, of the tower": f"{result.reducer_share:.2%}",
+            "prefill speed-up": f"{result.prefill_speedup:.2f}x",
+            "  FLOP ratio": f"{result.flop_ratio:.2f}x",
+            "first token speed-up": f"{result.first_token_speedup:.2f}x",
+            "request speed-up": f"{result.request_speedup:.2f}x",
+            "KV cache MB": f"{result.kv_bytes / 1e6:.1f}",
+            **({"peak memory MB": f"{result.peak_bytes / 1e6:.1f}"} if result.peak_bytes else {}),
+            **({"prefill roofline": f"{bound:.1f}"} if (bound := result.roofline_prefill_ms) else {}),
+        }
+        for result in results
     ]
-    if any(result.peak_bytes is not None for result in results):
-        rows.append(("peak memory MB", *(_megabytes(result.peak_bytes) for result in results)))
-    if any(result.roofline_prefill_ms is not None for result in results):
-        rows.append(("prefill roofline", *(f"{result.roofline_prefill_ms or 0:.1f}" for result in results)))
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     return tables.render((f"batch {results[0].batch}", *(result.reducer for result in results)), rows)
 
 
 def _spread(value: Spread) -> str:
     return f"{value.p50:.1f} ({value.p95:.1f})"
-
-
-def _megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.1f}"
 
 
 COLOURS = ("#c9ced6", "#aab2bd", "#3b6ea8", "#d9480f", "#7f5aa2", "#2b8a6e", "#e0a526")
