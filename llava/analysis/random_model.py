@@ -43,9 +43,9 @@ def build_model(shape: Shape, plan: hardware.Plan) -> LlavaMetaForCausalLM:
     fields = {name: value for name, value in asdict(shape.language).items() if value is not None}
     model_class = language_model_of(fields, Path("shapes.py"))
     del fields["model_type"]  # the language model's own, not that of LLaVA on it
+    fields["max_position_embeddings"] = 8192
     config = model_class.config_class(
         **fields,
-        max_position_embeddings=8192,
         mm_projector_type="mlp2x_gelu",
         mm_hidden_size=shape.tower.hidden_size,
         image_aspect_ratio="pad",
