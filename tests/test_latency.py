@@ -34,7 +34,7 @@ def work() -> latency.Workload:
     return latency.Workload(latency.picture_bytes(None), latency.prompt_ids(11, 300), batch=2, new_tokens=NEW)
 
 
-@pytest.mark.parametrize("spec", ["none", "prumerge+(tokens=12)", "grid(tokens=4)"])
+@pytest.mark.parametrize("spec", ["none", "prumerge+(tokens=12)", "grid(tokens=4)", "divprune(tokens=6)"])
 def test_what_is_timed_is_what_generate_does(model, work, spec):
     reducer = build_reducer(spec)
     one = latency.run_once(model, reducer, work)

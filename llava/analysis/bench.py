@@ -41,7 +41,8 @@ from llava.engine import ModelSource
 from llava.errors import UserError
 from llava.files import write_text
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.reducers import Reducer, build_reducer
+from llava.model.question import QuestionReader
+from llava.reducers import Reducer, ReducerInputError, build_reducer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="specs to run beside `none` (default: prumerge+ at 144 tokens and prumerge at 32)",
     )
     work.add_argument("--image", type=Path, help="picture of every request (default: a drawn one, 640 x 480)")
+    work.add_argument(
+        "--question",
+        default="What is in the picture?",
+        help="for reducers that read it; the prompt is --text random tokens (default: %(default)s)",
+    )
     work.add_argument("--text", type=int, default=40, help="text tokens of a prompt (default: %(default)s)")
     work.add_argument("--new-tokens", type=int, default=16, help="tokens of an answer (default: %(default)s)")
     work.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
@@ -110,12 +116,15 @@ def run(args: argparse.Namespace) -> int:
         print(warning, file=sys.stderr)
     if args.clock == "cpu" and plan.device.type != "cpu":
         raise UserError(f"--clock cpu counts what a CPU does; on {plan.device} use --clock wall.")
-    if args.prefill:
-        report, text = _prefill(args, plan)
-    elif args.tower:
-        report, text = _tower(args, plan, reducers)
-    else:
-        report, text = _requests(args, plan, reducers)
+    try:
+        if args.prefill:
+            report, text = _prefill(args, plan)
+        elif args.tower:
+            report, text = _tower(args, plan, reducers)
+        else:
+            report, text = _requests(args, plan, reducers)
+    except ReducerInputError as error:
+        raise UserError(str(error)) from error
     content = json.dumps(report, indent=2, default=asdict)
     print(content if args.json else f"{_headline(report)}\n{text}")
     if args.out:
@@ -127,10 +136,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _requests(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Reducer]) -> tuple[dict, str]:
     """What to write as JSON, and the tables for people."""
-    picture, model, clock = picture_bytes(args.image), _load(args, plan), CLOCKS[args.clock]
+    picture, (model, reader), clock = picture_bytes(args.image), _load(args, plan), CLOCKS[args.clock]
+    read_question = None if reader is None else partial(reader, args.question)
     results, text = [], ""
     for batch in args.batch:
-        work = Workload(picture, prompt_ids(args.text, model.config.vocab_size), batch, args.new_tokens)
+        prompt = prompt_ids(args.text, model.config.vocab_size)
+        work = Workload(picture, prompt, batch, args.new_tokens, read_question)
         runs = [partial(run_once, model, each, work, clock) for each in reducers]
         rounds = interleave(runs, args.rounds, f"batch {batch}")
         rows = [
@@ -151,7 +162,7 @@ def _requests(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[
 
 def _prefill(args: argparse.Namespace, plan: hardware.Plan) -> tuple[dict, str]:
     """Random embeddings through the language model alone."""
-    model, how = _load(args, plan), (args.rounds, CLOCKS[args.clock])
+    (model, _), how = _load(args, plan), (args.rounds, CLOCKS[args.clock])
     rows, cells, dense_flops = [], [], prefill_flops(model.config, args.prefill[0])
     for batch in args.batch:
         hidden = torch.randn(
@@ -178,7 +189,7 @@ def _tower(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Red
     if args.shape is not None:
         tower = build_tower(SHAPES[args.shape].tower, plan)
     else:
-        tower = _load(args, plan).get_vision_tower()
+        tower = _load(args, plan)[0].get_vision_tower()
     rows, side = [], tower.image_size
     for batch in args.batch:
         pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
@@ -195,17 +206,21 @@ def _tower(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Red
     )
 
 
-def _load(args: argparse.Namespace, plan: hardware.Plan) -> LlavaMetaForCausalLM:
+def _load(
+    args: argparse.Namespace, plan: hardware.Plan
+) -> tuple[LlavaMetaForCausalLM, QuestionReader | None]:
+    """The model, and what reads questions for its reducers: nothing does for random weights."""
     if args.shape is not None:
         shape = SHAPES[args.shape]
         if args.layers is not None:
             shape = replace(shape, language=replace(shape.language, num_hidden_layers=args.layers))
-        return build_model(shape, plan)
+        return build_model(shape, plan), None
     dtype, device = str(plan.dtype).removeprefix("torch."), str(plan.device)
     source = ModelSource(
         args.model_path, args.model_base, dtype=dtype, attention=plan.attention, device=device
     )
-    return source.load().model
+    engine = source.load()
+    return engine.model, engine.read_question
 
 
 def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:

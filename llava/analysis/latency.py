@@ -9,7 +9,7 @@ after warm-up rounds that are thrown away. `llava bench` (bench.py) is the comma
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ class Workload:
         prompt: [T] int64 ids with one IMAGE_TOKEN_INDEX.
         batch: requests at once.
         new_tokens: length of an answer.
+        read_question: what a reducer reads of the question (`llava.model.question`); None: it is not known.
     """
 
     picture: bytes
     prompt: Tensor
     batch: int
     new_tokens: int
+    read_question: Callable[[Reducer], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,11 @@ def run_once(model: LlavaMetaForCausalLM, reducer: Reducer, work: Workload, cloc
     else:
         with watch.stage("vision"):
             features = tower(pixels, reducer.asks)
-        with watch.stage("reduce"):
+        with watch.stage("reduce"):  # with what it reads beside the tower
+            if "projected" in reducer.reads:
+                features = replace(features, projected=torch.stack(model.project(features.patches.unbind())))
+            if reducer.reads_question and work.read_question is not None:
+                features = replace(features, **work.read_question(reducer))
             visual = reducer(features).unbind()
     with watch.stage("project"):
         embedded = model.project(visual)
