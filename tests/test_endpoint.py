@@ -303,6 +303,23 @@ def test_what_makes_every_request_fail_is_one_sentence(server, monkeypatch):
         EndpointEngine(server.url)
 
 
+# --- chat ---
+
+
+def test_chat_with_a_server(server, pictures, capsys, monkeypatch):
+    """The pictures of the first turn come with every turn; a reducer begins a new conversation."""
+    lines = ["What?", "Why?", "/reducer prumerge", "And?", "", "never read"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert cli.main(["chat", "--endpoint", server.url, "--image-file", str(pictures[0])]) == 0
+    seen = [rule("What?", pictures[0].read_bytes()), rule("Why?"), rule("And?", pictures[0].read_bytes())]
+    out, err = capsys.readouterr()
+    assert out.split() == seen and "7 visual tokens; prefill" in err
+    first, second, third = server.bodies
+    assert second["messages"][:2] == [*first["messages"], {"role": "assistant", "content": seen[0]}]
+    assert third["messages"][0]["content"][0] == first["messages"][0]["content"][0]
+    assert len(third["messages"]) == 1 and third["mm_processor_kwargs"] == {"reducer": "prumerge"}
+
+
 # --- evaluation ---
 
 
