@@ -134,6 +134,7 @@ def server_flags(own: argparse.Namespace, path: Path, folder: Path, dtype: str, 
     flags = ["--model", str(path), "--served-model-name", own.model_path, "--config-format", NAME]
     flags += ["--dtype", dtype, "--generation-config", str(folder)]
     flags += ["--trust-request-mm-kwargs"]  # a request may choose its reducer; the plug-in takes no more
+    flags += ["--enable-prompt-tokens-details"]  # answers tell how many visual tokens there were
     if own.reducer is not None:
         flags += ["--mm-processor-kwargs", json.dumps({"reducer": own.reducer})]
     if own.conv_mode is not None:

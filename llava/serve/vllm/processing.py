@@ -66,15 +66,14 @@ class Encoder:
             UserError: a reducer that cannot work with this tower.
         """
         model, config = self.model, self.model.config
-        model.set_reducer(reducer)
+        reducers = [model.make_reducer(reducer, allow_files=True)]
         processor = model.get_vision_tower().image_processor
         pixels = [process_images([image], processor, config)[0] for image in images]
         if config.image_aspect_ratio == "anyres":
             # Tiles may share a budget, and rows end in an embedding (image_newline).
-            return {
-                EMBEDS: [model.embed_images([p], [i.size])[0] for p, i in zip(pixels, images, strict=True)]
-            }
-        return {TOKENS: [model.encode_images(block[None])[0] for block in pixels]}
+            both = zip(pixels, images, strict=True)
+            return {EMBEDS: [model.embed_images([p], [i.size], reducers)[0] for p, i in both]}
+        return {TOKENS: [model.encode_images(block[None], reducers)[0] for block in pixels]}
 
 
 class LlavaProcessingInfo(BaseProcessingInfo):
