@@ -169,7 +169,9 @@ class EndpointEngine:
             options = {"top_p": request.top_p, "seed": request.seed}
             body |= {name: value for name, value in options.items() if value is not None}
         if request.reducer is not None:
-            body["extra_body"] = {"mm_processor_kwargs": {"reducer": request.reducer}}
+            # The question is for reducers that read it.
+            asked = {"reducer": request.reducer, "question": request.question}
+            body["extra_body"] = {"mm_processor_kwargs": asked}
         return body
 
     def _failure(self, request: Request, error: "openai.OpenAIError") -> Answer | UserError:

@@ -56,6 +56,7 @@ def test_caches_know_a_picture_by_its_canonical_reducer(processor, pictures):
         ({"reducer": ["prumerge"]}, "prumerge"),
         ({"reducer": 5}, "5"),
         ({"patches": 3}, "patches"),
+        ({"reducer": "cdpruner"}, "question"),
     ],
 )
 def test_what_a_request_gets_wrong_is_a_value_error_that_names_it(processor, pictures, kwargs, named):
