@@ -11,10 +11,12 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Generator, Iterable, Iterator
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -32,6 +34,16 @@ RETRIES = 9
 
 OF_ALL = (401, 403, 404)
 """Status of what is wrong with every request: the key, the address, the model."""
+
+
+class Model(msgspec.Struct):
+    id: str
+
+
+class Models(msgspec.Struct):
+    """What a server's list of models holds."""
+
+    data: list[Model]
 
 
 class EndpointEngine:
@@ -57,12 +69,14 @@ class EndpointEngine:
         self.base_url, self.concurrency = base_url, concurrency
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self._options: dict[str, Any] = {"base_url": base_url, "api_key": key}
-        self.model = model or ""
         try:
-            with openai.OpenAI(**self._options, _strict_response_validation=True) as client:
-                names = [one.id for one in client.models.list()]
+            with openai.OpenAI(**self._options) as client:
+                found = msgspec.convert(client.get("/models", cast_to=object), Models)
         except openai.OpenAIError as error:
             raise UserError(self._problem(error)) from error
+        except msgspec.ValidationError as error:
+            raise UserError(f"{base_url}/models lists no models ({error}): check the address.") from error
+        names = [one.id for one in found.data]
         if model not in names and (model or len(names) != 1):
             raise UserError(
                 f"{base_url} has no model {model}: --model takes {', '.join(names)}."
@@ -116,6 +130,8 @@ class EndpointEngine:
             return Answer(request.id, problem=str(error))
         except openai.OpenAIError as error:
             return self._failure(request, error)
+        if not reply.choices:
+            return Answer(request.id, problem=f"the server replies without an answer: {reply}")
         text = reply.choices[0].message.content or ""
         return Answer(request.id, text.strip(), visual_tokens(request, reply.usage))
 
@@ -159,6 +175,8 @@ class EndpointEngine:
 
     def _body(self, request: Request) -> dict[str, Any]:
         """The request as the API takes it. UserError: its turns or a picture of it are at fault."""
+        if request.num_beams != 1:
+            raise UserError("a server has no beam search: num_beams is 1.")
         body: dict[str, Any] = {
             "model": self.model,
             "messages": list(messages(request)),
@@ -191,7 +209,7 @@ class EndpointEngine:
                 return f"{where} answers {said(error)!r}: check the address, which ends in /v1, and --model."
             case openai.APIStatusError():
                 return f"{where} answers {error.status_code}: {said(error)}"
-        return f"{where} does not answer as an OpenAI-compatible one ({said(error)})."
+        return f"{where}: {said(error)}"
 
 
 def said(error: "openai.OpenAIError") -> str:
@@ -218,7 +236,8 @@ def messages(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def data_url(image: ImageSource) -> str:
-    """A picture as a `data:` URL: the very bytes of its file, or, of one that is no file, a PNG.
+    """A picture as a `data:` URL: the very bytes of its file, or, of one that is no file, a PNG. (Not what
+    LocalEngine made of one.)
 
     Raises:
         UserError: it cannot be read.
@@ -249,23 +268,11 @@ def visual_tokens(request: Request, usage: Any) -> tuple[int, ...]:
 
 # --- flags ---
 
-LOCAL_FLAGS = {
-    "model_path": None,
-    "model_base": None,
-    "vision_tower": None,
-    "anyres": None,
-    "conv_mode": None,
-    "dtype": None,
-    "attention": None,
-    "device": "cuda",
-    "load_8bit": False,
-    "load_4bit": False,
-    "num_beams": 1,
-    "batch_tokens": None,
-    "decode_workers": None,
-    "workers": None,
+LOCAL_FLAGS: dict[str, Any] = {
+    **{one.name: one.default for one in fields(ModelSource) if one.name not in ("path", "base", "reducer")},
+    **{"model_base": None, "num_beams": 1, "batch_tokens": None, "decode_workers": None, "workers": None},
 }
-ENDPOINT_FLAGS = {"model": None, "concurrency": 32}
+ENDPOINT_FLAGS: dict[str, Any] = {"model": None, "concurrency": 32}
 """Flags of commands that take either engine, and their defaults: how a model is loaded and run here; what to
 ask a server for."""
 
