@@ -207,6 +207,7 @@ BAD = {
     "unknown reducer": (message("?", COFFEE), {"reducer": "prumergr"}, "prumergr"),
     "no tokens": (message("?", COFFEE), {"reducer": "topk(tokens=0)"}, "tokens"),
     "a number as reducer": (message("?", COFFEE), {"reducer": 5}, "reducer"),
+    "a reducer without its question": (message("?", COFFEE), {"reducer": "cdpruner"}, "question"),
     "unknown keyword": (message("?", COFFEE), {"mm_processor_kwargs": {"patches": 3}}, "patches"),
     "device": (message("?", COFFEE), {"mm_processor_kwargs": {"device": "cuda"}}, "device"),
     "more <image> than pictures": (message("<image> <image>", COFFEE), {}, "<image>"),
