@@ -90,6 +90,31 @@ class Request:
         return self.messages[-1]["content"] if self.messages else self.text
 
 
+def texts_of(request: Request) -> list[str]:
+    """What each turn of a request says, `<image>` where an image goes.
+
+    Raises:
+        UserError: turns out of order, another number of `<image>` than of images.
+    """
+    messages = request.messages or ({"role": "user", "content": request.text},)
+    roles = [message["role"] for message in messages]
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+        raise UserError(
+            f"a conversation takes turns of user and assistant, the user's last; here are {roles}."
+        )
+    texts = [message["content"] for message in messages]
+    if not any(DEFAULT_IMAGE_TOKEN in text for text in texts[::2]):
+        texts[0] = f"{DEFAULT_IMAGE_TOKEN}\n" * len(request.images) + texts[0]
+    places, count = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in texts), len(request.images)
+    if places != count:
+        there = "is 1 picture" if count == 1 else f"are {count or 'no'} pictures"
+        raise UserError(
+            f"the question has {places} {DEFAULT_IMAGE_TOKEN} but there {there}: write one for each, "
+            "where it belongs, or leave them out."
+        )
+    return texts
+
+
 @dataclass(frozen=True)
 class Timing:
     """What one streamed answer took.
@@ -520,32 +545,14 @@ class LocalEngine:
     def prompt(self, request: Request) -> str:
         """The whole prompt of a request as the weights were trained on it, `<image>` where an image goes.
 
-        Raises:
-            UserError: turns out of order, another number of `<image>` than of images.
+        Raises UserError as `texts_of`.
         """
-        messages = request.messages or ({"role": "user", "content": request.text},)
-        roles = [message["role"] for message in messages]
-        if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
-            raise UserError(
-                f"a conversation takes turns of user and assistant, the user's last; here are {roles}."
-            )
-        texts = [message["content"] for message in messages]
-        if not any(DEFAULT_IMAGE_TOKEN in text for text in texts[::2]):
-            texts[0] = f"{DEFAULT_IMAGE_TOKEN}\n" * len(request.images) + texts[0]
         conversation = conv_templates[self.conv_mode].copy()
-        for place, text in enumerate([*texts, None]):
+        for place, text in enumerate([*texts_of(request), None]):
             if text:
                 text = text.replace(DEFAULT_IMAGE_TOKEN, image_tag(self.model.config.mm_use_im_start_end))
             conversation.append_message(conversation.roles[place % 2], text)
-        prompt = conversation.get_prompt()
-        places, count = prompt.count(DEFAULT_IMAGE_TOKEN), len(request.images)
-        if places != count:
-            there = "is 1 picture" if count == 1 else f"are {count or 'no'} pictures"
-            raise UserError(
-                f"the question has {places} {DEFAULT_IMAGE_TOKEN} but there {there}: write one for each, "
-                "where it belongs, or leave them out."
-            )
-        return prompt
+        return conversation.get_prompt()
 
     def _prompt(self, request: Request, keys: Sequence[_Key], visual: Mapping[_Key, Tensor | str]) -> _Prompt:
         """Raises UserError as `prompt`, for an image that cannot be read, for a prompt that is too long."""

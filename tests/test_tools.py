@@ -21,7 +21,7 @@ from tiny_checkpoints import (
 from llava.cli import main
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints import inspect_checkpoint, read_model_weights, read_projector
-from llava.tools.whole import tower_name_from
+from llava.model.whole import tower_name_from
 
 PROMPT = torch.tensor([[1, 270, 280, -200, 290, 300]])
 

@@ -24,6 +24,7 @@ import transformers
 from tqdm import tqdm
 
 from llava import hardware
+from llava.endpoint import EndpointEngine
 from llava.engine import Answer, LocalEngine, ModelSource, Request, key_of
 from llava.errors import UserError
 from llava.eval.provenance import Files, fingerprint, summary
@@ -45,7 +46,7 @@ class Job:
 
     requests: Sequence[Request]
     lines: Sequence[dict[str, Any]]
-    model: ModelSource
+    model: ModelSource | EndpointEngine
     answers: Path
     about: dict[str, Any]
     image_aspect_ratio: str | None = None  # None: the checkpoint's
@@ -72,7 +73,8 @@ def answer(job: Job, *, workers: int | None = None, overwrite: bool = False) -> 
         job.answers.touch()
         return summary(files, (), ())
     if workers is None:
-        workers = torch.cuda.device_count() if job.model.device == "cuda" else 1
+        on_gpus = isinstance(job.model, ModelSource) and job.model.device == "cuda"
+        workers = torch.cuda.device_count() if on_gpus else 1
     if world > 1:
         work(job, rank, world, int(os.environ.get("LOCAL_RANK", rank)))
     elif workers > 1:
@@ -183,8 +185,10 @@ def _process(job: Job, rank: int, world: int) -> None:
         sys.exit(2)
 
 
-def load(job: Job, gpu: int | None) -> LocalEngine:
+def load(job: Job, gpu: int | None) -> LocalEngine | EndpointEngine:
     """The model, on the gpu-th device of several where `device` names none."""
+    if isinstance(job.model, EndpointEngine):
+        return job.model
     gpus = torch.cuda.device_count()
     device = (
         f"cuda:{gpu % gpus}" if job.model.device == "cuda" and gpus and gpu is not None else job.model.device
@@ -196,14 +200,22 @@ def load(job: Job, gpu: int | None) -> LocalEngine:
     )
 
 
-def run_facts(job: Job, engine: LocalEngine) -> dict[str, Any]:
+def run_facts(job: Job, engine: LocalEngine | EndpointEngine) -> dict[str, Any]:
     """What makes the answers what they are: only a run in which all of it is the same may add to a file."""
-    source, model, first = job.model, engine.model, job.requests[0]
+    first = job.requests[0]
     names = ("max_new_tokens", "temperature", "top_p", "num_beams", "seed")
-    prompt = engine.prompt(Request(text="?", images=("",)))
-    return {
+    facts = {
         **job.about,
-        "model": source.name,
+        "model": job.model.name,
+        "generation": {name: getattr(first, name) for name in names},
+    }
+    if isinstance(job.model, EndpointEngine):
+        unknown = "the server's"
+        reducer = first.reducer or unknown
+        return facts | {"server": engine.base_url, "weights": unknown, "reducer": reducer, "dtype": unknown}
+    source, model = job.model, engine.model
+    prompt = engine.prompt(Request(text="?", images=("",)))
+    return facts | {
         "weights": fingerprint(source.path, source.base),
         "base": source.base and get_model_name_from_path(source.base),
         "vision_tower": Path(source.vision_tower or model.config.mm_vision_tower).name,
@@ -212,14 +224,15 @@ def run_facts(job: Job, engine: LocalEngine) -> dict[str, Any]:
         "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16],
         "image_aspect_ratio": engine.pixel_config.image_aspect_ratio,
         "anyres": source.anyres,
-        "generation": {name: getattr(first, name) for name in names},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": "8bit" if source.load_8bit else "4bit" if source.load_4bit else None,
     }
 
 
-def machine_facts(engine: LocalEngine) -> dict[str, Any]:
+def machine_facts(engine: LocalEngine | EndpointEngine) -> dict[str, Any]:
     """Where answers are made."""
+    if isinstance(engine, EndpointEngine):
+        return {"device": engine.base_url, "concurrency": engine.concurrency}
     device = engine.model.device
     cores = "" if device.type == "cuda" else f", {os.cpu_count()} cores"
     return {
