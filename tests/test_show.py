@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from tiny_checkpoints import Family, edit_json, family
 
+from llava import pictures
 from llava.analysis import show
 from llava.errors import UserError
 from llava.reducers import ReducedTokens, VisionFeatures, build_reducer
 
 GRID = (3, 4)
-C = show.CELL
+C = pictures.CELL
 
 
 def reduced(kept: list[int], source: list[int]) -> ReducedTokens:
@@ -43,14 +44,14 @@ def inside(image: Image.Image, patch: int) -> np.ndarray:
 
 
 def test_where_patches_went():
-    what = show.Assignment.of(EXAMPLE)
+    what = pictures.Assignment.of(EXAMPLE)
     assert np.flatnonzero(what.kept).tolist() == [5, 10]
     assert np.flatnonzero(~what.merged & ~what.kept).tolist() == [3]
     assert what.tokens == 3
 
 
 def test_kept_patches_stay_as_they_are_and_others_do_not(picture):
-    painted = show.overlay(picture, EXAMPLE, GRID)
+    painted = pictures.overlay(picture, EXAMPLE, GRID)
     canvas = picture.resize(painted.size, Image.Resampling.LANCZOS)
     assert painted.size == (GRID[1] * C, GRID[0] * C)
     for patch in range(12):
@@ -61,7 +62,7 @@ def test_kept_patches_stay_as_they_are_and_others_do_not(picture):
 
 def test_patches_of_one_token_share_its_tint():
     grey = Image.new("RGB", (80, 60), (128, 128, 128))
-    painted = show.overlay(grey, EXAMPLE, GRID)
+    painted = pictures.overlay(grey, EXAMPLE, GRID)
     colour = {patch: tuple(inside(painted, patch)[0, 0]) for patch in range(12)}
     first, second = {colour[patch] for patch in (0, 1, 4)}, {colour[patch] for patch in (2, 6, 7, 8, 9, 11)}
     assert len(first) == len(second) == 1
@@ -70,9 +71,9 @@ def test_patches_of_one_token_share_its_tint():
 
 
 def test_the_picture_is_squared_as_the_model_does(picture):
-    padded = show.as_seen(picture, "pad", (1, 2, 3))
+    padded = pictures.as_seen(picture, "pad", (1, 2, 3))
     assert padded.size == (80, 80) and padded.getpixel((1, 1)) == (1, 2, 3)  # 80 x 60 is padded above
-    cropped = show.as_seen(picture, None, (1, 2, 3))
+    cropped = pictures.as_seen(picture, None, (1, 2, 3))
     assert np.array_equal(np.asarray(cropped), np.asarray(picture)[:, 10:70])
 
 

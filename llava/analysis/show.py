@@ -6,142 +6,26 @@ reducer, and show what it did rather than what it is said to do.
 """
 
 import argparse
-from colorsys import hls_to_rgb
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from llava import hardware
 from llava.analysis import charts
 from llava.analysis.charts import ACCENT, INK
 from llava.errors import UserError
-from llava.mm_utils import expand2square, load_image, mean_colour
+from llava.mm_utils import load_image, mean_colour
 from llava.model.checkpoints import inspect_checkpoint, resolve_directory
 from llava.model.vision_tower import load_vision_tower
+from llava.pictures import CELL, Assignment, as_seen, canvas, paint
 from llava.reducers import ReducedTokens, ReducerInputError, VisionFeatures, build_reducer
 from llava.reducers.prumerge import outlier_fence
 from llava.reducers.scores import patch_scores
 
 MINI_TOWER = Path("checkpoints/mini-base/vision_tower")
-
-CELL = 24
-"""Pixels along the edge of a patch in the pictures."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Which token each patch of one image went to.
-
-    Attributes:
-        row: [N] the output token, -1 where the patch was dropped.
-        kept: [N] bool, the token stands for this very patch.
-        tokens: how many tokens came out.
-    """
-
-    row: np.ndarray
-    kept: np.ndarray
-    tokens: int
-
-    @classmethod
-    def of(cls, reduced: ReducedTokens) -> "Assignment":
-        """The patches of a batch of one."""
-        row = reduced.source[0].cpu().numpy()
-        kept = (row >= 0) & (reduced.kept[0].cpu().numpy()[row] == np.arange(len(row)))
-        return cls(row, kept, int(reduced.lengths[0]))
-
-    @property
-    def merged(self) -> np.ndarray:
-        return ~self.kept & (self.row >= 0)
-
-
-def as_seen(image: Image.Image, aspect_ratio: str | None, background: tuple[int, ...]) -> Image.Image:
-    """The square a tower sees: the picture padded to a square, or its middle where `aspect_ratio` crops."""
-    if aspect_ratio == "pad":
-        return expand2square(image, background)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def overlay(square: Image.Image, reduced: ReducedTokens, grid: tuple[int, int]) -> Image.Image:
-    """The picture with kept patches bright and framed, merged ones tinted by the token they went to.
-
-    Args:
-        square: the picture as the tower sees it.
-        reduced: what the reducer returned for it (B = 1).
-        grid: (rows, columns) of the patches.
-
-    Returns:
-        RGB, `CELL` pixels per patch. Where all patches were kept, the plain square.
-    """
-    return paint(_canvas(square, grid), Assignment.of(reduced), grid, tint=True)
-
-
-def _canvas(square: Image.Image, grid: tuple[int, int]) -> Image.Image:
-    rows, columns = grid
-    return square.convert("RGB").resize((columns * CELL, rows * CELL), Image.Resampling.LANCZOS)
-
-
-def paint(canvas: Image.Image, patches: Assignment, grid: tuple[int, int], *, tint: bool) -> Image.Image:
-    """Kept patches as they are and framed; the others darkened, or with `tint` in their token's colour.
-
-    `canvas` has `CELL` pixels a patch. Dropped patches are dark; where all are kept, it is returned as it is.
-    """
-    if patches.kept.all():
-        return canvas
-
-    def spread(values: np.ndarray) -> np.ndarray:
-        """One value per patch -> one per pixel."""
-        return values.reshape(*grid, *values.shape[1:]).repeat(CELL, 0).repeat(CELL, 1)
-
-    pixels = np.asarray(canvas, dtype=np.float64) / 255
-    grey = pixels.mean(-1, keepdims=True)
-    colours = token_colours(patches, grid)
-    rest = 0.16 * pixels + 0.1 * grey
-    if tint:
-        merged = spread(colours[np.maximum(patches.row, 0)]) * (0.3 + 0.55 * grey)
-        rest = np.where(spread(patches.merged)[..., None], merged, 0.18 * grey)
-    painted = np.where(spread(patches.kept)[..., None], pixels, rest)
-    picture = Image.fromarray((painted * 255).round().astype(np.uint8))
-
-    draw = ImageDraw.Draw(picture)
-    if tint:  # a dark line where the token changes
-        row = patches.row.reshape(grid)
-        for y, x in CELL * np.argwhere(row[:, 1:] != row[:, :-1]):
-            draw.line([(x + CELL, y), (x + CELL, y + CELL)], fill=(20, 22, 25))
-        for y, x in CELL * np.argwhere(row[1:] != row[:-1]):
-            draw.line([(x, y + CELL), (x + CELL, y + CELL)], fill=(20, 22, 25))
-    for patch in np.flatnonzero(patches.kept):
-        y, x = (CELL * int(place) for place in divmod(patch, grid[1]))
-        edge = tuple((colours[patches.row[patch]] * 255).round().astype(int)) if tint else (255, 255, 255)
-        draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), outline=edge, width=2 if tint else 1)
-    return picture
-
-
-def token_colours(patches: Assignment, grid: tuple[int, int]) -> np.ndarray:
-    """[tokens, 3] RGB in 0..1: the hue says in which direction from the middle of the picture a token lies.
-
-    A token lies on the patch it stands for, else in the middle of the patches that went to it. Neighbours are
-    told apart by small steps of hue and lightness.
-    """
-    rows, columns = grid
-    y, x = np.divmod(np.arange(len(patches.row)), columns)
-    place = np.zeros((patches.tokens, 2))
-    for token in range(patches.tokens):
-        own = patches.row == token
-        own = own & patches.kept if (own & patches.kept).any() else own
-        if own.any():
-            place[token] = y[own].mean() - (rows - 1) / 2, x[own].mean() - (columns - 1) / 2
-    order = np.lexsort((place[:, 1], place[:, 0]))
-    step = np.empty(patches.tokens)
-    step[order] = np.arange(patches.tokens) * 0.61803398875 % 1.0 - 0.5  # golden steps: neighbours differ
-    hue = (np.arctan2(place[:, 0], place[:, 1]) + 0.9 * step) / (2 * np.pi) % 1.0
-    return np.array([hls_to_rgb(h, 0.62 + 0.2 * s, 0.65) for h, s in zip(hue, step, strict=True)])
-
 
 # The four panels -------------------------------------------------------------------------------------
 
@@ -158,7 +42,7 @@ def figure(
         out: .png, .pdf or .svg.
     """
     patches, grid = Assignment.of(reduced), features.grid
-    whole = _canvas(square, grid)
+    whole = canvas(square, grid)
     rows = [["picture", "attention", "kept", "merged"]]
     sheet = charts.new_figure(14.6, 6.3, dpi=max(110, grid[1] * CELL / 3.5), layout="constrained")
     if features.has_cls:

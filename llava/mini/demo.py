@@ -50,9 +50,9 @@ def read_questions(folder: Path) -> list[tuple[Path, str]]:
 
 def ask_all(folder: Path, out: Path) -> list[str]:
     """Lines of the table, a block per picture; overlays are written into `out`."""
-    from llava.analysis.show import overlay
     from llava.engine import ModelSource, Request, finish
     from llava.mm_utils import expand2square, load_image, mean_colour, process_images
+    from llava.pictures import overlay
 
     questions = read_questions(folder)
     out.mkdir(parents=True, exist_ok=True)
