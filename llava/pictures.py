@@ -1,16 +1,20 @@
 """Pictures of what a reducer did, patch by patch.
 
-Drawn from `ReducedTokens.kept` and `.source` alone: they work for any reducer, and show what it did rather than
-what it is said to do.
+Drawn from `ReducedTokens.kept` and `.source` alone: they work for any reducer, and show what it did rather
+than what it is said to do.
 """
 
+from collections.abc import Sequence
 from colorsys import hls_to_rgb
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
-from llava.mm_utils import expand2square
+from llava.mm_utils import get_anyres_image_grid_shape
 from llava.reducers import ReducedTokens
 
 CELL = 24
@@ -43,13 +47,41 @@ class Assignment:
         return ~self.kept & (self.row >= 0)
 
 
-def as_seen(image: Image.Image, aspect_ratio: str | None, background: tuple[int, ...]) -> Image.Image:
-    """The square a tower sees: the picture padded to a square, or its middle where `aspect_ratio` crops."""
-    if aspect_ratio == "pad":
-        return expand2square(image, background)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def squares(pixels: Tensor, image_processor: Any) -> list[Image.Image]:
+    """[T, 3, S, S] normalised pixels, what the tower sees, as pictures again."""
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (image_processor.image_mean, image_processor.image_std)
+    )
+    bytes_ = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).byte()
+    return [Image.fromarray(view.permute(1, 2, 0).numpy()) for view in bytes_]
+
+
+def tiles_across(size: tuple[int, int], views: Tensor, config: Any) -> int:
+    """How many tiles of an anyres picture lie beside one another.
+
+    Args:
+        size: (width, height) of the picture.
+        views: [T, 3, S, S] the picture as a whole, and its tiles row by row.
+        config: of the checkpoint.
+    """
+    if config.mm_anyres_budget == "papers":
+        return 2
+    return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, views.shape[-1])[0]
+
+
+def arrange(pictures: Sequence[Image.Image], across: int, gap: int = CELL) -> Image.Image:
+    """The picture as a whole on the left, its tiles in their places on the right; alone where it has none."""
+    whole, *tiles = pictures
+    if not tiles:
+        return whole
+    width, height = whole.size
+    sheet = Image.new("RGB", (width * (across + 1) + gap, height * (len(tiles) // across)), "white")
+    sheet.paste(whole)
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, across)
+        sheet.paste(tile, (width * (column + 1) + gap, height * row))
+    return sheet
 
 
 def overlay(square: Image.Image, reduced: ReducedTokens, grid: tuple[int, int]) -> Image.Image:
