@@ -49,12 +49,10 @@ class Assignment:
 
 def squares(pixels: Tensor, image_processor: Any) -> list[Image.Image]:
     """[T, 3, S, S] normalised pixels, what the tower sees, as pictures again."""
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1)
-        for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    bytes_ = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).byte()
-    return [Image.fromarray(view.permute(1, 2, 0).numpy()) for view in bytes_]
+    processor = image_processor
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    shades = ((pixels.float().cpu() * std + mean) * 255).round().clamp(0, 255).byte()
+    return [Image.fromarray(view.permute(1, 2, 0).numpy()) for view in shades]
 
 
 def tiles_across(size: tuple[int, int], views: Tensor, config: Any) -> int:
@@ -121,7 +119,7 @@ def paint(whole: Image.Image, patches: Assignment, grid: tuple[int, int], *, tin
     colours = token_colours(patches, grid)
     rest = 0.16 * pixels + 0.1 * grey
     if tint:
-        merged = spread(colours[np.maximum(patches.row, 0)]) * (0.3 + 0.55 * grey)
+        merged = spread(colours[np.maximum(patches.row, 0)]) * (0.1 + 0.8 * grey) + 0.1 * pixels
         rest = np.where(spread(patches.merged)[..., None], merged, 0.18 * grey)
     painted = np.where(spread(patches.kept)[..., None], pixels, rest)
     picture = Image.fromarray((painted * 255).round().astype(np.uint8))

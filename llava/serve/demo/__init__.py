@@ -1,6 +1,6 @@
 """`llava demo`: a web page that answers questions about a picture and shows which of its patches were kept.
 
-Without flags it runs the small model on whatever device there is. The page listens on this machine alone unless
+Without flags it runs the small model on whatever device there is. Only this machine can open the page, unless
 `--host` says otherwise. Nothing of a visitor is kept: pictures and conversations live in the memory of their
 session, and an uploaded file is deleted within a minute.
 """
@@ -21,20 +21,14 @@ PICTURES = Path("playground/pictures")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", help=f"checkpoint: directory or hub name (default: {MODEL})")
     parser.add_argument("--model-base", help="base of a LoRA or projector-only checkpoint")
-    parser.add_argument(
-        "--endpoint", metavar="URL", help="an OpenAI-compatible server in place of a checkpoint"
-    )
+    parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server to ask instead")
     parser.add_argument("--model", metavar="NAME", help="with --endpoint: which of the server's models")
-    parser.add_argument(
-        "--reducer", metavar="SPEC", help="what the page begins with (default: the checkpoint's)"
-    )
+    parser.add_argument("--reducer", metavar="SPEC", help="the one to begin with (default: the checkpoint's)")
     parser.add_argument("--device", default="cuda", help="default: the best there is")
     parser.add_argument("--dtype", help="float16, bfloat16, float32 (default: what the device is best at)")
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0: for other machines too (default: %(default)s)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines too (default: this one)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
 
 
@@ -48,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         for folder in (MODEL, args.model_base):
             if not args.endpoint and not Path(folder).is_dir():
                 raise UserError(
-                    f"{folder} is not there: build it with `llava mini prepare`, or give --model-path."
+                    f"{folder} is missing: build it with `llava mini prepare`, or give --model-path."
                 )
     with tempfile.TemporaryDirectory(prefix="llava-demo-") as uploads:
         # Gradio reads these when it is imported.

@@ -1,4 +1,4 @@
-"""The page's pictures as HTML: what was kept of an image, the attention behind it, two answers side by side."""
+"""The page's pictures as HTML: what was kept of an image, the attention behind it, answers side by side."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ def kept_tokens(look: Look, squares: list[Image.Image], across: int, spec: str) 
     merged = sum(int(view.merged.sum()) for view in views)
     facts = [f"<b>{kept}</b> patches kept, bright" if kept else "no single patch kept"]
     facts += [f"<b>{merged}</b> merged, in the colour of their token"] * (merged > 0)
-    facts += [f"<b>{tokens - kept}</b> more for what was left"] * (0 < tokens - kept and kept > 0)
+    facts += [f"<b>{tokens - kept}</b> more for what was left"] * (0 < kept < tokens)
     facts += [f"<b>{total - kept - merged}</b> dropped, dark"] * (total > kept + merged)
     return f"""
 <figure class="kept" data-tokens="{tokens}">
@@ -80,7 +80,7 @@ def _view(number: int, square: Image.Image, patches: Assignment, grid: tuple[int
 
 
 def _curve(look: Look, patches: Assignment) -> str:
-    """Attention of the first view's patches by rank on a logarithmic scale, kept ones marked, and the fence."""
+    """Attention of the first view's patches by rank on a logarithmic scale, kept ones marked; the fence."""
     scores, order = patch_scores(look.features)[0].double().sort(descending=True, stable=True)
     fence = float(outlier_fence(scores))
     order = order.cpu().numpy()
@@ -115,18 +115,19 @@ def side_by_side(question: str, answers: dict[str, Answer | None]) -> str:
 def _card(name: str, answer: Answer | None, longest: float) -> str:
     if answer is None:
         return f'<article aria-busy="true"><h3>{escape(name)}</h3><p class="answer">…</p></article>'
-    rows = [("visual tokens", f"{sum(answer.visual_tokens):,}")] if answer.visual_tokens else []
+    rows = {"visual tokens": f"{sum(answer.visual_tokens):,}"} if answer.visual_tokens else {}
     bar = ""
     if took := answer.timing:
         phases = {"vision": took.vision_ms, "prefill": took.prefill_ms}
-        phases["answer"] = took.total_ms - sum(phases.values())
-        parts = (
-            f'<i class="{phase}" style="width:{100 * ms / longest:.1f}%"></i>' for phase, ms in phases.items()
-        )
+        phases["decoding"] = took.total_ms - sum(phases.values())
+        parts = [
+            f'<i class="{name}" style="width:{100 * ms / longest:.1f}%"></i>' for name, ms in phases.items()
+        ]
         bar = f'<div class="bar" aria-hidden="true">{"".join(parts)}</div>'
-        rows += [("vision", f"{took.vision_ms:,.0f} ms"), ("prefill", f"{took.prefill_ms:,.0f} ms")]
-        rows += [("total", f"{took.total_ms:,.0f} ms")]
-    facts = "".join(
-        f'<div class="{term.split()[0]}"><dt>{term}</dt><dd>{value}</dd></div>' for term, value in rows
-    )
-    return f'<article><h3>{escape(name)}</h3><p class="answer">{escape(answer.text)}</p>{bar}<dl>{facts}</dl></article>'
+        rows |= {name: f"{ms:,.0f} ms" for name, ms in {**phases, "total": took.total_ms}.items()}
+    facts = [
+        f'<div class="{name.split()[0]}"><dt>{name}</dt><dd>{value}</dd></div>'
+        for name, value in rows.items()
+    ]
+    head = f'<h3>{escape(name)}</h3><p class="answer">{escape(answer.text)}</p>'
+    return f"<article>{head}{bar}<dl>{''.join(facts)}</dl></article>"

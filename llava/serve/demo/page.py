@@ -68,17 +68,8 @@ def notices() -> Iterator[None]:
         raise gr.Error(str(error), title="That did not work", print_exception=False) from error
 
 
-class Upload(gr.Image):
-    """An image input that hands on the path of the file as it came, for `load_image` to judge."""
-
-    is_template = True  # to Gradio: drawn as the class above
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload and payload.path
-
-
 def spec_of(method: str, tokens: int) -> str:
-    """The reducer of the two controls: the most tokens where the method finds a number itself, else the number."""
+    """The reducer of the two controls: `tokens` bounds a method that finds a number itself."""
     if method == DENSE or not {"(", ":"}.isdisjoint(method):  # a whole spec, the one the page began with
         return method
     fixed = {"max_tokens", "tokens"} & set(vars(build_reducer(method)))
@@ -91,7 +82,7 @@ class Demo:
     Args:
         name: what the page calls the model.
         examples: a folder of pictures whose questions.json maps their names to questions.
-        reducer: what it begins with; None: the model's own, or PruMerge+ where that keeps every token.
+        reducer: what it begins with where the engine does not tell; PruMerge+ instead of every token.
     """
 
     def __init__(self, engine: Engine, name: str, examples: Path, reducer: str | None):
@@ -102,17 +93,15 @@ class Demo:
         self.patches = 576
         if isinstance(engine, LocalEngine):
             self.patches = engine.model.get_vision_tower().num_patches
-            reducer = reducer or engine.model.reducer.spec
+            reducer = engine.model.reducer.spec
         quarter = self.patches // 4
         start = build_reducer(reducer if reducer not in (None, DENSE) else f"prumerge+(max_tokens={quarter})")
         options = vars(start)
         self.tokens = options.get("max_tokens") or options.get("tokens") or quarter
-        whole = spec_of(start.name, self.tokens) != start.spec
+        whole = spec_of(start.name, self.tokens) != start.spec  # it says more than the two controls can
         self.method = start.spec if whole else start.name
-        self.methods = [start.spec] * whole + [
-            *(name for name in available_reducers() if name != DENSE),
-            DENSE,
-        ]
+        names = [name for name in available_reducers() if name != DENSE]
+        self.methods = [start.spec] * whole + [*names, DENSE]
 
     # --- what a visitor does ---
 
@@ -120,13 +109,8 @@ class Demo:
         # The model's own reducer needs no name, and may lie in a file, which no request may name.
         own = isinstance(self.engine, LocalEngine) and spec == self.engine.model.reducer.spec
         images = [session.picture] if session.picture else []
-        return Request(
-            text=question,
-            images=images,
-            reducer=None if own else spec,
-            max_new_tokens=MAX_NEW_TOKENS,
-            **options,
-        )
+        options |= {"reducer": None if own else spec, "max_new_tokens": MAX_NEW_TOKENS}
+        return Request(text=question, images=images, **options)
 
     def look(self, session: Session, method: str, tokens: int) -> str:
         """What is kept of the picture, as HTML."""
@@ -139,34 +123,32 @@ class Demo:
         spec = spec_of(method, tokens)
         question = session.turns[-1].question if session.turns else ""
         if build_reducer(spec).reads_question and not question:
-            return (
-                f'<p class="empty">{escape(method)} reads the question: ask one, and see what it keeps.</p>'
-            )
-        with notices():
-            look = self.engine.look(session.picture, self.request(session, question, spec))
-            pictures = squares(look.pixels, self.engine.image_processor)
-            across = 1
-            if len(pictures) > 1:
-                across = tiles_across(look.size, look.pixels, self.engine.model.config)
-            return drawing.kept_tokens(look, pictures, across, spec)
+            return f'<p class="empty">{escape(method)} reads the question: ask one to see what it keeps.</p>'
+        look = self.engine.look(session.picture, self.request(session, question, spec))
+        pictures = squares(look.pixels, self.engine.image_processor)
+        across = 1
+        if len(pictures) > 1:
+            across = tiles_across(look.size, look.pixels, self.engine.model.config)
+        return drawing.kept_tokens(look, pictures, across, spec)
 
-    def begin(self, picture: Image.Image, question: str, method: str, tokens: int) -> tuple:
-        """Another picture: session, what is kept, chat, question, comparison."""
+    def show(self, session: Session, method: str, tokens: int) -> str:
+        with notices():
+            return self.look(session, method, tokens)
+
+    def begin(self, picture: Image.Image, question: str = "") -> tuple[Session, list, str, str]:
+        """Another picture: session, chat, question, comparison."""
         picture = picture.copy()
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        session = Session(picture)
-        return session, self.look(session, method, tokens), [], question, ""
+        return Session(picture), [], question, ""
 
-    def upload(self, file: str | None, method: str, tokens: int) -> tuple:
+    def upload(self, file: dict[str, Any] | None) -> tuple:
         if file is None:
-            return (gr.skip(),) * 5
+            return (gr.skip(),) * 4
         with notices():
-            picture = load_image(file, exif=True, name=Path(file).name)
-        return self.begin(picture, "", method, tokens)
+            return self.begin(load_image(file["path"], exif=True, name=file["orig_name"]))
 
-    def pick(self, method: str, tokens: int, event: gr.EventData) -> tuple:
-        picture, question = self.examples[int(event.index)]
-        return self.begin(picture, question, method, tokens)
+    def pick(self, event: gr.EventData) -> tuple:
+        return self.begin(*self.examples[int(event.index)])
 
     def ask(self, session: Session, question: str, method: str, tokens: int) -> Iterator[tuple]:
         """The answer piece by piece: session, chat, question, what is kept."""
@@ -179,17 +161,17 @@ class Demo:
             said = ""
             with closing(self.engine.stream(request)) as pieces:
                 while True:
-                    yield session, [*session.shown, *_messages([(question, said)])], "", gr.skip()
                     try:
                         said += next(pieces)
                     except StopIteration as end:
                         answer: Answer = end.value
                         break
+                    yield session, [*session.shown, *_messages([(question, said)])], gr.skip(), gr.skip()
             if answer.problem:
                 raise UserError(answer.problem)
         session = replace(session, turns=(*session.turns, Turn(question, answer.text, _took(answer, spec))))
         reads = isinstance(self.engine, LocalEngine) and build_reducer(spec).reads_question
-        yield session, session.shown, "", self.look(session, method, tokens) if reads else gr.skip()
+        yield session, session.shown, "", self.show(session, method, tokens) if reads else gr.skip()
 
     def compare(self, session: Session, question: str, method: str, tokens: int) -> Iterator[str]:
         """The question asked afresh, with every token and with few."""
@@ -198,7 +180,7 @@ class Demo:
         with notices():
             if session.picture is None or not question or spec == DENSE:
                 raise UserError(
-                    "To compare, choose a picture, a question and a method that keeps fewer tokens."
+                    "To compare, give a picture, a question and a method that keeps fewer tokens."
                 )
             names = {"All tokens": DENSE, spec: spec}
             answers: dict[str, Answer | None] = dict.fromkeys(names)
@@ -213,16 +195,16 @@ class Demo:
     # --- the page ---
 
     def page(self) -> gr.Blocks:
-        first = Session(), self.look(Session(), self.method, self.tokens), [], "", ""
+        first, question = Session(), ""
         if self.examples:
-            first = self.begin(*self.examples[0], self.method, self.tokens)
+            first, _, question, _ = self.begin(*self.examples[0])
         # Files on disk are needed for the moment between upload and reading only.
         with gr.Blocks(title="LLaVA-PruMerge", analytics_enabled=False, delete_cache=(20, 20)) as page:
-            session = gr.State(first[0], time_to_live=SECONDS_AFTER)
+            session = gr.State(first, time_to_live=SECONDS_AFTER)
             gr.HTML(HEADER.format(patches=self.patches, name=escape(self.name)))
             with gr.Row(elem_id="columns"):
                 with gr.Column(min_width=300, elem_id="asking"):
-                    file = Upload(
+                    file = gr.Image(
                         sources=["upload", "webcam", "clipboard"],
                         label="Your picture",
                         height=150,
@@ -233,23 +215,33 @@ class Demo:
                     with gr.Row():
                         method = gr.Dropdown(self.methods, value=self.method, label="Method", min_width=140)
                         tokens = gr.Slider(
-                            1, self.patches, self.tokens, step=1, label="Tokens at most", min_width=140
+                            1,
+                            self.patches,
+                            self.tokens,
+                            step=1,
+                            label="Tokens at most",
+                            buttons=[],
+                            min_width=140,
                         )
                     chat = gr.Chatbot(
                         label="Conversation",
-                        height=250,
+                        height=None,
+                        min_height=150,
+                        max_height=360,
                         buttons=[],
                         allow_tags=False,
                         group_consecutive_messages=False,
                         placeholder="Ask about the picture.",
                     )
-                    question = gr.Textbox(first[3], label="Question", max_lines=4, autofocus=False)
+                    question = gr.Textbox(question, label="Question", max_lines=4, autofocus=False)
                     with gr.Row():
-                        ask = gr.Button("Ask", variant="primary", min_width=80)
-                        compare = gr.Button("Compare with all tokens", min_width=180)
-                        reset = gr.Button("New conversation", min_width=140)
+                        ask = gr.Button("Ask", variant="primary", size="md", min_width=80)
+                        compare = gr.Button("Compare with all tokens", size="md", min_width=200)
                 with gr.Column(min_width=300, elem_id="seeing"):
-                    kept = gr.HTML(first[1], js_on_load=(HERE / "tokens.js").read_text())
+                    kept = gr.HTML(
+                        self.look(first, self.method, self.tokens),
+                        js_on_load=(HERE / "tokens.js").read_text(),
+                    )
             compared = gr.HTML("", elem_id="compared")
             gr.HTML(FOOTER)
 
@@ -259,13 +251,15 @@ class Demo:
                 "show_progress": "minimal",
                 "api_visibility": "private",
             }
-            controls, scene = [method, tokens], [session, kept, chat, question, compared]
-            file.input(self.upload, [file, *controls], scene, show_progress_on=kept, **model).then(
-                lambda: None, None, file, queue=False, api_visibility="private"
-            )
-            examples.select(self.pick, controls, scene, show_progress_on=kept, **model)
+            controls, scene = [method, tokens], [session, chat, question, compared]
+            # The file as it came: what is wrong with it `load_image` says. The input is then empty again.
+            given = file.input(self.upload, file, scene, preprocess=False, show_progress_on=kept, **model)
+            given.then(lambda: None, None, file, queue=False, api_visibility="private")
+            picked = examples.select(self.pick, None, scene, show_progress_on=kept, **model)
+            for event in (given.success, picked.success):
+                event(self.show, [session, *controls], kept, **model)
             for event in (method.input, tokens.release):
-                event(self.look, [session, *controls], kept, trigger_mode="always_last", **model)
+                event(self.show, [session, *controls], kept, trigger_mode="always_last", **model)
             gr.on(
                 [ask.click, question.submit],
                 self.ask,
@@ -275,10 +269,10 @@ class Demo:
                 **model,
             )
             compare.click(self.compare, [session, question, *controls], compared, **model)
-            reset.click(
-                lambda session: (replace(session, turns=()), [], ""),
+            chat.clear(
+                lambda session: replace(session, turns=()),
                 session,
-                [session, chat, compared],
+                session,
                 queue=False,
                 api_visibility="private",
             )
@@ -291,9 +285,8 @@ class Demo:
             small = picture.copy()
             small.thumbnail((160, 160))
             alt = f"Example {number + 1}: {escape(question)}"
-            buttons.append(
-                f'<button data-index="{number}" title="{alt}"><img src="{drawing.data_url(small)}" alt="{alt}"></button>'
-            )
+            image = f'<img src="{drawing.data_url(small)}" alt="{alt}">'
+            buttons.append(f'<button data-index="{number}" title="{alt}">{image}</button>')
         return f'<div class="examples">{"".join(buttons)}</div>'
 
 
@@ -302,22 +295,20 @@ def _took(answer: Answer, spec: str) -> str:
     if answer.visual_tokens:
         parts.append(f"{sum(answer.visual_tokens)} visual tokens")
     if took := answer.timing:
-        parts += [
-            f"{name} {ms:.0f} ms" for name, ms in (("vision", took.vision_ms), ("prefill", took.prefill_ms))
-        ]
-        parts.append(f"total {took.total_ms:.0f} ms")
+        times = {"vision": took.vision_ms, "prefill": took.prefill_ms, "total": took.total_ms}
+        parts += [f"{name} {ms:.0f} ms" for name, ms in times.items()]
     return f"<small>{' · '.join(parts)}</small>"
 
 
 HEADER = """
 <header><h1>LLaVA-PruMerge</h1>
-<p>Ask about a picture: the model reads it as a few visual tokens instead of all {patches}, and here you see which
-patches they are and where the rest went.</p><p class="model">{name}</p></header>"""
+<p>Ask about a picture: the model reads its {patches} patches as a few visual tokens, and you see which it
+kept and where the rest went.</p><p class="model">{name}</p></header>"""
 
 FOOTER = f"""
-<footer>One question is answered at a time; up to {WAITING} wait in line. Files up to {UPLOAD_LIMIT.upper()}.
-Your picture and conversation are seen by you alone: they stay in memory while the page is open, and the file is
-deleted within a minute.</footer>"""
+<footer>One question is answered at a time, up to {WAITING} wait in line. Files up to {UPLOAD_LIMIT.upper()}.
+Nobody else sees your picture and conversation; they stay in memory while the page is open, and the file goes
+within a minute.</footer>"""
 
 PICK = """
 element.addEventListener("click", (event) => {
@@ -361,6 +352,7 @@ def theme() -> gr.themes.Base:
     """Fonts that every system has, warm greys and one accent."""
     sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-    return gr.themes.Base(
-        primary_hue="orange", neutral_hue="stone", font=sans, font_mono=mono, radius_size="lg", text_size="md"
+    base = gr.themes.Base(
+        primary_hue="orange", neutral_hue="stone", font=sans, font_mono=mono, radius_size="lg"
     )
+    return base.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
