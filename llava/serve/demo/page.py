@@ -296,7 +296,7 @@ def _took(answer: Answer, spec: str) -> str:
         parts.append(f"{sum(answer.visual_tokens)} visual tokens")
     if took := answer.timing:
         times = {"vision": took.vision_ms, "prefill": took.prefill_ms, "total": took.total_ms}
-        parts += [f"{name} {ms:.0f} ms" for name, ms in times.items()]
+        parts += [f"{name} {ms:.0f} ms" for name, ms in times.items() if ms]  # a server does not tell all
     return f"<small>{' · '.join(parts)}</small>"
 
 
