@@ -71,9 +71,9 @@ def figure(
     kept = sum(int(one.kept.sum()) for one in patches)
     dropped = sum(int((one.row < 0).sum()) for one in patches)
     new = f"{tokens - kept} token{'s' * (tokens - kept != 1)}"
-    tiles = f" and in {len(views) - 1} tiles" * (len(views) > 1)
+    tiles, times = (f" and in {len(views) - 1} tiles", f"{len(views)} x ") if len(views) > 1 else ("", "")
     notes = {
-        "picture": f"as the tower sees it{tiles}: {len(views)} x {grid[0]} x {grid[1]} = {total} patches",
+        "picture": f"as the tower sees it{tiles}: {times}{grid[0]} x {grid[1]} = {total} patches",
         "attention": noted,
         "kept": f"{kept} patches" + f" and {new} for the rest" * (tokens > kept),
         "merged": f"{total - kept - dropped} patches tinted by their token"
@@ -93,7 +93,7 @@ def figure(
     sheet = charts.new_figure(14.6, sum(heights) + 0.4, dpi=dpi, layout="constrained")
     axes = sheet.subplot_mosaic(rows, height_ratios=heights)
     for name, note in notes.items():
-        axes[name].imshow(sheets[name], interpolation="nearest")
+        axes[name].imshow(sheets[name])
         axes[name].set_axis_off()
         axes[name].set_title(f"{name}: {note}", loc="left", fontsize=9, color=INK)
     if features.has_cls:

@@ -81,9 +81,8 @@ def _view(number: int, square: Image.Image, patches: Assignment, grid: tuple[int
 
 def _curve(look: Look, patches: Assignment) -> str:
     """Attention of the first view's patches by rank on a logarithmic scale, kept ones marked; the fence."""
-    scores, order = patch_scores(look.features)[0].double().sort(descending=True, stable=True)
-    fence = float(outlier_fence(scores))
-    order = order.cpu().numpy()
+    scores, ranked = patch_scores(look.features)[0].double().sort(descending=True, stable=True)
+    fence, order = float(outlier_fence(scores)), ranked.cpu().numpy()
     level = np.log(np.maximum(scores.cpu().numpy(), 1e-12))
     low, high = np.quantile(level, 0.02) - 0.3, level[0]
     height = 100 * np.clip((np.append(level, np.log(fence)) - low) / (high - low), 0, 1)

@@ -195,9 +195,9 @@ class Demo:
     # --- the page ---
 
     def page(self) -> gr.Blocks:
-        first, question = Session(), ""
+        first, asked = Session(), ""
         if self.examples:
-            first, _, question, _ = self.begin(*self.examples[0])
+            first, _, asked, _ = self.begin(*self.examples[0])
         # Files on disk are needed for the moment between upload and reading only.
         with gr.Blocks(title="LLaVA-PruMerge", analytics_enabled=False, delete_cache=(20, 20)) as page:
             session = gr.State(first, time_to_live=SECONDS_AFTER)
@@ -233,7 +233,7 @@ class Demo:
                         group_consecutive_messages=False,
                         placeholder="Ask about the picture.",
                     )
-                    question = gr.Textbox(question, label="Question", max_lines=4, autofocus=False)
+                    question = gr.Textbox(asked, label="Question", max_lines=4, autofocus=False)
                     with gr.Row():
                         ask = gr.Button("Ask", variant="primary", size="md", min_width=80)
                         compare = gr.Button("Compare with all tokens", size="md", min_width=200)
@@ -251,15 +251,15 @@ class Demo:
                 "show_progress": "minimal",
                 "api_visibility": "private",
             }
-            controls, scene = [method, tokens], [session, chat, question, compared]
+            controls: list[Any] = [method, tokens]
+            scene: list[Any] = [session, chat, question, compared]
             # The file as it came: what is wrong with it `load_image` says. The input is then empty again.
             given = file.input(self.upload, file, scene, preprocess=False, show_progress_on=kept, **model)
             given.then(lambda: None, None, file, queue=False, api_visibility="private")
             picked = examples.select(self.pick, None, scene, show_progress_on=kept, **model)
-            for event in (given.success, picked.success):
-                event(self.show, [session, *controls], kept, **model)
-            for event in (method.input, tokens.release):
-                event(self.show, [session, *controls], kept, trigger_mode="always_last", **model)
+            changes: list[Any] = [given.success, picked.success, method.input, tokens.release]
+            for changed in changes:
+                changed(self.show, [session, *controls], kept, trigger_mode="always_last", **model)
             gr.on(
                 [ask.click, question.submit],
                 self.ask,
