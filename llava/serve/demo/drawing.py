@@ -54,7 +54,7 @@ def kept_tokens(look: Look, squares: list[Image.Image], across: int, spec: str) 
 </figure>"""
 
 
-HINT = "Point at a patch, tap it, or walk with the arrow keys: its token's patches light up."
+HINT = "Point at a patch or tap it to see all of its token; arrow keys move."
 
 
 def _view(number: int, square: Image.Image, patches: Assignment, grid: tuple[int, int]) -> str:

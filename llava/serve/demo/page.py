@@ -65,7 +65,8 @@ def notices() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(str(error), title="That did not work", print_exception=False) from error
+        # A notice is HTML.
+        raise gr.Error(escape(str(error)), title="That did not work", print_exception=False) from error
 
 
 def spec_of(method: str, tokens: int) -> str:
