@@ -43,9 +43,10 @@ def kept_tokens(look: Look, squares: list[Image.Image], across: int, spec: str) 
     facts += [f"<b>{merged}</b> merged, in the colour of their token"] * (merged > 0)
     facts += [f"<b>{tokens - kept}</b> more for what was left"] * (0 < kept < tokens)
     facts += [f"<b>{total - kept - merged}</b> dropped, dark"] * (total > kept + merged)
+    where = f" in {len(views)} views, padding included" if tiles else ""
     return f"""
 <figure class="kept" data-tokens="{tokens}">
-  <figcaption><strong>{tokens} of {total}</strong> visual tokens
+  <figcaption><strong>{tokens} of {total}</strong> visual tokens{where}
     <span class="spec">{escape(spec)}</span></figcaption>
   <div class="views">{overview}{tiles}</div>
   <p class="told" aria-live="polite" data-hint="{HINT}">{HINT}</p>
