@@ -82,7 +82,7 @@ def visit(browser, server):
         page.on("request", lambda request: asked.add(request.url.split("/")[2]))
         page.on("pageerror", lambda error: thrown.append(str(error)))
         page.goto(f"http://127.0.0.1:{server.port}")
-        page.locator("svg.view").wait_for()
+        playwright.expect(page.get_by_label("Question")).to_have_value(re.compile("cat"), timeout=LONG)
         return page
 
     yield visit

@@ -15,14 +15,16 @@ from llava.engine import Answer, Engine, LocalEngine, Request, finish
 from llava.errors import UserError
 from llava.mm_utils import load_image
 from llava.pictures import squares, tiles_across
-from llava.reducers import available_reducers, build_reducer
+from llava.reducers import ReducerSpecError, available_reducers, build_reducer
 from llava.serve.demo import drawing
 
 HERE = Path(__file__).parent
 DENSE = "none"
 LONGEST_SIDE = 2048
 """Pixels; larger pictures are scaled down as they come in: many sessions hold one in memory."""
-UPLOAD_LIMIT, WAITING, SESSIONS, SECONDS_AFTER = "10mb", 16, 100, 3600
+UPLOAD_LIMIT = "10mb"
+WAITING = 16  # visitors in line
+SESSIONS = 100  # in memory; the one that was used least lately goes first
 MAX_NEW_TOKENS = 256
 
 
@@ -96,7 +98,11 @@ class Demo:
             self.patches = engine.model.get_vision_tower().num_patches
             reducer = engine.model.reducer.spec
         quarter = self.patches // 4
-        start = build_reducer(reducer if reducer not in (None, DENSE) else f"prumerge+(max_tokens={quarter})")
+        few = f"prumerge+(max_tokens={quarter})"
+        try:
+            start = build_reducer(few if reducer in (None, DENSE) else reducer)
+        except ReducerSpecError as error:
+            raise UserError(str(error)) from error
         options = vars(start)
         self.tokens = options.get("max_tokens") or options.get("tokens") or quarter
         whole = spec_of(start.name, self.tokens) != start.spec  # it says more than the two controls can
@@ -155,8 +161,8 @@ class Demo:
         """The answer piece by piece: session, chat, question, what is kept."""
         spec, question = spec_of(method, tokens), question.strip()
         with notices():
-            if not question:
-                raise UserError("Write a question first.")
+            if session.picture is None or not question:
+                raise UserError("Give a picture and a question first.")
             messages = [*session.messages, {"role": "user", "content": question}]
             request = self.request(session, "", spec, messages=messages)
             said = ""
@@ -196,12 +202,10 @@ class Demo:
     # --- the page ---
 
     def page(self) -> gr.Blocks:
-        first, asked = Session(), ""
-        if self.examples:
-            first, _, asked, _ = self.begin(*self.examples[0])
+        first = self.begin(*self.examples[0]) if self.examples else (Session(), [], "", "")
         # Files on disk are needed for the moment between upload and reading only.
         with gr.Blocks(title="LLaVA-PruMerge", analytics_enabled=False, delete_cache=(20, 20)) as page:
-            session = gr.State(first, time_to_live=SECONDS_AFTER)
+            session = gr.State(Session())
             gr.HTML(HEADER.format(patches=self.patches, name=escape(self.name)))
             with gr.Row(elem_id="columns"):
                 with gr.Column(min_width=300, elem_id="asking"):
@@ -234,13 +238,13 @@ class Demo:
                         group_consecutive_messages=False,
                         placeholder="Ask about the picture.",
                     )
-                    question = gr.Textbox(asked, label="Question", max_lines=4, autofocus=False)
+                    question = gr.Textbox(label="Question", max_lines=4, autofocus=False)
                     with gr.Row():
                         ask = gr.Button("Ask", variant="primary", size="md", min_width=80)
                         compare = gr.Button("Compare with all tokens", size="md", min_width=200)
                 with gr.Column(min_width=300, elem_id="seeing"):
                     kept = gr.HTML(
-                        self.look(first, self.method, self.tokens),
+                        self.look(first[0], self.method, self.tokens),
                         js_on_load=(HERE / "tokens.js").read_text(),
                     )
             compared = gr.HTML("", elem_id="compared")
@@ -254,6 +258,8 @@ class Demo:
             }
             controls: list[Any] = [method, tokens]
             scene: list[Any] = [session, chat, question, compared]
+            # Not the initial state: one that was forgotten must not come back as the example.
+            page.load(lambda: first, None, scene, queue=False, api_visibility="private")
             # The file as it came: what is wrong with it `load_image` says. The input is then empty again.
             given = file.input(self.upload, file, scene, preprocess=False, show_progress_on=kept, **model)
             given.then(lambda: None, None, file, queue=False, api_visibility="private")
