@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -195,21 +196,39 @@ def test_method_and_budget_change_what_is_kept(visit, engine):
     tokens_shown(page, 576)
 
 
+SCREENSHOTS = os.environ.get("DEMO_SCREENSHOTS")
+"""Where the pictures for the docs go; unset: nowhere that lasts."""
+
+
 @in_browser
-def test_the_answer_beside_that_of_all_tokens(visit, engine):
+def test_the_answer_beside_that_of_all_tokens_and_nothing_is_clipped_on_any_screen(visit, engine, tmp_path):
     page = visit()
     page.get_by_role("button", name="Example 4").click()
-    playwright.expect(page.get_by_label("Question")).to_have_value("What color is the circle?")
+    asked = Request(text="What color is the circle?", images=[picture("scene-1.jpg")], max_new_tokens=256)
+    playwright.expect(page.get_by_label("Question")).to_have_value(asked.text)
+    ask(page, asked.text)
     page.get_by_role("button", name="Compare").click()
     playwright.expect(page.locator(".compare .total")).to_have_count(2, timeout=LONG)
     for card, spec in zip(page.locator(".compare article").all(), ("none", SPEC), strict=True):
-        asked = Request(text="What color is the circle?", images=[picture("scene-1.jpg")], reducer=spec)
-        answer = finish(engine.stream(asked))
+        answer = finish(engine.stream(replace(asked, reducer=spec)))
         assert card.locator(".answer").inner_text() == answer.text
         assert card.locator(".visual dd").inner_text() == str(answer.visual_tokens[0])
         for phase in ("vision", "prefill", "total"):
             assert int(re.sub(r"\D", "", card.locator(f".{phase} dd").inner_text())) > 0
-    assert page.get_by_test_id("bot").count() == 0  # a comparison is no turn of the conversation
+    assert page.get_by_test_id("bot").count() == 1  # a comparison is no turn of the conversation
+
+    for name, width, scheme in (("light", 1280, "light"), ("dark", 1280, "dark"), ("phone", 390, "light")):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        file = Path(SCREENSHOTS or tmp_path) / f"demo-{name}.png"
+        page.screenshot(path=file, full_page=True, animations="disabled")
+        with Image.open(file) as sheet:
+            assert sheet.width == width  # no scrolling to the side
+            assert (sum(sheet.convert("RGB").getpixel((4, 4))) > 600) is (scheme == "light")
+            sheet.convert("RGB").quantize(256).save(file, optimize=True)  # small enough for a repository
+        everything = "[...document.querySelectorAll('#columns *, .compare *')]"
+        assert max(page.evaluate(f"{everything}.map(e => e.getBoundingClientRect().right)")) <= width
+    assert page.locator("img:not([alt])").count() == 0
 
 
 @in_browser
@@ -253,32 +272,6 @@ def test_two_visitors_have_their_own_pictures_and_conversations(visit, engine, t
     assert shown[0] not in pages["scene-2.jpg"].content() and shown[1] not in pages["scene-1.jpg"].content()
     third = visit()
     assert not any(one in third.content() for one in shown) and third.get_by_test_id("bot").count() == 0
-
-
-SCREENSHOTS = os.environ.get("DEMO_SCREENSHOTS")
-"""Where the pictures for the docs go; unset: nowhere that lasts."""
-
-
-@in_browser
-def test_nothing_is_clipped_on_any_screen(visit, tmp_path):
-    page = visit()
-    page.get_by_role("button", name="Example 4").click()
-    playwright.expect(page.get_by_label("Question")).to_have_value("What color is the circle?")
-    ask(page, "What color is the circle?")
-    page.get_by_role("button", name="Compare").click()
-    playwright.expect(page.locator(".compare .total")).to_have_count(2, timeout=LONG)
-    for name, width, scheme in (("light", 1280, "light"), ("dark", 1280, "dark"), ("phone", 390, "light")):
-        page.set_viewport_size({"width": width, "height": 900})
-        page.emulate_media(color_scheme=scheme)
-        file = Path(SCREENSHOTS or tmp_path) / f"demo-{name}.png"
-        page.screenshot(path=file, full_page=True, animations="disabled")
-        with Image.open(file) as sheet:
-            assert sheet.width == width  # no scrolling to the side
-            assert (sum(sheet.convert("RGB").getpixel((4, 4))) > 600) is (scheme == "light")
-            sheet.convert("RGB").quantize(200).save(file, optimize=True)  # small enough for a repository
-        everything = "[...document.querySelectorAll('#columns *, .compare *')]"
-        assert max(page.evaluate(f"{everything}.map(e => e.getBoundingClientRect().right)")) <= width
-    assert page.locator("img:not([alt])").count() == 0
 
 
 @in_browser
