@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,11 @@ def byte_level_tokenizer(directory: Path) -> int:
     return len(fast)
 
 
+def tokenizer_for(text_type: str) -> Callable[[Path], int]:
+    """What writes the tokenizer of its family."""
+    return byte_level_tokenizer if text_type.startswith("qwen") else write_tokenizer
+
+
 def text_config(text_type: str, vocab_size: int, **more):
     settings = {**LANGUAGE_MODEL, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": vocab_size}
     return AutoConfig.for_model(text_type, **{**settings, "eos_token_id": None, **more})
@@ -76,7 +82,7 @@ def text_config(text_type: str, vocab_size: int, **more):
 def llava_hf(directory: Path, text_type: str, **text) -> PreTrainedModel:
     """transformers' own LLaVA with such a language model, saved with the tokenizer of its family."""
     directory.mkdir(parents=True)
-    tokens = (byte_level_tokenizer if text_type.startswith("qwen") else write_tokenizer)(directory)
+    tokens = tokenizer_for(text_type)(directory)
     CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     ).save_pretrained(directory)
@@ -111,8 +117,8 @@ def their_ids(model: PreTrainedModel, images: torch.Tensor) -> list[int]:
     return new[0, ids.shape[1] :].tolist()
 
 
-def our_ids(path: Path, images: torch.Tensor) -> list[int]:
-    model = load_pretrained_model(path, device="cpu")[1]
+def our_ids(path: Path, images: torch.Tensor, base: Path | None = None) -> list[int]:
+    model = load_pretrained_model(path, base, device="cpu")[1]
     ids = torch.tensor([[*BEFORE, -200, *AFTER]])
     return model.generate(ids, images=images, do_sample=False, max_new_tokens=16, pad_token_id=0)[0].tolist()
 
@@ -208,19 +214,20 @@ def test_llava_next_of_transformers(tmp_path: Path, text_type: str) -> None:
         load_pretrained_model(tmp_path, device="cpu", anyres="smaller")
 
 
-@pytest.mark.parametrize("text_type", ["qwen2", "mistral"])
-def test_training_from_a_plain_language_model(tmp_path: Path, text_type: str) -> None:
-    """One step of LoRA on it: the class that belongs to it, its layers adapted, and the result loads."""
+@pytest.mark.parametrize(("text_type", "version"), [("qwen2", "qwen_2"), ("mistral", "mistral_instruct")])
+def test_training_from_a_plain_language_model(tmp_path: Path, text_type: str, version: str) -> None:
+    """One step of LoRA on it: the class that belongs to it, its layers adapted; the result loads, and merged
+    into transformers' format gives the same ids there."""
     tiny = tiny_training.make(tmp_path)
     for file in tiny.models.base.glob("*"):
         file.unlink()
-    tokens = write_tokenizer(tiny.models.base)
+    tokens = tokenizer_for(text_type)(tiny.models.base)
     # Qwen2's vocabulary is larger than its tokenizer.
     draw(AutoModelForCausalLM.from_config(text_config(text_type, tokens + 5))).save_pretrained(
         tiny.models.base
     )
     run = tmp_path / "llava-lora"
-    assert tiny.train(run, f"{tiny_training.STAGES['lora']} --max_steps 1")
+    assert tiny.train(run, f"{tiny_training.STAGES['lora']} --max_steps 1 --version {version}")
 
     adapter = json.loads((run / "adapter_config.json").read_text())
     assert set(adapter["target_modules"]) == {
@@ -234,6 +241,11 @@ def test_training_from_a_plain_language_model(tmp_path: Path, text_type: str) ->
     assert model.get_model().mm_projector[2].weight.shape == (HIDDEN, HIDDEN)
     # FSDP and device maps keep a decoder layer together.
     assert type(model.get_model().layers[0]).__name__ in model._no_split_modules
+
+    hf, parts = tmp_path / "hf", ["--model-path", str(run), "--model-base", str(tiny.models.base)]
+    assert main(["tools", "convert", "--to", "llava-hf", *parts, "--out", str(hf)]) == 0
+    theirs = LlavaForConditionalGeneration.from_pretrained(hf)
+    assert their_ids(theirs, pixels(0)) == our_ids(run, pixels(0), tiny.models.base)
 
 
 @pytest.mark.parametrize(
