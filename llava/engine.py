@@ -330,6 +330,7 @@ class LocalEngine:
         self.pixel_config = SimpleNamespace(
             image_aspect_ratio=image_aspect_ratio or config.image_aspect_ratio,
             image_grid_pinpoints=config.image_grid_pinpoints,
+            mm_anyres_budget=config.mm_anyres_budget,
         )
         self.batch_tokens = batch_tokens or self._free_tokens()
         self.images_at_once = IMAGES_AT_ONCE

@@ -121,7 +121,8 @@ def test_templates_of_every_kind(engine, pictures, conv_mode):
     assert texts(engine.answer(requests)) == one_at_a_time(engine, requests)
 
 
-def test_joined_tiles(tiny, pictures, tmp_path):
+@pytest.mark.parametrize(("anyres", "reducer"), [("tile", None), ("papers", "topk(tokens=40)")])
+def test_joined_tiles(tiny, pictures, tmp_path, anyres, reducer):
     """LLaVA-1.6's pictures: several crops each, joined after the projector."""
     shutil.copytree(tiny.root, tmp_path / "checkpoints")
     path = tmp_path / "checkpoints" / tiny.full.name
@@ -133,7 +134,8 @@ def test_joined_tiles(tiny, pictures, tmp_path):
     )
     newline = {"model.image_newline": torch.full((HIDDEN,), 0.3)}
     single_safetensors(path, tiny.language_model | tiny.projector_weights | newline)
-    engine = ModelSource(str(path), conv_mode="vicuna_v1", device="cpu").load()
+    options = {"conv_mode": "vicuna_v1", "device": "cpu", "anyres": anyres, "reducer": reducer}
+    engine = ModelSource(str(path), **options).load()
     requests = questions(pictures, 20)
     slow = one_at_a_time(engine, requests)
     answers = list(engine.answer(requests))

@@ -11,8 +11,12 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
+    from llava.engine import Engine
 
 MODEL, BASE = "checkpoints/mini-lora", "checkpoints/mini-base"
 PICTURES = Path("playground/pictures")
@@ -52,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         if args.endpoint:
             from llava.endpoint import EndpointEngine
 
-            engine, name = EndpointEngine(args.endpoint, args.model), args.model or args.endpoint
+            name = args.model or args.endpoint
+            engine: Engine = EndpointEngine(args.endpoint, args.model)
         else:
             from llava.engine import ModelSource
 
