@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llava.endpoint import EndpointEngine
-from llava.engine import Request
+from llava.engine import EndpointEngine, Request
 from llava.mini.benchmarks import generate
 
 REDUCERS = ("none", "prumerge+(max_tokens=144)", "prumerge")

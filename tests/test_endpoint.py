@@ -17,8 +17,7 @@ import pytest
 from PIL import Image
 
 from llava import cli, endpoint
-from llava.endpoint import EndpointEngine
-from llava.engine import Request, finish
+from llava.engine import EndpointEngine, Request, finish
 from llava.errors import UserError
 from llava.mini.benchmarks import generate
 

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from tiny_checkpoints import HIDDEN, edit_json, family, single_safetensors, write_json
 
-from llava import engine as engine_module
 from llava.conversation import conv_templates
-from llava.engine import Answer, LocalEngine, ModelSource, Request, _TextStream, finish
+from llava.engine import Answer, LocalEngine, ModelSource, Request, finish
+from llava.engine import local as engine_module
+from llava.engine.streaming import TextStream
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model import prefix
 from llava.pixels import decode
@@ -351,7 +352,7 @@ def test_pieces_are_the_answer(engine, stop):
     tokenizer = engine.tokenizer
     ids = tokenizer(f"{text}{stop or ''}</s>", add_special_tokens=False).input_ids
     pieces: list[str] = []
-    stream = _TextStream(tokenizer, stop, pieces.append)
+    stream = TextStream(tokenizer, stop, pieces.append)
     stream.put(torch.empty(1, 0, dtype=torch.long))  # what generate calls the prompt
     for token in ids:
         stream.put(torch.tensor([token]))

@@ -24,8 +24,7 @@ import transformers
 from tqdm import tqdm
 
 from llava import hardware
-from llava.endpoint import EndpointEngine
-from llava.engine import Answer, LocalEngine, ModelSource, Request, key_of
+from llava.engine import Answer, EndpointEngine, LocalEngine, ModelSource, Request, key_of
 from llava.errors import UserError
 from llava.eval.provenance import Files, fingerprint, summary
 from llava.eval.store import AnswersFile

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         from llava.video import read_frames
 
         images += read_frames(args.video_file, args.frames)
-    from llava.endpoint import EndpointEngine, source_of
+    from llava.engine.endpoint import EndpointEngine, source_of
 
     source = source_of(args)
     if isinstance(source, EndpointEngine):

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         from llava.serve.demo.page import Demo, serve
 
         if args.endpoint:
-            from llava.endpoint import EndpointEngine
+            from llava.engine import EndpointEngine
 
             name = args.model or args.endpoint
             engine: Engine = EndpointEngine(args.endpoint, args.model)

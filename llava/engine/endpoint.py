@@ -20,7 +20,8 @@ import msgspec
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.engine import Answer, ImageSource, ModelSource, Request, Timing, texts_of
+from llava.engine.local import ModelSource
+from llava.engine.requests import Answer, ImageSource, Request, Timing, texts_of
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path, load_image, load_image_from_base64
 
@@ -47,7 +48,7 @@ class Models(msgspec.Struct):
 
 
 class EndpointEngine:
-    """A model behind an OpenAI-compatible API. An `Engine`, as `llava.engine.LocalEngine` is.
+    """A model behind an OpenAI-compatible API. An `Engine`, as `LocalEngine` is.
 
     Args:
         base_url: address of the API, up to and with `/v1`.
