@@ -25,7 +25,7 @@ from llava.errors import UserError
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
     from torch import Tensor
 
-    from llava.engine import Answer, Engine
+    from llava.engine import Answer
     from llava.pixels import Source
 
 COMMANDS = "/image FILES, /reducer SPEC, /reset; an empty line ends"
@@ -126,7 +126,7 @@ class Chat:
     server gets them with every turn. A turn that fails leaves everything as it was before.
     """
 
-    engine: "Engine"
+    engine: Any  # llava.engine.Engine; of a LocalEngine also what is its own
     sampling: dict[str, Any]
     reducer: str | None = None  # a server's; None: its default. A model of this process has its own.
     images: list["Source"] = field(default_factory=list)
@@ -135,22 +135,17 @@ class Chat:
     vision_ms: float = 0.0  # of pictures no answer has been given about yet
 
     @property
-    def spec(self) -> str:
-        """The reducer's, for a person."""
+    def model(self) -> Any:
+        """The model in this process; None where a server has it."""
         from llava.engine import LocalEngine
 
-        if isinstance(self.engine, LocalEngine):
-            return self.engine.model.reducer.spec
-        return self.reducer or "of the server"
+        return self.engine.model if isinstance(self.engine, LocalEngine) else None
 
     def look_at(self, images: list["Source"]) -> None:
         """Take pictures (or none) in place of those there were; a new conversation begins."""
-        from llava.engine import LocalEngine
-
         start = time.perf_counter()
-        encoded = []
-        if isinstance(self.engine, LocalEngine) and not self.engine.model.reducer.reads_question:
-            encoded = self.engine.encode(images)
+        once = self.model is not None and not self.model.reducer.reads_question
+        encoded = self.engine.encode(images) if once else []
         self.images, self.encoded, self.messages = images, encoded, []
         self.vision_ms = 1000 * (time.perf_counter() - start) if encoded else 0.0
 
@@ -160,12 +155,10 @@ class Chat:
         Raises:
             UserError: no such reducer, or one that does not work with this tower; the one before stays.
         """
-        from llava.engine import LocalEngine
-
-        if not isinstance(self.engine, LocalEngine):
+        model = self.model
+        if model is None:
             self.reducer = spec
             return self.look_at(self.images)
-        model = self.engine.model
         before = model.reducer.spec
         model.set_reducer(spec)
         try:
@@ -238,7 +231,8 @@ def obey(chat: Chat, line: str, *, exif: bool) -> str:
         case _:
             raise UserError(f"there is no command {command}: {COMMANDS}")
     seen = as_tokens(map(len, chat.encoded)) or f"{len(chat.images)} pictures"
-    return f"new conversation: {seen}, reducer {chat.spec}"
+    spec = chat.model.reducer.spec if chat.model is not None else chat.reducer or "of the server"
+    return f"new conversation: {seen}, reducer {spec}"
 
 
 def say(piece: str) -> None:
