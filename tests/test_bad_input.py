@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,19 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_mm_utils import encoded
-from tiny_checkpoints import Family, edit_json, family
+from tiny_checkpoints import Family, edit_json
 
 from llava import cli
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("bad_input"))
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def picture(tiny: Family) -> Path:
     path = tiny.root / "good.png"
     NOISE.save(path)
@@ -131,15 +124,6 @@ def test_config_that_is_no_object(content: bytes, checkpoint: Path, llava) -> No
 def test_no_such_checkpoint(tmp_path: Path, llava) -> None:
     refused(llava("chat", "--model-path", tmp_path / "nowhere", "--query", "?"), "chat", "--model-path")
     refused(llava("chat", "--model-path", "someone/llava-9b", "--query", "?"), "chat", "someone/llava-9b")
-
-
-def test_a_released_one_uses_576(golden: Path, picture: Path) -> None:
-    path = golden / "llava/ckpt/llava-tiny-v1.5-7b"
-    command = [sys.executable, "-m", "llava.cli", "chat", "--model-path", path, "--image-file", picture]
-    command += ["--device", "cpu", "--max-new-tokens", "2", "--query", "What?"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    assert "all 576 visual tokens of an image are; --reducer prumerge+" in done.stderr
-    assert "(576 visual tokens;" in done.stderr
 
 
 # How it is said

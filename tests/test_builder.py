@@ -1,5 +1,6 @@
 """load_pretrained_model: every kind of checkpoint gives the reference's answers, and bad ones a sentence."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,6 @@ from tiny_checkpoints import (
     VISUAL_TOKENS,
     Family,
     edit_json,
-    family,
     single_safetensors,
     write_json,
     write_tokenizer,
@@ -37,17 +37,6 @@ from llava.model.checkpoints import (
 )
 
 PROMPT = torch.tensor([[1, 270, 280, -200, 290, 300]])
-
-
-@pytest.fixture(scope="module")
-def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture
-def tiny(tiny_once: Family, tmp_path: Path) -> Family:
-    """A copy that the test may change."""
-    return tiny_once.copied_to(tmp_path)
 
 
 def load(path: Path, base: Path | None = None, **options):
@@ -331,6 +320,8 @@ def test_unknown_device(tiny: Family) -> None:
 @pytest.fixture
 def v100(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them, as far as decisions go."""
+    if importlib.util.find_spec("bitsandbytes"):
+        importlib.import_module("bitsandbytes")  # asks CUDA what it can when it is first imported
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70"])

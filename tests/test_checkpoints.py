@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import Family, edit_json, family, single_safetensors, write_json
+from tiny_checkpoints import Family, edit_json, single_safetensors, write_json
 
 from llava.errors import UserError
 from llava.model import checkpoints
@@ -29,18 +29,6 @@ from llava.model.checkpoints import (
     resolve_beside,
     write_tensors,
 )
-
-
-@pytest.fixture(scope="module")
-def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture
-def tiny(tiny_once: Family, tmp_path: Path) -> Family:
-    """A copy that the test may damage."""
-    return tiny_once.copied_to(tmp_path)
-
 
 # Names
 
@@ -172,10 +160,9 @@ def test_no_such_directory(name: str) -> None:
         inspect_checkpoint(name)
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
-def test_hub_out_of_reach(tmp_path: Path, offline: str) -> None:
-    """One sentence and status 2, whether or not HF_HUB_OFFLINE says that there is no network."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+def test_hub_out_of_reach(tmp_path: Path) -> None:
+    """One sentence and status 2, though HF_HUB_OFFLINE does not say that there is no network."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "llava.cli", "doctor", "checkpoint", "nobody/nothing"]
     environment |= {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

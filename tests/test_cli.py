@@ -1,6 +1,5 @@
 """The `llava` command: its table, near names, exit statuses, and what it does not import."""
 
-import ast
 import importlib
 import subprocess
 import sys
@@ -78,25 +77,23 @@ def test_flags_that_do_not_parse(argv: list[str], capsys: pytest.CaptureFixture[
 
 def test_two_words_reach_their_module(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    room = SimpleNamespace(
+    module = SimpleNamespace(
         add_arguments=lambda parser: parser.add_argument("--n", type=int),
         run=lambda args: seen.append(args) or 1,
     )
-    monkeypatch.setitem(sys.modules, "a_room_of_a_test", room)
-    monkeypatch.setattr(cli, "COMMANDS", {"try this": ("a_room_of_a_test", "nothing")})
+    monkeypatch.setitem(sys.modules, "a_module_of_a_test", module)
+    monkeypatch.setattr(cli, "COMMANDS", {"try this": ("a_module_of_a_test", "nothing")})
     assert cli.main(["try", "this", "--n", "3"]) == 1
     assert (seen[0].n, seen[0].debug) == (3, False)
 
 
-@pytest.mark.parametrize("command", WITHOUT_TORCH)
-def test_help_needs_no_torch(command: str) -> None:
+def test_help_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom llava.cli import main\n"
-        f"try:\n    main([{command!r}, '--help'])\nexcept SystemExit:\n    pass\n"
-        "print([name for name in ('torch', 'transformers', 'llava') if name in sys.modules])"
+        "import sys; from llava.cli import build_parser\n"
+        f"for command in {WITHOUT_TORCH}: build_parser(command).format_help()\n"
+        "assert 'llava' in sys.modules and not {'torch', 'transformers'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ast.literal_eval(done.stdout.splitlines()[-1]) == ["llava"]
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # How a command ends

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoints import Family, family
+from tiny_checkpoints import Family
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
@@ -28,11 +28,6 @@ LENGTH = 6
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("harnesses"))
-
-
-@pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
     noise = np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
     noise[1, :, 35:] = 90  # adaptive reducers keep another number of tokens here
@@ -40,8 +35,8 @@ def images() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module", params=["none", "prumerge+"])
-def loaded(tiny: Family, request: pytest.FixtureRequest):
-    return load_pretrained_model(tiny.full, device="cpu", reducer=request.param)
+def loaded(tiny_once: Family, request: pytest.FixtureRequest):
+    return load_pretrained_model(tiny_once.full, device="cpu", reducer=request.param)
 
 
 def prompt_of(question: str) -> str:

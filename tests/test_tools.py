@@ -14,7 +14,6 @@ from tiny_checkpoints import (
     VISUAL_TOKENS,
     Family,
     edit_json,
-    family,
     single_safetensors,
 )
 
@@ -24,17 +23,6 @@ from llava.model.checkpoints import inspect_checkpoint, read_model_weights, read
 from llava.tools.whole import tower_name_from
 
 PROMPT = torch.tensor([[1, 270, 280, -200, 290, 300]])
-
-
-@pytest.fixture(scope="module")
-def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture
-def tiny(tiny_once: Family, tmp_path: Path) -> Family:
-    """A copy that the test may change."""
-    return tiny_once.copied_to(tmp_path)
 
 
 def tool(*words: str | Path) -> int:

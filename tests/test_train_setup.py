@@ -5,17 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import TOWER_HIDDEN, Family, edit_json, family
+from tiny_checkpoints import TOWER_HIDDEN, Family, edit_json
 from tiny_training import FLAGS
 
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import parse
 from llava.train.setup import Prepared, build
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Family:
-    return family(tmp_path / "models")
 
 
 def prepare(tiny: Family, flags: str, base: Path | None = None) -> Prepared:
