@@ -88,6 +88,16 @@ def image_folder(tmp_path: Path) -> Path:
     return folder
 
 
+Make = Callable[..., LazySupervisedDataset]
+
+
+@pytest.fixture
+def make(write: Callable[..., Path], image_folder: Path, tokenizer: object, processor: object) -> Make:
+    """The samples of rows."""
+    options = {"image_folder": image_folder}
+    return lambda rows, **more: LazySupervisedDataset(write(rows), tokenizer, processor, **options, **more)
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
 
@@ -174,16 +184,13 @@ def test_rows_have_one_schema(write: Callable[..., Path]) -> None:
         (sample("a", "b", image=["x", None]), "image"),
     ],
 )
-def test_rows_that_are_no_samples_are_kept_with_the_reason(
-    row: object, says: str, write: Callable[..., Path], tokenizer: object
-) -> None:
-    file = write([sample("a", "b"), row])
-    dataset = LazySupervisedDataset(file, tokenizer)
+def test_rows_that_are_no_samples_are_kept_with_the_reason(row: object, says: str, make: Make) -> None:
+    dataset = make([sample("a", "b"), row])
     assert len(dataset) == 2 and 0 not in dataset.modality_lengths
     assert len(dataset[0]["input_ids"]) > 2
     with pytest.raises(BadSample, match=says) as caught:
         dataset[1]
-    assert f"{file} row 1" in str(caught.value)
+    assert f"{dataset.data_path} row 1" in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------ copy on disk
@@ -211,11 +218,11 @@ def test_the_copy_is_made_once_and_again_when_the_file_changes(
 
 
 def test_a_process_lets_go_of_rows_it_has_read(
-    write: Callable[..., Path], own_cache: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+    make: Make, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file is mapped anew now and then, and only the new mapping stays."""
     monkeypatch.setattr(dataset, "ROWS_PER_MAPPING", 3)
-    data = LazySupervisedDataset(write(rows_of_every_kind() * 4), tokenizer)
+    data = make(rows_of_every_kind() * 4)
     whole = data.table[:]
     (name,) = copies(own_cache)
     tables = set()
@@ -264,12 +271,8 @@ def test_batch_is_the_references(golden: Path) -> None:
     assert [image.sum().item() for image in batch["images"]] == pytest.approx(sums, abs=0.05)
 
 
-def test_images_come_in_the_order_of_their_placeholders(
-    write: Callable[..., Path], image_folder: Path, tokenizer: object, processor: CLIPImageProcessorPil
-) -> None:
-    dataset = LazySupervisedDataset(
-        write(rows_of_every_kind()), tokenizer, processor, image_folder=image_folder
-    )
+def test_images_come_in_the_order_of_their_placeholders(make: Make, tokenizer: object) -> None:
+    dataset = make(rows_of_every_kind())
     samples = [dataset[i] for i in range(5)]
     batch = DataCollatorForSupervisedDataset(tokenizer)(samples)
     a, b = samples[0]["images"][0], samples[4]["images"][0]
@@ -292,40 +295,23 @@ def test_images_come_in_the_order_of_their_placeholders(
         ({"conversations": sample("a", "x", "b")["conversations"] * 2}, "turn 4 is from human"),
     ],
 )
-def test_bad_samples_name_file_row_and_reason(
-    row: object,
-    says: str,
-    write: Callable[..., Path],
-    image_folder: Path,
-    tokenizer: object,
-    processor: CLIPImageProcessorPil,
-) -> None:
-    file = write([sample("a", "b"), row])
-    dataset = LazySupervisedDataset(file, tokenizer, processor, image_folder=image_folder)
+def test_bad_samples_name_file_row_and_reason(row: object, says: str, make: Make) -> None:
+    dataset = make([sample("a", "b"), row])
     with pytest.raises(BadSample, match=says) as caught:
         dataset[1]
-    assert f"{file} row 1 (id " in str(caught.value)
+    assert f"{dataset.data_path} row 1 (id " in str(caught.value)
 
 
-def test_a_bad_sample_is_one_sentence_from_a_worker_too(
-    write: Callable[..., Path], tokenizer: object
-) -> None:
-    file = write([sample("a", "b"), sample("a <image>", "b", id="odd")])
-    loader = DataLoader(LazySupervisedDataset(file, tokenizer), batch_size=None, num_workers=1)
+def test_a_bad_sample_is_one_sentence_from_a_worker_too(make: Make) -> None:
+    dataset = make([sample("a", "b"), sample("a <image>", "b", id="odd")])
     with pytest.raises(BadSample) as caught:
-        list(loader)
-    assert str(caught.value).startswith(f"{file} row 1 (id odd): ")
+        list(DataLoader(dataset, batch_size=None, num_workers=1))
+    assert str(caught.value).startswith(f"{dataset.data_path} row 1 (id odd): ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipping_gives_a_neighbour_of_the_same_kind_and_counts(
-    workers: int,
-    write: Callable[..., Path],
-    image_folder: Path,
-    tokenizer: object,
-    processor: CLIPImageProcessorPil,
-) -> None:
+def test_skipping_gives_a_neighbour_of_the_same_kind_and_counts(workers: int, make: Make) -> None:
     rows = [
         sample("<image>\none", "x", image="gone.png"),
         sample("text one", "x"),
@@ -333,9 +319,7 @@ def test_skipping_gives_a_neighbour_of_the_same_kind_and_counts(
         sample("text <image> two", "x"),
         sample("text three", "y"),
     ]
-    dataset = LazySupervisedDataset(
-        write(rows), tokenizer, processor, image_folder=image_folder, on_bad_sample="skip"
-    )
+    dataset = make(rows, on_bad_sample="skip")
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=lambda batch: batch[0])
     ids = [one["input_ids"].tolist() for one in loader]
     good = [dataset.sample(i)["input_ids"].tolist() for i in (1, 2, 4)]
@@ -343,9 +327,8 @@ def test_skipping_gives_a_neighbour_of_the_same_kind_and_counts(
     assert dataset.bad.nonzero().flatten().tolist() == [0, 3]
 
 
-def test_skipping_ends_where_nothing_is_left(write: Callable[..., Path], tokenizer: object) -> None:
-    rows = [sample("<image>", "x"), sample("a", "x", "b"), sample("<image>", "b", image="gone.png")]
-    dataset = LazySupervisedDataset(write(rows[:1]), tokenizer, on_bad_sample="skip")
+def test_skipping_ends_where_nothing_is_left(make: Make) -> None:
+    dataset = make([sample("<image>", "x")], on_bad_sample="skip")
     with pytest.raises(UserError, match="no sample of the kind of row 0"):
         dataset[0]
 
@@ -382,12 +365,8 @@ def test_a_tokenizer_without_a_limit_cuts_nothing() -> None:
     assert batch["input_ids"].shape == (1, 8)
 
 
-def test_batch_is_one_by_one(
-    write: Callable[..., Path], image_folder: Path, tokenizer: object, processor: CLIPImageProcessorPil
-) -> None:
-    dataset = LazySupervisedDataset(
-        write(rows_of_every_kind()), tokenizer, processor, image_folder=image_folder
-    )
+def test_batch_is_one_by_one(make: Make, tokenizer: object) -> None:
+    dataset = make(rows_of_every_kind())
     collate = DataCollatorForSupervisedDataset(tokenizer)
     batch = collate([dataset[i] for i in range(5)])
     for i in range(5):

@@ -3,8 +3,6 @@
 The harnesses need not be here; scripts/lmms_eval_check.py runs lmms-eval itself.
 """
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,12 +136,3 @@ def test_vlmevalkit(tiny: Family, loaded, images: list[Image.Image], expected: l
                 use_cache=True,
             )
         assert tokenizer.batch_decode(new, skip_special_tokens=True)[0] == answer
-
-
-def test_a_reducer_without_a_flag(tiny: Family, tmp_path: Path) -> None:
-    """What docs/harnesses.md says for lmms-eval, which passes no reducer: a config of one's own."""
-    config = json.loads((tiny.full / "config.json").read_text())
-    config |= {"mm_token_reducer": "grid(tokens=4)", "mm_vision_tower": str(tiny.tower)}
-    (tmp_path / "few.json").write_text(json.dumps(config))
-    model = load_pretrained_model(tiny.full, None, "x", customized_config=str(tmp_path / "few.json"))[1]
-    assert model.reducer.spec == "grid(tokens=4)"

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_training import silent, trainer
 
-from llava.errors import UserError
 from llava.model.checkpoints import read_tensors
 from llava.train.arguments import parse
 from llava.train.setup import build
@@ -144,13 +143,3 @@ def test_what_trains_and_in_which_group(stage: str, reference: Path, tmp_path: P
         assert sorted(names[id(parameter)] for parameter in ours["params"]) == sorted(theirs["params"])
         assert ours["weight_decay"] == theirs["weight_decay"]
         assert ours.get("lr", training_args.learning_rate) == theirs["lr"]
-
-
-def test_adapter_tuning_with_start_and_end_tokens_is_refused(reference: Path, tmp_path: Path) -> None:
-    expected = json.loads((reference / "train/artefacts.json").read_text())["pretrain_imse"]
-    argv = shlex.split(
-        f"{VISION} {RUN} {expected['args']} --image_folder images --output_dir {tmp_path} "
-        "--mm_use_im_start_end True"
-    )
-    with pytest.raises(UserError, match="mm_use_im_start_end"):
-        train(argv=argv)
