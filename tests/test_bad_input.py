@@ -54,7 +54,7 @@ def refused(result: tuple[int, str, str], command: str, *says: str, lines: int =
 # What else a picture can have is told in test_mm_utils.py, whose sentences these commands print.
 @pytest.mark.parametrize("content", [None, b"", encoded(NOISE, "JPEG")[:700], b"<html>404</html>"])
 @pytest.mark.parametrize("command", ["chat", "show"])
-def test_pictures(content: bytes | None, command: str, tiny: Family, tmp_path: Path, llava) -> None:
+def test_pictures(content, command, tiny, tmp_path, llava):
     path, out = tmp_path / "picture.img", tmp_path / "out" / "x.png"
     if content is not None:
         path.write_bytes(content)
@@ -71,7 +71,7 @@ def test_pictures(content: bytes | None, command: str, tiny: Family, tmp_path: P
 
 @pytest.mark.parametrize("spec", ["prumege+", "topk(tokens=0)"])
 @pytest.mark.parametrize("command", ["chat", "show"])
-def test_reducer_specs(command: str, spec: str, tiny: Family, picture: Path, tmp_path: Path, llava) -> None:
+def test_reducer_specs(command, spec, tiny, picture, tmp_path, llava):
     out = tmp_path / "x.png"
     if command == "chat":
         result = llava("chat", "--model-path", tiny.full, "--query", "What?", "--reducer", spec)
@@ -81,7 +81,7 @@ def test_reducer_specs(command: str, spec: str, tiny: Family, picture: Path, tmp
     assert not out.exists()
 
 
-def test_eval_leaves_no_answers_behind(tiny: Family, root: Path, tmp_path: Path, llava) -> None:
+def test_eval_leaves_no_answers_behind(tiny, root, tmp_path, llava):
     data = shutil.copytree(root / "tests/data/eval/playground/data/eval", tmp_path / "eval")
     (data / "pope/val2014").mkdir()
     for row in map(json.loads, (data / "pope/llava_pope_test.jsonl").read_text().splitlines()):
@@ -95,7 +95,7 @@ def test_eval_leaves_no_answers_behind(tiny: Family, root: Path, tmp_path: Path,
 # Checkpoints
 
 
-def test_no_such_checkpoint(tmp_path: Path, llava) -> None:
+def test_no_such_checkpoint(tmp_path, llava):
     refused(llava("chat", "--model-path", tmp_path / "nowhere", "--query", "?"), "chat", "--model-path")
     refused(llava("chat", "--model-path", "someone/llava-9b", "--query", "?"), "chat", "someone/llava-9b")
 
@@ -103,7 +103,7 @@ def test_no_such_checkpoint(tmp_path: Path, llava) -> None:
 # How it is said
 
 
-def test_debug_shows_the_traceback(tiny: Family, llava) -> None:
+def test_debug_shows_the_traceback(tiny, llava):
     flags = ["--model-path", tiny.full, "--image-file", "nowhere.png", "--query", "?"]
     status, out, err = llava("chat", *flags, "--debug")
     assert (status, out) == (2, "")

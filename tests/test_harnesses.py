@@ -57,7 +57,7 @@ def expected(loaded, images: list[Image.Image]) -> list[str]:
     return answers
 
 
-def test_lmms_eval(tiny: Family, loaded, images: list[Image.Image], expected: list[str]) -> None:
+def test_lmms_eval(tiny, loaded, images, expected):
     """A batch padded on the right with the pad token, its mask `ids != pad`; pixels in float16 on a CPU."""
     tokenizer, model, processor, max_length = load_pretrained_model(
         str(tiny.full),
@@ -108,7 +108,7 @@ def test_lmms_eval(tiny: Family, loaded, images: list[Image.Image], expected: li
     assert outputs["logits"].shape[1] == len(prompts[0]) - 1 + len(visual)
 
 
-def test_vlmevalkit(tiny: Family, loaded, images: list[Image.Image], expected: list[str]) -> None:
+def test_vlmevalkit(tiny, loaded, images, expected):
     """Loads to the CPU by keyword, passes an object with one field for a config, and a stopping criterion
     that counts from the prompt."""
     tokenizer, model, processor, _ = load_pretrained_model(

@@ -19,7 +19,7 @@ def mini(root: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_it_answers_about_scenes_it_never_saw(mini, tmp_path: Path, capsys) -> None:
+def test_it_answers_about_scenes_it_never_saw(mini, tmp_path, capsys):
     checkpoint, base = mini
     world, out = tmp_path / "world", tmp_path / "table"
     made = f"mini world --split test --n 16 --seed 3 --out {world}"
@@ -48,7 +48,7 @@ def test_it_answers_about_scenes_it_never_saw(mini, tmp_path: Path, capsys) -> N
         assert pair["other"] == random and pair["only_first"] - pair["only_other"] == difference
 
 
-def test_exact_test_of_pairs() -> None:
+def test_exact_test_of_pairs():
     """Against sums one does on paper."""
     assert Pair("", "", 9, 5, 0).p == 2 / 32
     assert Pair("", "", 9, 0, 0).p == 1
@@ -56,6 +56,6 @@ def test_exact_test_of_pairs() -> None:
     assert Pair("", "", 9, 1, 3).p == 2 * (1 + 4) / 16
 
 
-def test_the_checkpoint_says_how_many_tokens_it_wants(root: Path) -> None:
+def test_the_checkpoint_says_how_many_tokens_it_wants(root):
     config = json.loads((root / "checkpoints/mini-lora/config.json").read_text())
     assert config["mm_token_reducer"].startswith("prumerge")

@@ -110,9 +110,7 @@ def ids(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_commands_are_taken(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_are_taken(page, monkeypatch, capsys):
     """Those in running text too where they are scripts', which need no flag."""
     wrong = []
     scripts = [span for span in spans(page) if "scripts/" in span]
@@ -127,7 +125,7 @@ def test_commands_are_taken(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_flags_in_the_text_exist(page: Path) -> None:
+def test_flags_in_the_text_exist(page):
     """A command in running text may leave out what it needs, but what it names is there."""
     wrong = []
     for words in commands(spans(page)):
@@ -141,7 +139,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_paths_exist(page: Path) -> None:
+def test_paths_exist(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^)#\s]+)", text)
     local = [target for target in links if not re.match(r"\w+:", target)]
@@ -157,7 +155,7 @@ def test_paths_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_imports_in_python_blocks(page: Path) -> None:
+def test_imports_in_python_blocks(page):
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for block in blocks:
         for node in ast.walk(ast.parse(block)):
@@ -167,7 +165,7 @@ def test_imports_in_python_blocks(page: Path) -> None:
                 assert not missing, f"{node.module} has no {', '.join(missing)}"
 
 
-def test_the_pages_hold_something_to_test() -> None:
+def test_the_pages_hold_something_to_test():
     """The reading above would be silent if it found nothing."""
     assert len(commands(code_lines(ROOT / "README.md"))) >= 2
     assert len(commands(spans(ROOT / "README.md"))) >= 5

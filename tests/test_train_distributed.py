@@ -120,9 +120,7 @@ FILES = {"full": "model.safetensors", "lora": "non_lora_trainables.bin", "projec
 
 
 @pytest.mark.parametrize(("how", "stage"), CASES)
-def test_two_processes_take_the_steps_of_one(
-    how: str, stage: str, root: Path, tiny: Tiny, single, tmp_path: Path
-) -> None:
+def test_two_processes_take_the_steps_of_one(how, stage, root, tiny, single, tmp_path):
     """LoRA runs do so with visual tokens from a cache that both fill, and go on from a checkpoint."""
     resumes, flags, one, two = stage == "lora", flags_of(stage), single(stage), tmp_path / "two"
     if how.startswith("zero"):
@@ -158,7 +156,7 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", ["lora", "full"])
-def test_zero3_in_bfloat16(stage: str, root: Path, tiny: Tiny, single, tmp_path: Path) -> None:
+def test_zero3_in_bfloat16(stage, root, tiny, single, tmp_path):
     """The weights themselves are rounded to bfloat16; one process trains float32 weights under autocast, so
     losses after the first differ a little (by 0.1 of 5 on one CPU) while they fall by 2."""
     pytest.importorskip("deepspeed")

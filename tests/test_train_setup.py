@@ -32,7 +32,7 @@ def add_own_tower(tiny: Family) -> None:
     edit_json(tiny.full / "config.json", unfreeze_mm_vision_tower=True)
 
 
-def test_training_uses_the_tower_the_checkpoint_carries(tiny: Family) -> None:
+def test_training_uses_the_tower_the_checkpoint_carries(tiny):
     stock = prepare(tiny, FLAGS).llava.get_vision_tower().backbone.state_dict()
     add_own_tower(tiny)
     # The second: the tower by the name that the checkpoint records, as every script of LLaVA gives it.
@@ -52,9 +52,7 @@ def test_training_uses_the_tower_the_checkpoint_carries(tiny: Family) -> None:
         ("mm_token_reducer", "topk(tokens=4)", "none"),
     ],
 )
-def test_a_flag_that_is_given_wins_and_one_that_is_not_leaves_the_checkpoint_s(
-    tiny: Family, field: str, recorded: object, given: object
-) -> None:
+def test_a_flag_that_is_given_wins_and_one_that_is_not_leaves_the_checkpoint_s(tiny, field, recorded, given):
     """`given` is what the flag means in LLaVA where it is left out."""
     edit_json(tiny.full / "config.json", **{field: recorded})
     flags = "--version v1 --use_cpu True"
@@ -62,7 +60,7 @@ def test_a_flag_that_is_given_wins_and_one_that_is_not_leaves_the_checkpoint_s(
     assert getattr(prepare(tiny, f"{flags} --{field} {given}").llava.config, field) == given
 
 
-def test_what_llava_s_flags_mean_where_nothing_says(tiny: Family) -> None:
+def test_what_llava_s_flags_mean_where_nothing_says(tiny):
     flags = f"--version v1 --use_cpu True --vision_tower {tiny.tower}"
     llava = prepare(tiny, flags, tiny.base).llava
     config = llava.config
