@@ -59,8 +59,9 @@ def train_on_cpus(argv: list[str]) -> None:
 
         def as_on_gpus(self, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
             plain(self, *args, fsdp_plugin=fsdp_plugin, **options)
-            self.fsdp_plugin = fsdp_plugin
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if fsdp_plugin is not None:
+                self.fsdp_plugin = fsdp_plugin
+                self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
         AcceleratorState.__init__ = as_on_gpus
     if "--deepspeed" in argv:  # sums in shared memory: compiled, under a lock that a killed run leaves behind
