@@ -81,22 +81,14 @@ def fsdp_environment(root: Path) -> dict[str, str]:
 
 def launch(root: Path, tiny: Tiny, out: Path, flags: str, *, how: str = "ddp") -> list[dict]:
     """The same run in two processes."""
-    cache = {"LLAVA_CACHE": str(out.parent / "cache")}
     argv = tiny.argv(out, flags)
     if how == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment = {**os.environ, **cache, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, "-m", "llava.train.train", *argv],
-            cwd=root,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        command += ["-m", "llava.train.train", *argv]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
     else:
-        sharding = fsdp_environment(root) if how == "fsdp" else {}
-        in_two_processes(train_on_cpus, argv, **cache, **sharding)
+        in_two_processes(train_on_cpus, argv, **(fsdp_environment(root) if how == "fsdp" else {}))
     return losses(out)
 
 
