@@ -4,13 +4,12 @@ import itertools
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import PROCESSES
 from tiny_training import STAGES, Tiny, losses, make, prepare, silent
 from torch.nn.functional import cross_entropy
 
@@ -25,6 +24,7 @@ from llava.train import trainer as trainer_module
 from llava.train.arguments import parse
 from llava.train.log import read_log
 from llava.train.setup import build
+from llava.train.train import train
 from llava.train.trainer import LlavaTrainer, epoch_order
 
 
@@ -315,14 +315,17 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 
 @pytest.mark.slow
 def test_a_run_ended_by_sigkill_goes_on(tiny, uninterrupted, tmp_path):
-    """A process of its own, killed as soon as a checkpoint stands, and again."""
-    argv = [sys.executable, "-m", "llava.train.train", *tiny.argv(tmp_path, f"{STAGES['lora']} {RESUMABLE}")]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (tmp_path / "checkpoint-2").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    subprocess.run(argv, check=True, capture_output=True)
+    """A process of its own, killed as soon as a checkpoint stands."""
+    flags = f"{STAGES['lora']} {RESUMABLE}"
+    process = PROCESSES.Process(target=train, kwargs={"argv": tiny.argv(tmp_path, flags)})
+    process.start()
+    while not (tmp_path / "checkpoint-2").exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    tiny.train(tmp_path, flags)
     assert_same_run(tmp_path, uninterrupted["lora"])
 
 
