@@ -124,7 +124,7 @@ def our_ids(path: Path, images: torch.Tensor, base: Path | None = None) -> list[
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
-def test_greedy_ids_are_those_of_transformers_in_both_formats(tmp_path: Path, model_type: str) -> None:
+def test_greedy_ids_are_those_of_transformers_in_both_formats(tmp_path, model_type):
     hf, ours, back = tmp_path / "hf", tmp_path / "ours", tmp_path / "back"
     theirs = llava_hf(hf, TEXT_TYPES[model_type])
     expected = [their_ids(theirs, pixels(seed)) for seed in range(3)]
@@ -144,7 +144,7 @@ def test_greedy_ids_are_those_of_transformers_in_both_formats(tmp_path: Path, mo
     assert their_ids(again, pixels(0)) == expected[0]
 
 
-def test_tied_embeddings_of_llava_hf(tmp_path: Path) -> None:
+def test_tied_embeddings_of_llava_hf(tmp_path):
     """As small Qwen2 have them: then the files hold no head."""
     theirs = llava_hf(tmp_path / "hf", "qwen2", tie_word_embeddings=True)
     assert not any("lm_head" in name for name in load_file(tmp_path / "hf/model.safetensors"))
@@ -152,7 +152,7 @@ def test_tied_embeddings_of_llava_hf(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text_type", ["llama", "qwen2"])
-def test_the_tokenizer_of_llava_hf_ends_before_its_image_token(tmp_path: Path, text_type: str) -> None:
+def test_the_tokenizer_of_llava_hf_ends_before_its_image_token(tmp_path, text_type):
     """Also where transformers' own saving made it one of the generic kind, and after it was saved again."""
     hf, ours = tmp_path / "hf", tmp_path / "ours"
     rows = llava_hf(hf, text_type).config.image_token_index
@@ -169,7 +169,7 @@ def test_the_tokenizer_of_llava_hf_ends_before_its_image_token(tmp_path: Path, t
 
 
 @pytest.mark.parametrize("text_type", ["mistral", "llama"])
-def test_llava_next_of_transformers(tmp_path: Path, text_type: str) -> None:
+def test_llava_next_of_transformers(tmp_path, text_type):
     """LLaVA-1.6 as transformers stores it: tiles, row ends, and a picture wider than it is high."""
     tokens = write_tokenizer(tmp_path)
     crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -215,7 +215,7 @@ def test_llava_next_of_transformers(tmp_path: Path, text_type: str) -> None:
 
 
 @pytest.mark.parametrize(("text_type", "version"), [("qwen2", "qwen_2"), ("mistral", "mistral_instruct")])
-def test_training_from_a_plain_language_model(tmp_path: Path, text_type: str, version: str) -> None:
+def test_training_from_a_plain_language_model(tmp_path, text_type, version):
     """One step of LoRA on it: the class that belongs to it, its layers adapted; the result loads, and merged
     into transformers' format gives the same ids there."""
     tiny = tiny_training.make(tmp_path)
@@ -262,11 +262,11 @@ def test_training_from_a_plain_language_model(tmp_path: Path, text_type: str, ve
         ({"model_type": "qwen3"}, "llava_qwen3"),
     ],
 )
-def test_the_class_follows_from_the_config(config: dict, model_type: str) -> None:
+def test_the_class_follows_from_the_config(config, model_type):
     assert language_model_of(config, Path("config.json")) is LANGUAGE_MODELS[model_type]
 
 
-def test_a_language_model_we_have_no_class_for(tmp_path: Path) -> None:
+def test_a_language_model_we_have_no_class_for(tmp_path):
     with pytest.raises(UserError, match=r"config.json.*LlavaMptForCausalLM.*llama.*qwen2"):
         config = {"model_type": "llava", "architectures": ["LlavaMptForCausalLM"]}
         language_model_of(config, Path("config.json"))
@@ -275,7 +275,7 @@ def test_a_language_model_we_have_no_class_for(tmp_path: Path) -> None:
         load_pretrained_model(tmp_path / "hf", device="cpu")
 
 
-def test_auto_classes_know_the_language_models(tmp_path: Path) -> None:
+def test_auto_classes_know_the_language_models(tmp_path):
     for name, our in LANGUAGE_MODELS.items():
         llava_hf(tmp_path / name, TEXT_TYPES[name])
         info = inspect_checkpoint(tmp_path / name)
@@ -286,7 +286,7 @@ def test_auto_classes_know_the_language_models(tmp_path: Path) -> None:
         assert AutoModelForCausalLM._model_mapping[type(again)] is our
 
 
-def test_the_file_that_contributing_shows(root: Path, tmp_path: Path) -> None:
+def test_the_file_that_contributing_shows(root, tmp_path):
     """Put where it says, it passes what the models of the table pass."""
     page = (root / "CONTRIBUTING.md").read_text()
     (name,) = re.findall(r"`llava/model/language_model/`, say `(\w+)\.py`", page)

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from tiny_checkpoints import family
 
 from llava import hardware
 from llava.analysis import bench, latency, random_model, roofline
@@ -161,14 +160,11 @@ def test_the_tower_alone(tiny_shapes, capsys):
     assert [row["speedup"] == 1 for row in rows] == [row["name"] == "all blocks" for row in rows]
 
 
-def test_a_checkpoint_is_measured_as_it_is(tmp_path, capsys):
-    paths = family(tmp_path)
-    flags = (
-        f"--model-path {paths.full} --device cpu --rounds 1 --new-tokens 2 --json --reducer grid(tokens=4)"
-    )
+def test_a_checkpoint_is_measured_as_it_is(tiny, capsys):
+    flags = f"--model-path {tiny.full} --device cpu --rounds 1 --new-tokens 2 --json --reducer grid(tokens=4)"
     assert run(flags) == 0
     report = json.loads(capsys.readouterr().out)
-    assert not report["random_weights"] and report["model"] == paths.full.name
+    assert not report["random_weights"] and report["model"] == tiny.full.name
     assert [row["reducer"] for row in report["results"]] == ["none", "grid(tokens=4)"]
 
 

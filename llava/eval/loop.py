@@ -24,7 +24,7 @@ import transformers
 from tqdm import tqdm
 
 from llava import hardware
-from llava.engine import Answer, EndpointEngine, LocalEngine, ModelSource, Request, key_of
+from llava.engine import EndpointEngine, LocalEngine, ModelSource, Request, key_of
 from llava.errors import UserError
 from llava.eval.provenance import Files, fingerprint, summary
 from llava.eval.store import AnswersFile
@@ -104,7 +104,8 @@ def work(job: Job, rank: int = 0, world: int = 1, gpu: int | None = None) -> Non
             return
         files.note(session={"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine_facts(engine)})
         bar = tqdm(total=len(mine), initial=len(mine) - len(missing), unit="q", disable=rank > 0)
-        took = Took(files)
+        counted: set[Any] = set()  # images of which tokens are in the log
+        since = time.perf_counter()
         for one in engine.answer(missing):
             if one.problem:
                 question_id = job.lines[one.id]["question_id"]
@@ -113,9 +114,16 @@ def work(job: Job, rank: int = 0, world: int = 1, gpu: int | None = None) -> Non
                 answer_id = secrets.token_urlsafe(16)  # 22 characters, as LLaVA's
                 end = {"answer_id": answer_id, "model_id": job.model.name, "metadata": {}}
                 file.append({**job.lines[one.id], "text": one.text, **end})
-            took.add(one, job.requests[one.id])
+            tokens: Counter[int] = Counter()
+            for image, count in zip(
+                map(key_of, job.requests[one.id].images), one.visual_tokens, strict=False
+            ):
+                tokens[count] += image not in counted
+                counted.add(image)
+            now = time.perf_counter()
+            files.note(questions=1, visual_tokens=+tokens, seconds=round(now - since, 4))
+            since = now
             bar.update()
-        took.write()
         bar.close()
 
 
@@ -125,33 +133,6 @@ def share(requests: Sequence[Request], rank: int, world: int) -> list[Request]:
     for request in requests:
         images.setdefault(tuple(request.images) or request.id, len(images))
     return [one for one in requests if images[tuple(one.images) or one.id] % world == rank]
-
-
-class Took:
-    """What answers took, for the log, a line at most every second."""
-
-    def __init__(self, files: Files):
-        self.files = files
-        self.seen: set[Any] = set()  # images of which tokens are counted
-        self._restart()
-
-    def _restart(self) -> None:
-        self.started, self.questions = time.perf_counter(), 0
-        self.tokens: Counter[int] = Counter()
-
-    def add(self, answer: Answer, request: Request) -> None:
-        self.questions += 1
-        for image, tokens in zip(request.images, answer.visual_tokens, strict=False):
-            if key_of(image) not in self.seen:
-                self.seen.add(key_of(image))
-                self.tokens[tokens] += 1
-        if time.perf_counter() - self.started > 1:
-            self.write()
-
-    def write(self) -> None:
-        seconds = round(time.perf_counter() - self.started, 4)
-        self.files.note(questions=self.questions, visual_tokens=self.tokens, seconds=seconds)
-        self._restart()
 
 
 def work_in_processes(job: Job, workers: int) -> None:
