@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "submit": ("llava.eval.submit", "write the file a benchmark's server takes"),
     "report": ("llava.eval.report", "one table of all runs, beside the published numbers"),
     "train": ("llava.train.train", "one training stage; its flags are LLaVA's"),
+    "plot": ("llava.train.plot", "draw loss and throughput of a training run"),
     "doctor checkpoint": (
         "llava.tools.doctor_checkpoint",
         "what a directory holds, and if it would load",

@@ -21,4 +21,4 @@ print(round(json.load(open(sys.argv[1]))["summary"]["visual_tokens"]["mean"]))
 ' "$ROOT/pope/answers/mini-lora-prumerge.provenance.json")
 ask "random(tokens=$count)" "$@"
 ask "topk(tokens=$count)" "$@"
-llava report "$ROOT" --json "$ROOT/report.json"
+llava report "$ROOT" --html "$ROOT/report.html" --json "$ROOT/report.json"

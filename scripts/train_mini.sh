@@ -31,4 +31,5 @@ llava train \
     --logging_steps 5 --save_strategy steps --save_steps 40 --save_total_limit 1 \
     --output_dir "$RUN" "$@"
 llava mini ship --run-dir "$RUN" --out checkpoints/mini-lora
+llava plot "$RUN"
 llava mini evaluate --data "$DATA/test" --scenes 100 --out outputs/mini-table

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava import cli, endpoint
-from llava.engine import EndpointEngine, Request, finish
+from llava import cli
+from llava.engine import EndpointEngine, Request, endpoint, finish
 from llava.errors import UserError
 from llava.mini.benchmarks import generate
 

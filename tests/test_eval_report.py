@@ -1,4 +1,4 @@
-"""The report: what is collected, and where it stands in the tables."""
+"""The report: what is collected, where it stands in the tables, and what a page shows."""
 
 import json
 import os
@@ -24,6 +24,27 @@ def provenance(folder, name, reducer, benchmark="pope", value=80.0, tokens=144.0
     } | more  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.provenance.json").write_text(json.dumps(content))
+
+
+def shown(axes):
+    """{color: (x, y)} of the runs."""
+    lines = [bars.lines[0] for bars in axes.containers]
+    return {line.get_color(): (line.get_xdata()[0], line.get_ydata()[0]) for line in lines}
+
+
+def test_a_run_has_its_place_and_one_colour_in_every_plot(tmp_path):
+    """Published scores stand beside runs of the whole set only."""
+    for name in ("pope", "scienceqa"):
+        whole = {"questions": 8910, "answered": 8910, "questions_per_second": 4.0}
+        whole["visual_tokens"] = {"mean": 576}
+        provenance(tmp_path, name, "none", name, 85.0, summary=whole)
+        provenance(tmp_path, f"{name}+", "prumerge+", name, 84.0)
+    figure = report.plot(report.collect([tmp_path]))
+    pope, pope_time, science, _ = map(shown, figure.axes)
+    assert sorted(pope.values()) == [(144, 84), (576, 85)] and set(pope) == set(science)
+    assert set(pope_time.values()) == {(0.25, 84), (0.25, 85)}
+    crosses = [[x.get_ydata()[0] for x in axes.lines if x.get_marker() == "x"] for axes in figure.axes]
+    assert crosses == [list(benchmarks.get("pope").published), [], [], []]
 
 
 @pytest.fixture
@@ -54,10 +75,11 @@ def test_a_run_of_a_part_says_so(tmp_path):
     assert report.tables(report.collect([tmp_path]))[0][2][0][3] == "50.0, a part: 100 questions"
 
 
-def test_command_writes_the_numbers(runs, capsys):
-    numbers = runs / "r.json"
-    assert cli.main(["report", str(runs), "--json", str(numbers)]) == 0
+def test_command_writes_page_and_numbers(runs, capsys):
+    page, numbers = runs / "r.html", runs / "r.json"
+    assert cli.main(["report", str(runs), "--html", str(page), "--json", str(numbers)]) == 0
     assert "| mini | none | float32 |" in capsys.readouterr().out
+    assert page.read_text().count("<svg") == 1 and page.read_text().count("<tr>") > 15
     content = json.loads(numbers.read_text())
     assert {one["score"] for one in content["runs"]} == {85.9, 84.0, 68.3, 67.1}
     assert {one["name"]: one["scores"] for one in content["published"]}["LLaVA-1.5-7B"]["mm-vet"] == 31.1

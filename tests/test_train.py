@@ -1,5 +1,6 @@
 """Training runs on a tiny model: what is learnt, what is saved, and how a killed run goes on."""
 
+import argparse
 import itertools
 import json
 import shutil
@@ -22,7 +23,8 @@ from llava.model.checkpoints import read_tensors
 from llava.train import save
 from llava.train import trainer as trainer_module
 from llava.train.arguments import parse
-from llava.train.log import read_log
+from llava.train.plot import read_log
+from llava.train.plot import run as plot
 from llava.train.setup import build
 from llava.train.train import train
 from llava.train.trainer import LlavaTrainer, epoch_order
@@ -430,9 +432,20 @@ def test_unusable_samples_are_reported_at_the_end(tiny, tmp_path, capsys):
     assert report in json.loads((tmp_path / "run/run.json").read_text())["notes"]
 
 
-def test_a_log_line_cut_short_is_left_out(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
-    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
+def test_a_log_cut_short_is_read_and_plotted(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": s, "loss": 2 / s, "samples_per_second": 3.0}) for s in range(1, 6)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    assert len(read_log(tmp_path / "a" / "log.jsonl")) == 5
+    args = argparse.Namespace(runs=[tmp_path / "a", tmp_path / "b"], out=tmp_path / "x.png")
+    assert plot(args) == 0
+    from PIL import Image
+
+    picture = Image.open(tmp_path / "x.png")
+    assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    with pytest.raises(UserError, match="--output_dir"):
+        plot(argparse.Namespace(runs=[tmp_path], out=None))
 
 
 # The command

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from llava.data import DataCollatorForSupervisedDataset
 from llava.train.arguments import parse
-from llava.train.log import read_log
+from llava.train.plot import read_log
 from llava.train.setup import Prepared, build, open_dataset
 from llava.train.train import train
 from llava.train.trainer import LlavaTrainer

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from PIL import Image
@@ -25,10 +25,8 @@ from llava.engine.requests import Answer, ImageSource, Request, Timing, texts_of
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path, load_image, load_image_from_base64
 
-try:
+if TYPE_CHECKING:  # it takes a second to import, and a local engine needs none
     import openai
-except ImportError:  # EndpointEngine says so
-    openai = None  # type: ignore[assignment]
 
 RETRIES = 9
 """Pauses of 0.5, 1, 2, 4, 8, 8 ... seconds: 45 in all, in which a small server has started again."""
@@ -63,8 +61,12 @@ class EndpointEngine:
     def __init__(
         self, base_url: str, model: str | None = None, *, concurrency: int = 32, api_key: str | None = None
     ):
-        if openai is None:
-            raise UserError("asking a server needs the openai package: pip install 'llava[endpoint]'")
+        try:
+            import openai
+        except ImportError:
+            raise UserError(
+                "asking a server needs the openai package: pip install 'llava[endpoint]'"
+            ) from None
         if concurrency < 1:
             raise UserError(f"--concurrency {concurrency}: give 1 or more.")
         self.base_url, self.concurrency = base_url, concurrency
@@ -110,6 +112,8 @@ class EndpointEngine:
             running.difference_update(done)
             return done
 
+        import openai
+
         # The loop runs only while this generator is asked for more; closing the runner cancels what is left.
         with asyncio.Runner() as runner:
             client = openai.AsyncOpenAI(**self._options, max_retries=RETRIES)
@@ -125,6 +129,8 @@ class EndpointEngine:
 
     async def _ask(self, client: "openai.AsyncOpenAI", request: Request) -> Answer | UserError:
         """The error is returned: raised in a task that nobody waits for any more, it would be printed."""
+        import openai
+
         try:
             reply = await client.chat.completions.create(**self._body(request))
         except UserError as error:
@@ -142,6 +148,8 @@ class EndpointEngine:
         Where the generator is closed before its end the connection is closed, which stops the server. Of the
         timing, `vision_ms` is 0: the server does not tell it apart from the rest before the first piece.
         """
+        import openai
+
         start = time.perf_counter()
         first, text, usage = 0.0, "", None
         try:
@@ -195,11 +203,15 @@ class EndpointEngine:
 
     def _failure(self, request: Request, error: "openai.OpenAIError") -> Answer | UserError:
         """What an error means: this request has a problem, or no request can be answered."""
+        import openai
+
         problem = self._problem(error)
         of_all = isinstance(error, openai.APIConnectionError) or getattr(error, "status_code", 0) in OF_ALL
         return UserError(problem) if of_all else Answer(request.id, problem=problem)
 
     def _problem(self, error: "openai.OpenAIError") -> str:
+        import openai
+
         where = f"the server at {self.base_url}"
         match error:
             case openai.APIConnectionError():

@@ -1,21 +1,26 @@
 """`llava report DIR ...`: one table of all runs under some folders, beside the published numbers.
 
-Reads the provenance files that `llava eval` leaves beside its answers. Markdown goes to stdout; `--json`
-writes the numbers.
+Reads the provenance files that `llava eval` leaves beside its answers. Markdown goes to stdout; `--html`
+writes a page with plots of score against visual tokens and against time, `--json` the numbers.
 """
 
 import argparse
+import html
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import UserError
 from llava.eval import benchmarks, provenance
 from llava.eval.benchmarks.base import PUBLISHED_MODELS
 from llava.eval.reading import read_json
 from llava.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,17 @@ class Run:
         return self.benchmark if self.protocol == default else f"{self.benchmark} ({self.protocol})"
 
     @property
+    def name(self) -> str:
+        return f"{self.model}, {self.reducer}, {self.dtype}"
+
+    @property
     def row(self) -> tuple[str, str, str, str]:
         return self.model, self.weights, self.reducer, self.dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="searched for *.provenance.json")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
 
 
@@ -61,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         content = {"runs": [asdict(one) for one in runs], "published": published()}
         write_text(args.json, json.dumps(content, indent=2) + "\n")
+    if args.html:
+        write_text(args.html, as_html(runs))
     return 0
 
 
@@ -169,3 +181,58 @@ def as_markdown(runs: Sequence[Run]) -> str:
         lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
         parts += [f"## {title}", "", *lines, ""]
     return "\n".join(parts).rstrip()
+
+
+# --- the page ---
+
+STYLE = "body{font-family:sans-serif}td{padding:.3em .7em;white-space:nowrap}tr:first-child{font-weight:bold}"
+
+
+def as_html(runs: Sequence[Run]) -> str:
+    body = []
+    for title, header, rows in tables(runs):
+        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in (header, *rows)]
+        body.append(f"<h2>{html.escape(title)}</h2><table><tr>{'<tr>'.join(lines)}</table>")
+    scored = [one for one in runs if one.score is not None]
+    if scored:
+        out = io.StringIO()
+        plot(scored).savefig(out, format="svg", metadata={"Date": None})
+        body.append(out.getvalue()[out.getvalue().index("<svg") :])
+    head = f'<meta charset="utf-8"><title>llava report</title><style>{STYLE}</style>'
+    return f"<!doctype html>{head}<h1>Evaluation</h1>{''.join(body)}\n"
+
+
+def plot(runs: Sequence[Run]) -> "Figure":
+    """Of runs with a score: a row per benchmark, the score against mean visual tokens (beside the published
+    ones, crosses) and against time a question. A run has one colour in all of them."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = sorted({one.column for one in runs})
+    names = list(dict.fromkeys(one.name for one in runs))
+    palette = matplotlib.colormaps["turbo"].resampled(len(names))
+    figure = Figure(figsize=(13, 4 * len(columns)), layout="constrained")
+    rows = figure.subplots(len(columns), 2, sharey="row", squeeze=False)
+    legend = dict[str, Any]()
+    for column, (left, right) in zip(columns, rows, strict=True):
+        of_it = [one for one in runs if one.column == column]
+        for one in of_it:
+            low, high = one.interval or (one.score, one.score)
+            error = [[one.score - low], [high - one.score]]
+            for axes, x in ((left, one.visual_tokens), (right, one.seconds_per_question)):
+                if x is not None:
+                    color = palette(names.index(one.name))
+                    legend[one.name] = axes.errorbar(x, one.score, error, fmt="o", color=color, capsize=3)
+        benchmark = benchmarks.get(of_it[0].benchmark)
+        if of_it[0].questions == benchmark.questions:  # published scores are those of the whole set
+            for other in published():
+                if benchmark.name in other["scores"]:
+                    place = other["visual_tokens"], other["scores"][benchmark.name]
+                    (legend["published"],) = left.plot(*place, "x", color="gray")
+        left.set(ylabel=f"{column}: {benchmark.headline}{benchmark.unit}", xlabel="visual tokens an image")
+        right.set(xlabel="seconds a question")
+        for axes in (left, right):  # from 0, where the runs that see nothing stand
+            axes.set_xlim(left=-0.03 * axes.get_xlim()[1])
+            axes.grid(alpha=0.3)
+    figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize=8)
+    return figure

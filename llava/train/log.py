@@ -1,4 +1,4 @@
-"""What a run writes about itself beside its weights: run.json, and log.jsonl."""
+"""What a run writes about itself beside its weights: run.json, and log.jsonl, which `llava plot` draws."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from transformers import TrainerCallback
 
 from llava.files import write_json, write_text
 from llava.train.arguments import Arguments
-
-LOG_FILE = "log.jsonl"
+from llava.train.plot import LOG_FILE, read_log
 
 
 def write_run_file(run: Path, arguments: Arguments, notes: list[str]) -> None:
@@ -42,17 +41,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a line cut short by a kill is left out."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 class JsonlLog(TrainerCallback):

@@ -1,8 +1,8 @@
 """A training run from a command line: `python -m llava.train.train FLAGS`, or `llava train FLAGS`.
 
-Under torchrun or deepspeed for several GPUs. The run's folder gets the weights, log.jsonl (loss,
-throughput) and run.json (arguments, versions, what was decided for the user). A run that was stopped goes
-on from its last complete checkpoint when the same command is given again.
+Under torchrun or deepspeed for several GPUs. The run's folder gets the weights, log.jsonl (see `llava plot`)
+and run.json (all arguments, the versions, and what was decided for the user). A run that was stopped goes on
+from its last complete checkpoint when the same command is given again.
 """
 
 from __future__ import annotations

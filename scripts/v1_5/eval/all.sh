@@ -13,5 +13,5 @@ for name in "${all[@]}"; do
     echo "== $name" >&2
     bash "scripts/v1_5/eval/$name.sh" "$@" || failed+=("$name")
 done
-run "$PYTHON" -m llava.cli report "$ROOT" --json "$ROOT/report.json"
+run "$PYTHON" -m llava.cli report "$ROOT" --html "$ROOT/report.html" --json "$ROOT/report.json"
 [[ ${#failed[@]} -eq 0 ]] || { echo "failed: ${failed[*]}" >&2 && exit 1; }
