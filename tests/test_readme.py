@@ -21,6 +21,9 @@ BUILT = (
     "scripts/v1_5/eval/colors.sh",
     "checkpoints/mini-base",
     "checkpoints/llava-",
+    "checkpoints/vicuna-",
+    "checkpoints/clip-",
+    "checkpoints/mine",
     "playground/data/",
     "outputs/",
 )
