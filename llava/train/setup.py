@@ -36,13 +36,16 @@ from llava.model.checkpoints import (
 )
 from llava.model.llava_arch import LlavaMetaConfig, LlavaMetaForCausalLM
 from llava.model.load import build_config, load_language_model, quantization, tokenizer_of, tower_of
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.arguments import REDUCERS_APART, DataArguments, ModelArguments, TrainingArguments
 
 if TYPE_CHECKING:
     from peft import PeftModel  # imported where it is needed: it takes seconds
 
 Stage = Literal["projector", "full", "lora"]
 Say = Callable[[str], None]
+
+REDUCER_CHOICES = "mm_token_reducer_choices"
+"""Field of the config of a model that was trained with several reducers; `mm_token_reducer` is the first."""
 
 NOT_LANGUAGE_MODEL = r".*(vision_tower|mm_projector|image_newline).*"
 """Names LoRA stays away from."""
@@ -70,6 +73,11 @@ class Prepared:
         """The model without PEFT's wrapping."""
         model: Any = self.model
         return model if isinstance(model, LlavaMetaForCausalLM) else model.get_base_model()
+
+    @property
+    def reducers(self) -> list[str]:
+        """The specs of which each sample draws one; as often as one is named, so much likelier it is."""
+        return getattr(self.llava.config, REDUCER_CHOICES, None) or [self.llava.reducer.spec]
 
 
 def compute_dtype(training: TrainingArguments) -> torch.dtype:
@@ -101,7 +109,10 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
         options["device_map"] = {"": training.device}  # quantized weights cannot be moved later
     llava = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
     if model.mm_token_reducer is not None:
-        llava.set_reducer(model.mm_token_reducer)
+        choices = model.mm_token_reducer.split(REDUCERS_APART)
+        llava.set_reducer(choices[0])
+        if len(choices) > 1:
+            setattr(llava.config, REDUCER_CHOICES, choices)
     tower = tower_of(info, config, weights, model.vision_tower, device=llava.device, dtype=dtype)
     set_seed(training.seed)  # a new projector's start; how many numbers loading drew depends on sharding
     llava.set_vision_tower(tower)
@@ -185,6 +196,7 @@ def _config(
     kept = {name: value for name, value in recorded.items() if name not in dropped}
     if model.mm_token_reducer is not None:
         chosen["mm_token_reducer"] = "none"  # what the user names is set later: it may be in a file
+        kept.pop(REDUCER_CHOICES, None)
     config = build_config({**kept, **chosen}, info)
     config._name_or_path = model.model_name_or_path
     return config
