@@ -1,9 +1,11 @@
 """The inference engine: requests in, answers out, batched (`answer`) or as a stream of text (`stream`).
 
-Evaluation, chat, the quickstart and LLaVA's scripts all ask a model through it. What one call of
-`LocalEngine.answer` does, chunk by chunk of some dozens of images with all their questions:
+Evaluation, chat, the demo, the quickstart and LLaVA's scripts all ask a model through an `Engine`: a
+`LocalEngine`, or a server (`llava.endpoint`). What one call of `LocalEngine.answer` does, chunk by chunk of
+some dozens of images with all their questions:
 
-1. Each distinct image is decoded (in worker processes, ahead of time), encoded and reduced once.
+1. Each distinct image is decoded (in worker processes, ahead of time), encoded and reduced once, or once for
+   each question where the reducer reads it.
 2. The beginning that all prompts share (the system prompt) goes through the language model once, and each
    distinct opening after it (up to and with the last image) once. The keys and values are kept
    (llava/model/prefix.py), so a question costs its own words only.
@@ -26,7 +28,7 @@ from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +42,9 @@ from llava.conversation import conv_templates, default_conv_mode
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path, image_tag, tokenizer_image_token
 from llava.model import prefix
+from llava.model.question import QuestionReader
 from llava.pixels import Decoding, Pixels, Source, decode, in_workers
+from llava.reducers import ReducedTokens, Reducer, VisionFeatures
 
 CPU_BATCH_TOKENS = 8192
 IMAGES_AT_ONCE = 32
@@ -66,6 +70,7 @@ class Request:
         max_new_tokens: bound of the answer; less where the model's context ends before.
         temperature, top_p: of sampling; temperature 0 is greedy.
         seed: of sampling; None: another answer each time.
+        reducer: spec of the token reducer for its images; None: the model's.
     """
 
     id: Any = 0
@@ -77,6 +82,12 @@ class Request:
     top_p: float | None = None
     num_beams: int = 1
     seed: int | None = None
+    reducer: str | None = None
+
+    @property
+    def question(self) -> str:
+        """What the user says last."""
+        return self.messages[-1]["content"] if self.messages else self.text
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,40 @@ class Answer:
     visual_tokens: tuple[int, ...] = ()
     problem: str | None = None
     timing: Timing | None = None
+
+
+DEFAULT_REQUEST = Request()
+"""No text, no images, the model's own reducer."""
+
+
+class Engine(Protocol):
+    """Whatever answers requests."""
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """One answer per request, in any order. What is wrong with one is its answer's `problem`."""
+        ...
+
+    def stream(self, request: Request) -> Generator[str, None, Answer]:
+        """The pieces of one answer as they come; returns the whole. A problem gives no piece at all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a model saw in one image, and what its reducer kept.
+
+    Attributes:
+        pixels: [T, 3, S, S] normalised pixels of its T views: the image itself, or with anyres its small copy
+            and its tiles.
+        size: (width, height) of the image.
+        features: of the T views.
+        reduced: of each view, B = 1.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    features: VisionFeatures
+    reduced: list[ReducedTokens]
 
 
 def finish(pieces: Generator[str, None, Answer], emit: Callable[[str], None] = lambda piece: None) -> Answer:
@@ -184,6 +229,15 @@ def check_template(conv_mode: str) -> None:
         raise UserError(f"there is no conversation template {conv_mode!r}; --conv-mode takes {known}.")
 
 
+class _Key(NamedTuple):
+    """Equal for what is encoded once."""
+
+    image: Hashable
+    reducer: Reducer
+    question: str | None
+    """None: the reducer does not read it."""
+
+
 @dataclass(frozen=True)
 class _Prompt:
     """A request ready for the language model.
@@ -197,7 +251,7 @@ class _Prompt:
 
     request: Request
     ids: list[int]
-    keys: tuple[Hashable, ...]
+    keys: tuple["_Key", ...]
     visual: tuple[Tensor, ...]
     arguments: tuple[tuple[str, Any], ...]
 
@@ -246,6 +300,7 @@ class LocalEngine:
         check_template(conv_mode)
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.conv_mode = conv_mode
+        self.read_question = QuestionReader(model, tokenizer)
         config = model.config
         self.pixel_config = SimpleNamespace(
             image_aspect_ratio=image_aspect_ratio or config.image_aspect_ratio,
@@ -274,7 +329,7 @@ class LocalEngine:
     # --- many requests ---
 
     def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """One answer per request, in any order. What is wrong with one is its answer's `problem`."""
+        """See `Engine`."""
         chunks = list(chunked(requests))
         wanted = [
             {key_of(image): image for one in chunk for image in one.images if not isinstance(image, Tensor)}
@@ -291,17 +346,27 @@ class LocalEngine:
     def _answer_chunk(
         self, requests: Sequence[Request], decoded: dict[Hashable, Pixels | str]
     ) -> Iterator[Answer]:
-        # An image is encoded once because no reducer here reads the question. For one that does (its `reads`
-        # names the text) the key of an embedding is (image, question), and this is the place to encode it.
-        good = {key: pixels for key, pixels in decoded.items() if isinstance(pixels, Pixels)}
-        visual: dict[Hashable, Tensor | str] = {
-            key: problem for key, problem in decoded.items() if isinstance(problem, str)
-        }
-        visual |= zip(good, self._embed(list(good.values())), strict=True)
-        prompts = []
+        asked: list[tuple[Request, list[_Key]]] = []
+        visual: dict[_Key, Tensor | str] = {}
+        wanted: dict[_Key, tuple[Pixels, Request]] = {}
         for request in requests:
             try:
-                prompts.append(self._prompt(request, visual))
+                keys = [self._key(image, request) for image in request.images]
+            except UserError as error:  # no such reducer
+                yield Answer(request.id, problem=str(error))
+                continue
+            asked.append((request, keys))
+            for key in keys:
+                pixels = decoded.get(key.image)  # none for what is encoded already
+                if isinstance(pixels, str):
+                    visual[key] = pixels
+                elif pixels is not None:
+                    wanted[key] = pixels, request
+        visual |= zip(wanted, self._embed(list(wanted.values())), strict=True)
+        prompts = []
+        for request, keys in asked:
+            try:
+                prompts.append(self._prompt(request, keys, visual))
             except UserError as error:
                 yield Answer(request.id, problem=str(error))
         if prompts:
@@ -385,19 +450,33 @@ class LocalEngine:
 
     # --- the model ---
 
+    def _reducer(self, request: Request) -> Reducer:
+        """Raises UserError: no such reducer, or one that this model cannot use."""
+        return self.model.reducer if request.reducer is None else self.model.make_reducer(request.reducer)
+
+    def _key(self, image: ImageSource, request: Request) -> _Key:
+        reducer = self._reducer(request)
+        return _Key(key_of(image), reducer, request.question if reducer.reads_question else None)
+
     @torch.inference_mode()
-    def _embed(self, pixels: Sequence[Pixels]) -> list[Tensor]:
-        """[K_i, hidden] of each image: tower, reducer, projector, tiles joined."""
+    def _embed(self, wanted: Sequence[tuple[Pixels, Request]]) -> list[Tensor]:
+        """[K_i, hidden] of each image as its request asks: tower, reducer, projector, tiles joined."""
         blocks: list[Tensor] = []
-        while len(blocks) < len(pixels):
-            first = pixels[len(blocks)].values
+        while len(blocks) < len(wanted):
+            first = wanted[len(blocks)][0].values
             tiles = len(first) if first.ndim == 4 else 1
-            part = pixels[len(blocks) : len(blocks) + max(1, self.images_at_once // tiles)]
-            values = [torch.from_numpy(one.values) for one in part]
+            part = wanted[len(blocks) : len(blocks) + max(1, self.images_at_once // tiles)]
+            values = [torch.from_numpy(pixels.values) for pixels, _ in part]
+            reducers = [self._reducer(request) for _, request in part]
+            texts = [
+                self.read_question(request.question, reducer)
+                for (_, request), reducer in zip(part, reducers, strict=True)
+            ]
             try:
                 # Plain images as one tensor; for anyres a list of [tiles, 3, S, S], whose tiles differ.
                 images = torch.stack(values) if first.ndim == 3 else values
-                blocks += self.model.embed_images(images, [one.size for one in part])
+                sizes = [pixels.size for pixels, _ in part]
+                blocks += self.model.embed_images(images, sizes, reducers, texts)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(part) == 1:
                     raise
@@ -468,9 +547,8 @@ class LocalEngine:
             )
         return prompt
 
-    def _prompt(self, request: Request, visual: Mapping[Hashable, Tensor | str]) -> _Prompt:
+    def _prompt(self, request: Request, keys: Sequence[_Key], visual: Mapping[_Key, Tensor | str]) -> _Prompt:
         """Raises UserError as `prompt`, for an image that cannot be read, for a prompt that is too long."""
-        keys = tuple(map(key_of, request.images))
         blocks = []
         for key, image in zip(keys, request.images, strict=True):
             block = image if isinstance(image, Tensor) else visual[key]
@@ -495,37 +573,57 @@ class LocalEngine:
             "num_beams": request.num_beams,
             "max_new_tokens": min(request.max_new_tokens, context - length),
         }
-        return _Prompt(request, ids, keys, tuple(blocks), tuple(arguments.items()))
+        return _Prompt(request, ids, tuple(keys), tuple(blocks), tuple(arguments.items()))
 
     # --- one request ---
 
-    def encode(self, images: Sequence[Source]) -> list[Tensor]:
-        """[K_i, hidden] of each image, to be given in place of it: a conversation encodes its images once.
+    def _decode(self, image: Source) -> Pixels:
+        pixels = decode(image, self.image_processor, self.pixel_config)
+        if isinstance(pixels, str):
+            raise UserError(pixels)
+        return pixels
+
+    @torch.inference_mode()
+    def look(self, image: Source, request: Request = DEFAULT_REQUEST) -> Look:
+        """What the model sees in an image, and keeps of it for this request, whose own images do not matter.
 
         Raises:
-            UserError: an image that cannot be read.
+            UserError: as `encode`.
         """
-        decoded = []
-        for image in images:
-            pixels = decode(image, self.image_processor, self.pixel_config)
-            if isinstance(pixels, str):
-                raise UserError(pixels)
-            decoded.append(pixels)
-        blocks = self._embed(decoded)
+        pixels = self._decode(image)
+        values = torch.from_numpy(pixels.values)
+        views = values if values.ndim == 4 else values[None]
+        reducer = self._reducer(request)
+        features, reduced = self.model.reduce_images(
+            views, [len(views)], [reducer], [self.read_question(request.question, reducer)]
+        )
+        return Look(views, pixels.size, features, reduced)
+
+    def encode(self, images: Sequence[Source], request: Request = DEFAULT_REQUEST) -> list[Tensor]:
+        """[K_i, hidden] of each image, to be given in place of it: a conversation encodes its images once.
+
+        Args:
+            request: whose reducer, and question if the reducer reads it, decide what is kept.
+
+        Raises:
+            UserError: an image that cannot be read, a reducer that this model cannot use.
+        """
+        blocks = self._embed([(self._decode(image), request) for image in images])
         if self.model.device.type == "cuda":  # kernels run on after their call returns; a clock must not
             torch.cuda.synchronize(self.model.device)
         return blocks
 
     def stream(self, request: Request) -> Generator[str, None, Answer]:
-        """The pieces of one answer as they come; returns the whole. A problem gives no piece at all.
+        """See `Engine`.
 
         Where the generator is closed before its end the model stops at the next token.
         """
         start = time.perf_counter()
         try:
             images = [one for one in request.images if not isinstance(one, Tensor)]
-            visual = dict(zip(map(key_of, images), self.encode(images), strict=True))
-            prompt = self._prompt(request, visual)
+            encoded_images = zip(images, self.encode(images, request), strict=True)
+            visual = {self._key(image, request): block for image, block in encoded_images}
+            prompt = self._prompt(request, [self._key(image, request) for image in request.images], visual)
         except UserError as error:
             return Answer(request.id, problem=str(error))
         encoded = time.perf_counter()

@@ -165,7 +165,12 @@ def test_what_is_shared_is_computed_once(engine, pictures, monkeypatch):
     monkeypatch.setattr(prefix, "begin", counting_begin)
     monkeypatch.setattr(prefix, "extend", counting_extend)
     monkeypatch.setattr(prefix, "answer", counting_answer)
-    monkeypatch.setattr(engine.model, "encode_images", lambda x: encoded.append(len(x)) or encode(x))
+
+    def counting_encode(pixels, *how):
+        encoded.append(len(pixels))
+        return encode(pixels, *how)
+
+    monkeypatch.setattr(engine.model, "encode_images", counting_encode)
     tokens = {str(r.images[0]): a.visual_tokens for r, a in in_order(requests, engine.answer(requests))}
     assert sum(encoded) == 8 and len(begun) == 1
     head = begun[0]
@@ -198,9 +203,9 @@ def test_out_of_memory_halves_the_budget_and_goes_on(engine, pictures, monkeypat
         at_most(2, len(blocks))
         return extend(model, start, blocks, rows)
 
-    def small_encode(pixels):
+    def small_encode(pixels, *how):
         at_most(2, len(pixels))
-        return encode(pixels)
+        return encode(pixels, *how)
 
     monkeypatch.setattr(prefix, "answer", small_answer)
     monkeypatch.setattr(prefix, "extend", small_extend)

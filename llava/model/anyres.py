@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava.mm_utils import unpad_image
-from llava.reducers import Reducer, VisionFeatures
+from llava.reducers import ReducedTokens, Reducer, VisionFeatures
 from llava.reducers.ops import require_finite
 from llava.reducers.scores import patch_scores
 
@@ -30,8 +30,8 @@ KEEPS_PLACES = ("none", "topk", "grid", "random")
 
 def reduce_views(
     reducer: Reducer, features: VisionFeatures, pictures: Sequence[int], budget: str
-) -> list[tuple[Tensor, Tensor]]:
-    """The tokens [K, C] of each view, and the patches [K] int64 that they stand for (-1: an appended token).
+) -> list[ReducedTokens]:
+    """The tokens of each view, a batch of one without padding.
 
     Args:
         reducer: without a fixed `tokens` (papers alone) each view is reduced by itself.
@@ -51,13 +51,12 @@ def reduce_views(
         for number in pictures:
             start = len(counts)
             counts += share_out(total, masses[start : start + number], most)
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[ReducedTokens] = []
     for count, run in groupby(counts):  # one batch for as many views in a row as keep the same number
         rows = slice(len(found), len(found) + len(list(run)))
         options: dict[str, Any] = {"tokens": count}  # not a field of every Reducer
         reduced = (reducer if count is None else replace(reducer, **options))(features[rows])
-        kept = zip(reduced.kept, reduced.lengths.tolist(), strict=True)
-        found += [(view, k[:n]) for view, (k, n) in zip(reduced.unbind(), kept, strict=True)]
+        found += reduced.split()
     return found
 
 

@@ -7,8 +7,7 @@ The parts are loaded in this order: config, tokenizer, language model and projec
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import UserError, first_line
@@ -39,7 +37,7 @@ from llava.model.checkpoints import (
 )
 from llava.model.llava_arch import LANGUAGE_MODELS, LlavaMetaConfig, LlavaMetaForCausalLM, language_model_of
 from llava.model.tokenization import load_language_model_tokenizer, load_tokenizer
-from llava.model.vision_tower import VisionTower, load_vision_tower
+from llava.model.vision_tower import VisionTower, load_vision_tower, quiet_loading
 from llava.reducers import ReducerSpecError, build_reducer
 
 if TYPE_CHECKING:
@@ -49,9 +47,6 @@ logger = logging.getLogger(__name__)
 
 KEEP_PRECISION = ["lm_head", "model.mm_projector", "model.vision_tower"]
 """What stays out of 4- and 8-bit. Full names: a suffix does not match numbered layers."""
-
-SMALL = 2**30
-"""Bytes of weights that load before a progress bar is of use."""
 
 
 def build_config(raw: Mapping[str, Any], info: CheckpointInfo) -> LlavaMetaConfig:
@@ -145,7 +140,7 @@ def load_language_model(
 
     size = sum(tensor.nbytes for tensor in found.tensors.values())
     name = config.name_or_path  # from_pretrained(None) writes "None" there
-    with _quiet(size):
+    with quiet_loading(size):
         model = LANGUAGE_MODELS[config.model_type].from_pretrained(
             None, config=config, state_dict=found.tensors, **options
         )
@@ -173,21 +168,6 @@ def language_model_weights(info: CheckpointInfo, config: LlavaMetaConfig, weight
         found = fit_vocabulary(found, config.vocab_size)
     check_weights(found, shapes, info)
     return found
-
-
-@contextmanager
-def _quiet(size: int) -> Iterator[None]:
-    """transformers without its load report, and without a progress bar for a few weights."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    if size < SMALL:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def apply_lora(model: PreTrainedModel, info: CheckpointInfo, *, merge: bool) -> "PreTrainedModel | PeftModel":
@@ -273,15 +253,14 @@ def tower_of(
     if not other and (owner.kind == "llava_hf" or config.unfreeze_mm_vision_tower):
         carried = weights.select(lambda key: key.startswith(TOWER)).tensors
         own = {key.removeprefix(TOWER): tensor for key, tensor in carried.items()} or None
-    with _quiet(0):
-        return load_vision_tower(
-            path,
-            select_layer=config.mm_vision_select_layer,
-            select_feature=config.mm_vision_select_feature,
-            dtype=dtype,
-            device=device,
-            state_dict=own,
-        )
+    return load_vision_tower(
+        path,
+        select_layer=config.mm_vision_select_layer,
+        select_feature=config.mm_vision_select_feature,
+        dtype=dtype,
+        device=device,
+        state_dict=own,
+    )
 
 
 def load_plain(info: CheckpointInfo, **options: Any) -> PreTrainedModel:
@@ -293,7 +272,7 @@ def load_plain(info: CheckpointInfo, **options: Any) -> PreTrainedModel:
     owner = info.base or info
     size = sum(file.stat().st_size for file in owner.files if file.is_file())
     try:
-        with _quiet(size):
+        with quiet_loading(size):
             model = AutoModelForCausalLM.from_pretrained(owner.path, local_files_only=True, **options)
     except Exception as error:  # torch, safetensors, pickle and transformers each have their own
         raise UserError(f"cannot load {owner.path}: {first_line(error)}") from error

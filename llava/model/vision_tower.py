@@ -10,6 +10,8 @@ q replace it. `VisionTower` is such an encoder, frozen, with its image processor
 import pickle
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ from transformers import (
     AutoConfig,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
+    CLIPModel,
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
@@ -273,6 +276,7 @@ class VisionTower(nn.Module):
             output of block i, -1 that of the last block, -2 (LLaVA-1.5) the input of the last block.
         select_feature: what `tokens` returns, `patch` (without CLS) or `cls_patch` (CLS first).
         image_processor: turns pictures into `pixel_values`; its crop size is the image size.
+        path: the directory it came from, where a CLIP's text half is found if a reducer reads the question.
 
     Raises:
         UserError: a layer or a CLS row that the model does not have.
@@ -285,8 +289,10 @@ class VisionTower(nn.Module):
         select_layer: int = -2,
         select_feature: str = "patch",
         image_processor: ImageProcessingMixin | None = None,
+        path: Path | None = None,
     ):
         super().__init__()
+        self.path = path
         self.encoder = ENCODERS[model.config.model_type](model)
         disk_name = self.encoder.disk_name
         self.vision_tower = nn.ModuleDict({disk_name: model}) if disk_name else model
@@ -357,8 +363,35 @@ class VisionTower(nn.Module):
             pixel_values: [B, 3, H, W] normalised pixels, any float dtype, on any device. H and W may differ
                 from `image_size`.
             reads: optional fields of VisionFeatures that the reducer reads as well.
+
+        Raises:
+            UserError: `image_embeds` of a tower that is no CLIP.
         """
-        return self.encoder.features(self._checked(pixel_values), [self.select_layer], reads)
+        features = self.encoder.features(self._checked(pixel_values), [self.select_layer], reads)
+        if "image_embeds" in reads:
+            projection = self.clip.visual_projection
+            features = replace(
+                features, image_embeds=projection(self.backbone.post_layernorm(features.patches))
+            )
+        return features
+
+    @cached_property  # which nn.Module does not see: it is not part of the tower's weights
+    def clip(self) -> CLIPModel:
+        """The whole CLIP that this tower is the vision model of: its text model and its projections.
+
+        Raises:
+            UserError: the tower's directory holds no whole CLIP.
+        """
+        if self.path is None or AutoConfig.from_pretrained(self.path).model_type != "clip":
+            raise UserError(
+                f"a reducer that compares patches with the question needs a whole CLIP, and {self.path} "
+                f"holds a {self.config.model_type} without text half: use the directory of the CLIP that the "
+                "tower was taken from (--vision-tower PATH), or another reducer"
+            )
+        with quiet_loading(), _reading(f"the text half of CLIP in {self.path}"):
+            clip: Any = CLIPModel.from_pretrained(self.path, dtype=self.dtype, local_files_only=True)
+        del clip.vision_model  # this tower is it
+        return clip.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def tokens(self, pixel_values: Tensor) -> Tensor:
@@ -435,23 +468,17 @@ def load_vision_tower(
 
     names = sorted(file.name for suffix in ("*.safetensors", "*.bin") for file in path.glob(suffix))
     weights = f"{path} ({', '.join(names) or 'no .safetensors or .bin file'})"
-    # Text weights of a whole CLIP are expected here, so the report about them is noise.
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        with _reading(f"the vision tower's weights in {weights}"):
-            loaded: Any = encoder.model_class.from_pretrained(
-                None if state_dict is not None else path,
-                config=config,
-                state_dict=state_dict,
-                dtype=dtype,
-                attn_implementation="sdpa",  # never materialises the attention map
-                key_mapping={r"^(model\.)?vision_tower\.": ""},  # a tower inside a llava-hf checkpoint
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    with quiet_loading(), _reading(f"the vision tower's weights in {weights}"):
+        loaded: Any = encoder.model_class.from_pretrained(
+            None if state_dict is not None else path,
+            config=config,
+            state_dict=state_dict,
+            dtype=dtype,
+            attn_implementation="sdpa",  # never materialises the attention map
+            key_mapping={r"^(model\.)?vision_tower\.": ""},  # a tower inside a llava-hf checkpoint
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -459,9 +486,29 @@ def load_vision_tower(
             "download or copy the file again"
         )
     tower = VisionTower(
-        model, select_layer=select_layer, select_feature=select_feature, image_processor=image_processor
+        model,
+        select_layer=select_layer,
+        select_feature=select_feature,
+        image_processor=image_processor,
+        path=path,
     )
     return tower.to(device=device)
+
+
+@contextmanager
+def quiet_loading(size: int = 0) -> Iterator[None]:
+    """transformers without its report of unused weights (of CLIP's other half, say), and without a progress
+    bar for less than a GiB of them."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    if size < 2**30:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TEXT_FIELDS = ("text_embeds", "text_tokens")
+"""The fields of VisionFeatures that come from the question."""
+
 
 @dataclass(frozen=True)
 class VisionFeatures:
@@ -59,7 +62,7 @@ class VisionFeatures:
     probe_attention: Tensor | Any = None
 
     def __post_init__(self) -> None:
-        for name in ("text_embeds", "text_tokens"):
+        for name in TEXT_FIELDS:
             text = getattr(self, name)
             if isinstance(text, Tensor) and text.ndim == 2:
                 object.__setattr__(self, name, [text] * self.patches.shape[0])
@@ -73,8 +76,8 @@ class VisionFeatures:
         """[B, N, C] the keys of the patches alone."""
         return self.key[:, 1:] if self.has_cls else self.key
 
-    def __getitem__(self, rows: slice) -> "VisionFeatures":
-        """The features of some of the images."""
+    def __getitem__(self, rows: slice | Tensor) -> "VisionFeatures":
+        """The features of some of the images; by their numbers only where no text is given yet."""
         return replace(self, **{name: value[rows] for name, value in self._given().items()})
 
     def float(self) -> "VisionFeatures":
@@ -114,3 +117,11 @@ class ReducedTokens:
         if len(set(lengths)) == 1:
             return list(torch.unbind(self.tokens[:, : lengths[0]]))
         return [tokens[:length] for tokens, length in zip(self.tokens, lengths, strict=True)]
+
+    def split(self) -> list["ReducedTokens"]:
+        """Each image by itself, B = 1, without padding."""
+        rows = zip(self.unbind(), self.lengths.split(1), self.kept, self.source, strict=True)
+        return [
+            ReducedTokens(tokens[None], length, kept[None, : len(tokens)], source[None])
+            for tokens, length, kept, source in rows
+        ]

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
 
-from llava.reducers.features import ReducedTokens, VisionFeatures
+from llava.reducers.features import TEXT_FIELDS, ReducedTokens, VisionFeatures
 
 
 class ReducerSpecError(ValueError):
@@ -62,6 +62,11 @@ class Reducer:
     def asks(self) -> tuple[str, ...]:
         """What a tower is asked for: the fields in `reads`, and those that are read where they exist."""
         return self.reads
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether what it keeps depends on the question: then an image is encoded once for each question."""
+        return not set(TEXT_FIELDS).isdisjoint(self.reads)
 
     def __post_init__(self) -> None:
         """Checks every option against its type and range, however the reducer was made.
