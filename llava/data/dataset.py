@@ -19,6 +19,7 @@ from llava.data.table import open_table
 from llava.data.text import encode_conversation
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
+from llava.reducers import Reducer
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +48,15 @@ class LazySupervisedDataset(Dataset):
     image_processor: the tower's. Needed for rows with images unless `load_visual` is given.
     version, mm_use_im_start_end: see `encode_conversation`.
     image_aspect_ratio: "pad" or "square", see `process_images`.
-    load_visual: takes a name in `image`, and the spec of a reducer or None, and returns that image's cached
-        visual tokens [K, mm_hidden]; images are then not opened.
+    load_visual: takes a name in `image`, and a reducer or None, and returns that image's cached visual tokens
+        [K, mm_hidden]; images are then not opened.
     on_bad_sample: "error" raises `BadSample`; "skip" gives the next good sample of the same kind (with or
         without image) in its place and marks it in `bad`, a bool per row.
     cache_dir: where the copy of the file lies, see `open_table`.
 
     A sample is `input_ids`, `labels` (int64 [n]), and with images one of `images` (list of float32 [3, S, S])
     and `visual_tokens` (list of [K, mm_hidden]), in the order of the placeholders in `input_ids`. It is asked
-    for by its row, or by (row, spec of a reducer): then `reducers` has the spec beside each of `images`.
+    for by its row, or by (row, reducer): then `reducers` has that reducer for each of `images`.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class LazySupervisedDataset(Dataset):
         version: str = "v1",
         image_aspect_ratio: str = "square",
         mm_use_im_start_end: bool = False,
-        load_visual: Callable[[str, str | None], torch.Tensor] | None = None,
+        load_visual: Callable[[str, Reducer | None], torch.Tensor] | None = None,
         on_bad_sample: str = "error",
         cache_dir: str | Path | None = None,
     ):
@@ -100,7 +101,7 @@ class LazySupervisedDataset(Dataset):
         """Words of each sample, and 128 for the image of those that have one."""
         return (self._words.abs() + 128 * (self._words > 0)).tolist()
 
-    def __getitem__(self, key: int | tuple[int, str]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, Reducer]) -> dict[str, Any]:
         index, reducer = key if isinstance(key, tuple) else (key, None)
         if self.on_bad_sample == "error":
             return self.sample(index, reducer)
@@ -118,7 +119,7 @@ class LazySupervisedDataset(Dataset):
             f"{self.data_path}: no sample of the kind of row {index} is usable; `llava doctor data` says why."
         )
 
-    def sample(self, index: int, reducer: str | None = None) -> dict[str, Any]:
+    def sample(self, index: int, reducer: Reducer | None = None) -> dict[str, Any]:
         """Sample `index` itself, whatever `on_bad_sample` says. Raises BadSample."""
         row = self.row(index)
         try:
@@ -133,7 +134,7 @@ class LazySupervisedDataset(Dataset):
             self.table = type(self.table).from_file(self.table.cache_files[0]["filename"])
         return self.table[index]
 
-    def _encode(self, row: dict[str, Any], reducer: str | None) -> dict[str, Any]:
+    def _encode(self, row: dict[str, Any], reducer: Reducer | None) -> dict[str, Any]:
         if row["problem"]:
             raise UserError(f"{row['problem']}.")
         names = row["image"]

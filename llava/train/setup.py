@@ -12,7 +12,7 @@ compute in.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from llava.model.checkpoints import (
 )
 from llava.model.llava_arch import LlavaMetaConfig, LlavaMetaForCausalLM
 from llava.model.load import build_config, load_language_model, quantization, tokenizer_of, tower_of
+from llava.reducers import Reducer
 from llava.train.arguments import REDUCERS_APART, DataArguments, ModelArguments, TrainingArguments
 
 if TYPE_CHECKING:
@@ -62,22 +63,22 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model ready to train, with what goes with it."""
+    """A model ready to train, with what goes with it.
+
+    Attributes:
+        reducers: each sample draws one of them; the more often one is named, the likelier it is.
+    """
 
     model: LlavaMetaForCausalLM | PeftModel
     tokenizer: PreTrainedTokenizerFast
     stage: Stage
+    reducers: Sequence[Reducer]
 
     @property
     def llava(self) -> LlavaMetaForCausalLM:
         """The model without PEFT's wrapping."""
         model: Any = self.model
         return model if isinstance(model, LlavaMetaForCausalLM) else model.get_base_model()
-
-    @property
-    def reducers(self) -> list[str]:
-        """The specs of which each sample draws one; as often as one is named, so much likelier it is."""
-        return getattr(self.llava.config, REDUCER_CHOICES, None) or [self.llava.reducer.spec]
 
 
 def compute_dtype(training: TrainingArguments) -> torch.dtype:
@@ -108,11 +109,17 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
         )
         options["device_map"] = {"": training.device}  # quantized weights cannot be moved later
     llava = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
-    if model.mm_token_reducer is not None:
-        choices = model.mm_token_reducer.split(REDUCERS_APART)
-        llava.set_reducer(choices[0])
-        if len(choices) > 1:
-            setattr(llava.config, REDUCER_CHOICES, choices)
+    named = model.mm_token_reducer
+    specs = (
+        named.split(REDUCERS_APART)
+        if named
+        else getattr(config, REDUCER_CHOICES, None) or [llava.reducer.spec]
+    )
+    reducers = [llava.make_reducer(spec, allow_files=named is not None) for spec in specs]
+    if named is not None:
+        llava.set_reducer(specs[0])
+    if len(specs) > 1:
+        setattr(llava.config, REDUCER_CHOICES, specs)
     tower = tower_of(info, config, weights, model.vision_tower, device=llava.device, dtype=dtype)
     set_seed(training.seed)  # a new projector's start; how many numbers loading drew depends on sharding
     llava.set_vision_tower(tower)
@@ -124,7 +131,7 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
     _cast(trainable, training)
     for line in describe(trainable):
         say(line)
-    return Prepared(trainable, tokenizer, stage)
+    return Prepared(trainable, tokenizer, stage, reducers)
 
 
 def open_dataset(

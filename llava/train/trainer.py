@@ -18,6 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data import length_grouped_order
+from llava.reducers import Reducer
 from llava.train import save
 from llava.train.arguments import TrainingArguments
 from llava.train.log import JsonlLog, peak_memory
@@ -38,7 +39,7 @@ def epoch_order(size: int, seed: int, lengths: list[int] | None = None, **groupi
         return length_grouped_order(lengths, **grouping)
 
 
-def draw_reducers(choices: Sequence[str], size: int, seed: int, epoch: int) -> list[str]:
+def draw_reducers(choices: Sequence[Reducer], size: int, seed: int, epoch: int) -> list[Reducer]:
     """One of `choices` for each sample of an epoch: the same on every rank, and in a resumed run."""
     draws = np.random.default_rng([seed, epoch]).integers(len(choices), size=size)
     return [choices[draw] for draw in draws]
@@ -101,7 +102,7 @@ class LlavaTrainer(Trainer):
         elif args.train_sampling_strategy == "group_by_length":
             lengths = dataset.lengths
 
-        def order() -> list[int] | list[tuple[int, str]]:
+        def order() -> list[int] | list[tuple[int, Reducer]]:
             # After a resumption in the middle of an epoch `state.epoch` is a fraction.
             epoch = int((self.state.epoch or 0) + 1e-6)
             seed = args.seed if args.data_seed is None else args.data_seed

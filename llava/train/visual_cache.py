@@ -38,6 +38,7 @@ from llava.errors import UserError
 from llava.files import replacing_file, write_json
 from llava.mm_utils import load_image, process_images
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.reducers import Reducer
 from llava.train.setup import Prepared, gathered
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def cached_tokens(
     data: DataArguments,
     training: TrainingArguments,
     say: Callable[[str], None],
-) -> Callable[[str, str | None], Tensor]:
+) -> Callable[[str, Reducer | None], Tensor]:
     """Encode every image of the data that is not in the cache yet, with every reducer that a sample may draw;
     each process takes its share.
 
@@ -234,10 +235,10 @@ def cached_tokens(
 
     with gathered(list(llava.get_vision_tower().parameters())):
         llava.get_vision_tower().to(training.device)
-        caches: dict[str, VisualCache] = {}
-        for spec in dict.fromkeys(prepared.reducers):
-            llava.set_reducer(spec)
-            caches[spec] = cache = VisualCache(data.visual_cache, recipe_of(llava))
+        caches: dict[Reducer, VisualCache] = {}
+        for reducer in prepared.reducers:
+            llava.set_reducer(reducer.spec)
+            caches[reducer] = cache = VisualCache(data.visual_cache, recipe_of(llava))
             encoded = cache.fill(
                 [folder / name for name in names[training.process_index :: training.world_size]],
                 llava,
@@ -245,8 +246,8 @@ def cached_tokens(
                 on_error=on_error,
                 show=training.process_index == 0,
             )
-            say(f"visual cache {cache.folder}: {encoded:,} images encoded for {spec}")
-        llava.set_reducer(prepared.reducers[0])
+            say(f"visual cache {cache.folder}: {encoded:,} images encoded for {reducer.spec}")
+        llava.set_reducer(prepared.reducers[0].spec)
     if training.world_size > 1:
         torch.distributed.barrier()
         for cache in caches.values():
@@ -255,7 +256,7 @@ def cached_tokens(
 
 
 def load_cached(
-    caches: dict[str, VisualCache], folder: Path, name: str, reducer: str | None = None
+    caches: dict[Reducer, VisualCache], folder: Path, name: str, reducer: Reducer | None = None
 ) -> Tensor:
     """The visual tokens [K, C] of an image, by its file's content: they are never stale."""
     file = folder / name
