@@ -40,4 +40,4 @@ llava train \
     --output_dir "$RUN" "$@"
 llava mini ship --run-dir "$RUN" --out "$OUT"
 llava plot "$RUN"
-bash scripts/mini_table.sh
+echo "MODEL=$OUT DATA=$DATA bash scripts/mini_table.sh makes the table"
