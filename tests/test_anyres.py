@@ -89,7 +89,9 @@ def test_shares_are_within_one_of_the_proportion_and_sum_to_the_total(seed):
     assert sum(tight) == total and max(tight) <= total // 4 + 1 and min(tight) >= 1
 
 
-@pytest.mark.parametrize("reducer", ["none", "topk(tokens=9)", "grid(tokens=9)", "random(tokens=9)"])
+@pytest.mark.parametrize(
+    "reducer", ["none", "topk(tokens=9)", "grid(tokens=9)", "random(tokens=9)", "sequential(tokens=9)"]
+)
 @pytest.mark.parametrize("merge", ["spatial", "spatial_unpad"])
 def test_whole_patches_stand_in_the_rows_of_the_picture(reducer, merge):
     model = make_anyres(reducer, merge=merge)

@@ -29,6 +29,7 @@ from llava.eval.provenance import Files
 from llava.legacy import MODEL_VQA, MODEL_VQA_LOADER, MODEL_VQA_MMBENCH, MODEL_VQA_SCIENCE
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import prefix
+from llava.reducers import build_reducer
 
 RUNNERS = {one.name: one for one in (MODEL_VQA_LOADER, MODEL_VQA, MODEL_VQA_SCIENCE, MODEL_VQA_MMBENCH)}
 IMAGE = -200.0
@@ -68,12 +69,12 @@ class ScriptedModel:
         max_position_embeddings=4096,
     )
     config._attn_implementation, config.mm_vision_tower = "sdpa", "clip"
-    reducer, device, dtype = SimpleNamespace(name="none", spec="none"), torch.device("cpu"), torch.float32
+    reducer, device, dtype = build_reducer("none"), torch.device("cpu"), torch.float32
 
     def get_input_embeddings(self):
         return lambda ids: ids.float()[:, None]
 
-    def embed_images(self, pixels, sizes):
+    def embed_images(self, pixels, sizes, reducers, texts):
         return [torch.full((2, 1), IMAGE) for _ in pixels]
 
     # In place of llava.model.prefix: the beginnings of prompts, and what comes after them.

@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 SPECS = [
     "none",
     "random(tokens=20, seed=3)",
+    "sequential(tokens=20)",
     "grid(tokens=20)",
     "topk(tokens=20)",
     "pool(tokens=20)",
@@ -550,6 +551,13 @@ def test_random_is_the_seed_alone():
         assert (rows == rows[0]).all() and (rows[0].diff() > 0).all()
         places[tuple(rows[0].tolist())] = seed
     assert len(places) == 5
+
+
+def test_sequential_is_the_top_of_the_image():
+    features = make_features(2)
+    reduced = build_reducer("sequential(tokens=40)")(features)
+    assert torch.equal(reduced.tokens, features.patches[:, :40])
+    assert torch.equal(reduced.kept, torch.arange(40).repeat(2, 1))
 
 
 def test_grid_is_two_dimensional():

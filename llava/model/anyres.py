@@ -24,7 +24,7 @@ from llava.reducers.scores import patch_scores
 
 BUDGETS = ("tile", "shared", "papers")
 
-KEEPS_PLACES = ("none", "topk", "grid", "random")
+KEEPS_PLACES = ("none", "topk", "grid", "random", "sequential")
 """Reducers whose tokens are whole patches in raster order: they can stand in the rows of the picture."""
 
 

@@ -1,4 +1,4 @@
-"""What PruMerge is compared with: all tokens, random ones, a spatial grid, the most attended, averages."""
+"""What PruMerge is compared with: all tokens, random, the first, a grid of, the most attended; averages."""
 
 from dataclasses import dataclass
 
@@ -41,6 +41,23 @@ class RandomPatches(Reducer):
         batch, length, _ = features.patches.shape
         drawn = torch.randperm(length, generator=torch.Generator().manual_seed(self.seed))[: self.tokens]
         return pick(features.patches, drawn.sort().values.to(features.patches.device).repeat(batch, 1))
+
+
+@register("sequential")
+@dataclass(frozen=True)
+class FirstPatches(Reducer):
+    """The first patches in raster order, the top of the image: the paper's "sequential" sampling.
+
+    Attributes:
+        tokens: how many (all N where there are fewer).
+    """
+
+    tokens: int = option(QUARTER, low=1)
+
+    def reduce(self, features: VisionFeatures) -> ReducedTokens:
+        batch, length, _ = features.patches.shape
+        index = torch.arange(min(self.tokens, length), device=features.patches.device)
+        return pick(features.patches, index.repeat(batch, 1))
 
 
 @register("grid")

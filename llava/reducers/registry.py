@@ -94,9 +94,11 @@ class Reducer:
             ReducerInputError: the method cannot reduce these features, or they lack what it reads.
         """
         if missing := [name for name in self.reads if getattr(features, name) is None]:
+            remedy = "with a vision tower that has no CLS token, use pool, grid or random"
+            if self.reads_question:
+                remedy = "it needs the question, which llava chat, llava eval and llava.engine hand to it"
             raise ReducerInputError(
-                f"reducer {self.name!r} reads {', '.join(missing)}, which these features do not carry: "
-                "with a vision tower that has no CLS token, use pool, grid or random"
+                f"reducer {self.name!r} reads {', '.join(missing)}, which is not there: {remedy}"
             )
         device = features.patches.device.type
         if torch.is_autocast_enabled(device):
