@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ REDUCERS = (
 )
 COUNTS = (16, 32, 64, 144)
 REFERENCES = ("prumerge+", "random")
-"""Every reducer is tested against these at the same number of tokens."""
+"""Every reducer is tested against these where they keep as many tokens (within one: PruMerge appends one)."""
 
 VERSION = "smollm2"  # conversation template of the small model
 RESAMPLES = 1000
@@ -50,9 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder made by `llava mini world`")
     parser.add_argument("--out", type=Path, required=True, help="folder for answers, table and plot")
     parser.add_argument(
-        "--reducers", nargs="+", default=list(REDUCERS), metavar="NAME", help="without a count"
+        "--reducers", nargs="+", metavar="SPEC", help="default: all that do not read the question"
     )
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(COUNTS), help="beside all of them")
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="try each reducer with each number (default: 16 32 64 144)",
+    )
     parser.add_argument("--scenes", type=int, default=None, help="only the first so many scenes")
     parser.add_argument("--device", default="cuda", help="default: cuda, or the CPU where there is none")
 
@@ -61,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
     from llava.engine import ModelSource
 
     questions = read_questions(args.data, args.scenes)
-    specs = ["none", *(f"{name}(tokens={count})" for count in args.tokens for name in args.reducers)]
+    specs = args.reducers
+    if args.tokens or not args.reducers:
+        names, counts = args.reducers or REDUCERS, args.tokens or COUNTS
+        specs = ["none", *(f"{name}(tokens={count})" for count in counts for name in names)]
     check_settings(args)
     files = {spec: AnswersFile(args.out / f"{file_name(spec)}.jsonl") for spec in specs}
     if any(question["image"] not in file.rows for file in files.values() for question in questions):
@@ -339,10 +349,9 @@ def write_report(out: Path, questions: Sequence[dict], rows: Mapping[str, Mappin
     table |= {spec: figures(questions, given, draws) for spec, given in answers.items()}
     pairs = [
         Pair(first, other, *only_one_right(answers[first], answers[other]))
-        for first in answers
-        for reference in REFERENCES
-        if (other := re.sub(r"^[^(]*", reference, first)) in answers
-        and not first.startswith((other, "random"))
+        for first, other in product(answers, answers)
+        if name_of(other) in REFERENCES and name_of(first) != "random" and first != other
+        if abs(tokens[first] - tokens[other]) < 1.5
     ]
     corrected = holm([pair.p for pair in pairs])
     write_text(out / "table.md", as_markdown(questions, table, tokens, pairs, corrected))
@@ -354,6 +363,10 @@ def write_report(out: Path, questions: Sequence[dict], rows: Mapping[str, Mappin
     }
     write_json(out / "table.json", report)
     plot(out / "accuracy.png", table, tokens)
+
+
+def name_of(spec: str) -> str:
+    return spec.partition("(")[0]
 
 
 def only_one_right(first: Sequence[dict], other: Sequence[dict]) -> tuple[int, int]:
@@ -398,7 +411,7 @@ def plot(file: Path, table: Mapping[str, Mapping[str, Figure]], tokens: Mapping[
     axes = canvas.subplots()
     curves: dict[str, list[str]] = {}
     for spec in tokens:
-        curves.setdefault(spec.partition("(")[0], []).append(spec)
+        curves.setdefault(name_of(spec), []).append(spec)
     for name, specs in curves.items():
         specs.sort(key=tokens.__getitem__)
         means = [table[spec]["mean"] for spec in specs]

@@ -136,7 +136,8 @@ def layout(world: World, index: int) -> Layout:
     """The layout of the pair that scene `index` belongs to."""
     rng = world.rng(index // 2, _LAYOUT)
     dense = world.edition > 1 and rng.random() < DENSE_SHARE
-    kind, copies, word = rng.random(), (), False
+    kind, word = rng.random(), False
+    copies: tuple[int, ...] = ()
     if dense:
         first = int(rng.integers(1, 7))
         word, copies = kind < 0.4, (first, int(rng.integers(1, min(7, 11 - first))))
@@ -241,7 +242,7 @@ def render(scene: Scene, world: World) -> tuple[Image.Image, Scene]:
             left, top = _place_mark(rng, next(t.box for t in placed if t.name == thing.on), tile.size)
         else:
             tries = [_place(rng, thing, tile.size, scene.dense) for _ in range(20 if scene.dense else 1)]
-            left, top = min(tries, key=lambda place: max(OVERLAP, _overlap(*place, tile.size, placed)))
+            left, top = min(tries, key=lambda place: max(OVERLAP, _overlap(place, tile.size, placed)))
         ink = tile.getchannel("A")
         if shadow and not thing.written and not thing.on:
             dark = ink.filter(ImageFilter.GaussianBlur(3)).point(lambda a: a * 0.4)
@@ -303,12 +304,12 @@ def _place_mark(rng, box: tuple[int, int, int, int], size: tuple[int, int]) -> t
     return round(left + x * (right - left) - size[0] / 2), round(top + y * (bottom - top) - size[1] / 2)
 
 
-def _overlap(left: int, top: int, size: tuple[int, int], placed: list[Thing]) -> float:
+def _overlap(place: tuple[int, int], size: tuple[int, int], placed: list[Thing]) -> float:
     """What a tile there and a thing of `placed` have in common at most, as a share of the smaller one."""
     shares = [0.0]
     for x0, y0, x1, y1 in (thing.box for thing in placed):
-        width = min(left + size[0], x1) - max(left, x0)
-        height = min(top + size[1], y1) - max(top, y0)
+        width = min(place[0] + size[0], x1) - max(place[0], x0)
+        height = min(place[1] + size[1], y1) - max(place[1], y0)
         smaller = min(size[0] * size[1], (x1 - x0) * (y1 - y0))
         shares.append(max(width, 0) * max(height, 0) / smaller)
     return max(shares)
