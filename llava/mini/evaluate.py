@@ -311,7 +311,8 @@ def figures(questions: Sequence[dict], answers: Sequence[dict], draws: np.ndarra
         found["presence, AUC"] = 100 * weighted_auc(margins, yes, draws[:, presence])
     if is_open.any():
         found["open, log p"] = (draws[:, is_open] @ logprob[is_open]) / draws[:, is_open].sum(1)
-    return {name: Figure(row[0], *np.nanpercentile(row[1:], [2.5, 97.5])) for name, row in found.items()}
+    known = {name: row for name, row in found.items() if not math.isnan(row[0])}
+    return {name: Figure(row[0], *np.nanpercentile(row[1:], [2.5, 97.5])) for name, row in known.items()}
 
 
 def resample(questions: Sequence[dict], rng: np.random.Generator) -> np.ndarray:
@@ -381,7 +382,7 @@ def as_markdown(
     pairs: Sequence[Pair],
     corrected: Sequence[float],
 ) -> str:
-    columns = list(table["constant answer"])
+    columns = list(dict.fromkeys(name for row in table.values() for name in row))
     kinds = [kind_of(question) for question in questions]
     sizes = [str(kinds.count(name)) if name in kinds else "" for name in columns]
     lines = [
@@ -391,7 +392,7 @@ def as_markdown(
     ]
     for spec, row in table.items():
         count = f"{tokens[spec]:.1f}" if spec in tokens else ""
-        lines.append(f"| {spec} | {count} | " + " | ".join(str(row[name]) for name in columns) + " |")
+        lines.append(f"| {spec} | {count} | " + " | ".join(str(row.get(name, "")) for name in columns) + " |")
     lines += [
         "",
         "| reducer | against | only it is right | only the other | p | p, Holm |",
