@@ -24,7 +24,7 @@ def test_it_answers_about_scenes_it_never_saw(mini, tmp_path: Path, capsys) -> N
     made = f"mini world --split test --n 16 --seed 3 --out {world}"
     asked = f"mini evaluate --model-path {checkpoint} --model-base {base} --data {world} --out {out}"
     assert cli.main(made.split()) == 0
-    which = ["--reducers", "prumerge", "random", "--tokens", "96"]
+    which = ["--reducers", "prumerge(tokens=96)", "random(tokens=96)"]
     assert cli.main([*asked.split(), *which, "--device", "cpu"]) == 0
     report = json.loads((out / "table.json").read_text())
     questions = (world / "questions.jsonl").read_text().splitlines()
