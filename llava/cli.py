@@ -18,6 +18,7 @@ from llava.errors import UserError, exit_status
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module, one line for `llava --help`)
     "chat": ("llava.serve.chat", "ask a model about pictures, in the terminal"),
+    "demo": ("llava.serve.demo", "a web page: ask about a picture, and see which patches were kept"),
     "serve": ("llava.serve.server", "an OpenAI-compatible server of any checkpoint, by vLLM"),
     "show": ("llava.analysis.show", "draw what a reducer keeps of a picture, and what it merges"),
     "bench": ("llava.analysis.bench", "where the time of a request goes, beside the dense run"),

@@ -9,7 +9,6 @@ Torch is imported inside the functions that need it, so that reading a command's
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -24,10 +23,11 @@ AMPERE: Capability = (8, 0)
 TURING: Capability = (7, 5)
 PASCAL: Capability = (6, 0)
 
-FLASH_KERNELS = {"flash_attention_2": AMPERE, "flash_attention_3": (9, 0)}
-"""Attention kernels that come as a package of their own: the compute capability each starts at."""
-
-FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+FLASH_KERNELS = {
+    "flash_attention_2": (AMPERE, "flash_attn"),
+    "flash_attention_3": ((9, 0), "flash_attn_interface"),
+}
+"""Attention kernels that need a compute capability and a package of their own."""
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention", *FLASH_KERNELS)
 
@@ -65,16 +65,6 @@ class Plan(NamedTuple):
         return tuple(reason for reason in self.reasons if reason.startswith("warning:"))
 
 
-class Decision(NamedTuple):
-    """What `plan_for` decides: a `Plan` without its device, the dtype as a name."""
-
-    dtype: str
-    attention: str
-    grad_scaler: bool
-    tf32: bool
-    reasons: tuple[str, ...]
-
-
 def plan(
     device: str | torch.device | None = None,
     *,
@@ -91,12 +81,10 @@ def plan(
     """
     import torch
 
-    wanted, why = _choose("device", device)
+    wanted, why = _asked("device", device), "asked for (an argument, or LLAVA_DEVICE)"
     if wanted is None:
-        wanted = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-        why = "torch sees no GPU" if wanted == "cpu" else "torch sees it"
+        gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+        wanted, why = gpu or "cpu", "torch sees it" if gpu else "torch sees no GPU"
     try:
         where = torch.device(wanted)
     except RuntimeError as error:
@@ -110,23 +98,18 @@ def plan(
             f"{_dotted(capability)}; install a build that has them (V100: a CUDA 12.6 build, +cu126)"
         )
 
-    dtype, dtype_why = _choose("dtype", dtype)
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.").lower()
-        if name not in DTYPE_NAMES:
-            raise ValueError(f"{dtype!s} is not a dtype to run in: use float16, bfloat16 or float32.")
-        dtype = DTYPE_NAMES[name]
-    attention, attention_why = _choose("attention", attention)
+    named = _asked("dtype", dtype)
+    name = DTYPE_NAMES.get(str(named).removeprefix("torch.").lower())
+    if named is not None and name is None:
+        raise ValueError(f"{named!s} is not a dtype to run in: use float16, bfloat16 or float32.")
     decided = plan_for(
         where.type,
         capability,
-        dtype=dtype,
-        attention=attention,
-        dtype_why=dtype_why,
-        attention_why=attention_why,
-        flash_packages=tuple(name for name, package in FLASH_PACKAGES.items() if _imports(package)),
+        dtype=name,
+        attention=_asked("attention", attention),
+        flash_packages=tuple(kernel for kernel, (_, package) in FLASH_KERNELS.items() if _imports(package)),
     )
-    return Plan(where, getattr(torch, decided.dtype), *decided[1:4], (*reasons, *decided.reasons))
+    return decided._replace(device=where, reasons=(*reasons, *decided.reasons))
 
 
 def plan_for(
@@ -135,10 +118,8 @@ def plan_for(
     *,
     dtype: str | None = None,
     attention: str | None = None,
-    dtype_why: str = "asked for",
-    attention_why: str = "asked for",
     flash_packages: tuple[str, ...] = (),
-) -> Decision:
+) -> Plan:
     """The decision, as a pure function.
 
     Args:
@@ -146,32 +127,46 @@ def plan_for(
         capability: CUDA compute capability, None for other kinds.
         dtype: "float16", "bfloat16" or "float32" where the user has decided, else None.
         attention: one of `ATTENTIONS` where the user has decided, else None.
-        dtype_why, attention_why: how the user said so, for the reasons.
         flash_packages: those of `FLASH_KERNELS` whose package can be imported.
 
     Raises:
         ValueError: an unknown attention kernel, or one that cannot run on this device in this dtype.
     """
+    import torch
+
     reasons: list[str] = []
     where = f"compute capability {_dotted(capability)}" if capability else kind
 
     if dtype is None:
-        dtype, dtype_why = _best_dtype(kind, capability)
-    elif dtype == "bfloat16" and capability and capability < AMPERE:
-        # torch.cuda.is_bf16_supported() says True here, because it counts emulation.
-        reasons.append(
-            f"warning: {where} has no bfloat16 arithmetic; it is emulated and slow, "
-            "and sdpa has no memory-efficient kernel for it; float16 is the right choice"
-        )
-    elif dtype == "float16" and kind == "cpu":
-        reasons.append("warning: float16 on a CPU is slow and loses precision; float32 is the right choice")
-    reasons.append(f"dtype {dtype}: {dtype_why}")
-
-    if attention is None:
-        attention, attention_why = _best_attention(capability, dtype, flash_packages)
+        dtype, why = _best_dtype(kind, capability, where)
     else:
-        _check_attention(attention, kind, capability, dtype, flash_packages)
-    reasons.append(f"attention {attention}: {attention_why}")
+        why = "asked for (an argument, or LLAVA_DTYPE)"
+        if dtype == "bfloat16" and capability and capability < AMPERE:
+            # torch.cuda.is_bf16_supported() says True here, because it counts emulation.
+            reasons.append(
+                f"warning: {where} has no bfloat16 arithmetic; it is emulated and slow, "
+                "and sdpa has no memory-efficient kernel for it; float16 is the right choice"
+            )
+        if dtype == "float16" and kind == "cpu":
+            reasons.append(
+                "warning: float16 on a CPU is slow and loses precision; float32 is the right choice"
+            )
+    reasons.append(f"dtype {dtype}: {why}")
+
+    obstacle = _no_flash_attention("flash_attention_2", where, capability, dtype, flash_packages)
+    if attention is None:
+        attention, why = ("sdpa", obstacle) if obstacle else ("flash_attention_2", f"{where}, and it imports")
+    else:
+        why = "asked for (an argument, or LLAVA_ATTENTION)"
+        if attention not in ATTENTIONS:
+            raise ValueError(
+                f"There is no attention kernel {attention!r}: use one of {', '.join(ATTENTIONS)}."
+            )
+        if attention in FLASH_KERNELS and (
+            obstacle := _no_flash_attention(attention, where, capability, dtype, flash_packages)
+        ):
+            raise ValueError(f"{obstacle}: use sdpa.")
+    reasons.append(f"attention {attention}: {why}")
 
     grad_scaler = dtype == "float16" and kind == "cuda"
     if grad_scaler:
@@ -179,70 +174,48 @@ def plan_for(
     tf32 = capability is not None and capability >= AMPERE
     if tf32:
         reasons.append(f"tf32: {where} has it, float32 products may use it")
-    return Decision(dtype, attention, grad_scaler, tf32, tuple(reasons))
+    return Plan(torch.device(kind), getattr(torch, dtype), attention, grad_scaler, tf32, tuple(reasons))
 
 
-def _best_dtype(kind: str, capability: Capability | None) -> tuple[str, str]:
+def _best_dtype(kind: str, capability: Capability | None, where: str) -> tuple[str, str]:
+    """The dtype, and why."""
     if kind == "mps":
         return "float16", "Apple GPUs compute in float16 natively"
     if capability is None:
         return "float32", f"exact, and fast on every {kind}; some do bfloat16 faster"
     if capability >= AMPERE:
-        return "bfloat16", f"compute capability {_dotted(capability)} has bfloat16 tensor cores"
+        return "bfloat16", f"{where} has bfloat16 tensor cores"
     if capability >= PASCAL:
-        return "float16", f"compute capability {_dotted(capability)} computes in float16 but not in bfloat16"
-    return "float32", f"compute capability {_dotted(capability)} has no float16 arithmetic"
+        return "float16", f"{where} computes in float16 but not in bfloat16"
+    return "float32", f"{where} has no float16 arithmetic"
 
 
-def _best_attention(
-    capability: Capability | None, dtype: str, flash_packages: tuple[str, ...]
-) -> tuple[str, str]:
-    if capability is None:
-        return "sdpa", "flash-attn is for CUDA only"
-    if capability < AMPERE:
-        return "sdpa", f"flash-attn starts at compute capability 8.0, this is {_dotted(capability)}"
-    if dtype == "float32":
-        return "sdpa", "flash-attn computes in float16 and bfloat16 only"
-    if "flash_attention_2" not in flash_packages:
-        return "sdpa", "flash-attn cannot be imported here; sdpa has its own flash kernel"
-    return "flash_attention_2", f"compute capability {_dotted(capability)} and flash-attn imports"
-
-
-def _check_attention(
-    attention: str, kind: str, capability: Capability | None, dtype: str, flash_packages: tuple[str, ...]
-) -> None:
-    if attention not in ATTENTIONS:
-        raise ValueError(f"There is no attention kernel {attention!r}: use one of {', '.join(ATTENTIONS)}.")
-    if attention not in FLASH_KERNELS:
-        return
-    needed, package = FLASH_KERNELS[attention], FLASH_PACKAGES[attention]
+def _no_flash_attention(
+    kernel: str, where: str, capability: Capability | None, dtype: str, flash_packages: tuple[str, ...]
+) -> str:
+    """Why a kernel of `FLASH_KERNELS` cannot run; "" if it can."""
+    needed, package = FLASH_KERNELS[kernel]
     if capability is None or capability < needed:
-        here = kind if capability is None else _dotted(capability)
-        raise ValueError(
-            f"{attention} needs compute capability {_dotted(needed)} (CUDA), not {here}: use sdpa."
-        )
+        return f"{kernel} needs CUDA and compute capability {_dotted(needed)}, this is {where}"
     if dtype == "float32":
-        raise ValueError(f"{attention} computes in float16 and bfloat16 only, not float32: use sdpa.")
-    if attention not in flash_packages:
-        raise ValueError(
-            f"{attention} was asked for, but the package {package} cannot be imported: "
-            "install it (flash-attn's README says how) or use sdpa."
+        return f"{kernel} computes in float16 and bfloat16 only, not in float32"
+    if kernel not in flash_packages:
+        return (
+            f"the package {package} of {kernel} cannot be imported here (its README says how to install it)"
         )
+    return ""
 
 
 def supports_llm_int8(device: str | torch.device | None = None) -> bool:
     """Whether bitsandbytes' LLM.int8 (`load_8bit`) runs on the device; 4-bit runs on all of them.
 
+    It needs int8 tensor cores on CUDA (7.5, so not a V100), and has a path for CPUs.
+
     Raises:
         ValueError: the device is not there.
     """
     where = plan(device).device
-    return llm_int8_for(where.type, _capability(where) if where.type == "cuda" else None)
-
-
-def llm_int8_for(kind: str, capability: Capability | None) -> bool:
-    """LLM.int8 needs int8 tensor cores on CUDA (7.5, so not a V100); bitsandbytes has a CPU path for it."""
-    return kind == "cpu" or (capability is not None and capability >= TURING)
+    return where.type == "cpu" or (where.type == "cuda" and _capability(where) >= TURING)
 
 
 def device_name(device: torch.device) -> str:
@@ -262,14 +235,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _choose(name: str, argument: Any) -> tuple[Any, str]:
-    """The user's choice and how it was made, or (None, "")."""
-    variable = f"LLAVA_{name.upper()}"
-    if argument not in (None, "", "auto"):
-        return argument, "asked for"
-    if (value := os.environ.get(variable, "")) not in ("", "auto"):
-        return value, f"{variable} is set"
-    return None, ""
+def _asked(name: str, argument: Any) -> Any:
+    """What the user chose, by argument or environment; None: nothing."""
+    for value in (argument, os.environ.get(f"LLAVA_{name.upper()}")):
+        if value not in (None, "", "auto"):
+            return value
+    return None
 
 
 def _capability(device: torch.device) -> Capability:
@@ -302,8 +273,6 @@ def _has_kernels_for(capability: Capability, architectures: list[str]) -> bool:
 
 def _imports(package: str) -> bool:
     """Whether the package is there and loads: a flash-attn built for another torch is there and does not."""
-    if importlib.util.find_spec(package) is None:
-        return False
     try:
         importlib.import_module(package)
     except (ImportError, OSError):

@@ -224,7 +224,8 @@ def serve_cli(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(temperature=0.2)
     args = parser.parse_args(argv)
-    args.conv_mode = args.conv_mode or conv_mode_for(get_model_name_from_path(args.model_path))
+    if args.model_path:
+        args.conv_mode = args.conv_mode or conv_mode_for(get_model_name_from_path(args.model_path))
     return exit_status(lambda: chat.run(args), name="llava.serve.cli", debug=args.debug)
 
 

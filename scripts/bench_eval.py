@@ -38,7 +38,8 @@ from tqdm import tqdm
 from llava import hardware
 from llava.analysis.stopwatch import CLOCKS, Clock, synchronise
 from llava.analysis.tables import render
-from llava.engine import LocalEngine, ModelSource, Request, batches
+from llava.engine import LocalEngine, ModelSource, Request
+from llava.engine.batching import batches
 from llava.errors import UserError
 from llava.eval import benchmarks
 from llava.eval.run import requests_of

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several threads only wait here
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,15 +11,28 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+if TYPE_CHECKING:
+    from tiny_checkpoints import Family
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-LONGEST = "test_train_distributed.py"
+LONGEST = (
+    *("test_train_distributed.py", "test_mini_model.py", "test_train.py"),
+    *("test_eval_loop.py", "test_reducers.py", "test_plug.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first: a worker that begins it last leaves the others idle."""
-    items.sort(key=lambda item: item.path.name != LONGEST)
+    """The files that take longest come first: a worker that begins one last leaves the others idle."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Copies of training data stay out of the user's cache."""
+    os.environ["LLAVA_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +69,17 @@ def golden_text(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / file.name).symlink_to(file)
     (folder / "tokenizers").symlink_to(golden / "llava" / "tokenizers")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> "Family":
+    """Checkpoints of every kind; no test changes them."""
+    from tiny_checkpoints import family
+
+    return family(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def tiny(tiny_once: "Family", tmp_path: Path) -> "Family":
+    """A copy that the test may change."""
+    return tiny_once.copied_to(tmp_path)

@@ -2,13 +2,11 @@
 
 import importlib.util
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoints import family
 
 from llava.engine import ModelSource, Request
 from llava.errors import UserError
@@ -23,8 +21,7 @@ def bench(root):
     return module
 
 
-def test_ways_answer_alike_and_factors_multiply(bench, tmp_path):
-    checkpoint = family(tmp_path).full
+def test_ways_answer_alike_and_factors_multiply(bench, tiny, tmp_path):
     requests = []
     for number in range(2):
         pixels = torch.rand(40, 60, 3, generator=torch.Generator().manual_seed(number)) * 255
@@ -33,7 +30,7 @@ def test_ways_answer_alike_and_factors_multiply(bench, tmp_path):
             text = f"{turn}: " + "is it " * (turn % 4)
             images = (tmp_path / f"{number}.png",)
             requests.append(Request(id=18 * number + turn, text=text, images=images, max_new_tokens=3))
-    engine = ModelSource(str(checkpoint), conv_mode="vicuna_v1", device="cpu").load()
+    engine = ModelSource(str(tiny.full), conv_mode="vicuna_v1", device="cpu").load()
     results = bench.measure(engine, requests, ["prumerge", "none"], 1, 3, bench.CLOCKS["cpu"])
     assert bench.disagreements(results) == 0
     assert len(results[-1].answers) == 36 and len(set(results[-1].answers.values())) > 5
@@ -55,13 +52,13 @@ def test_a_processor_clock_measures_no_gpu(bench):
         bench.main(["--clock", "cpu", "--device", "cuda"])
 
 
-def test_it_makes_its_questions_before_it_loads_a_model(bench, root, tmp_path):
+def test_it_makes_its_questions_before_it_loads_a_model(bench, tmp_path, monkeypatch):
     """The documented command on a machine that has only the code: it fails at the model, not at the data."""
-    questions, out = tmp_path / "eval-mini", tmp_path / "nowhere"
+    questions, out, generate = tmp_path / "eval-mini", tmp_path / "nowhere", bench.generate
+    monkeypatch.setattr(bench, "generate", lambda root, seed, number: generate(root, seed, 2))
     command = ["--root", str(questions), "--model-path", str(out), "--model-base", "", "--images", "2"]
-    script = str(root / "scripts/bench_eval.py")
-    done = subprocess.run([sys.executable, script, *command], capture_output=True, text=True)
-    assert done.returncode == 2 and str(out) in done.stderr and (questions / "mini.json").exists()
+    with pytest.raises(UserError, match=str(out)):
+        bench.main(command)
     args = bench.parser().parse_args(command)
     requests = bench.read_requests(args)
     assert len(requests) == 36 and len({request.images for request in requests}) == 2

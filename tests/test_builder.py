@@ -1,5 +1,6 @@
 """load_pretrained_model: every kind of checkpoint gives the reference's answers, and bad ones a sentence."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,6 @@ from tiny_checkpoints import (
     VISUAL_TOKENS,
     Family,
     edit_json,
-    family,
     single_safetensors,
     write_json,
     write_tokenizer,
@@ -39,17 +39,6 @@ from llava.model.checkpoints import (
 PROMPT = torch.tensor([[1, 270, 280, -200, 290, 300]])
 
 
-@pytest.fixture(scope="module")
-def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture
-def tiny(tiny_once: Family, tmp_path: Path) -> Family:
-    """A copy that the test may change."""
-    return tiny_once.copied_to(tmp_path)
-
-
 def load(path: Path, base: Path | None = None, **options):
     return load_pretrained_model(path, base, "any-name", device="cpu", **options)
 
@@ -65,7 +54,7 @@ def logits(model, prompt: torch.Tensor = PROMPT, images: bool = True) -> torch.T
 
 
 @pytest.mark.parametrize("key", ["full", "lora", "projector", "withtower", "llava_hf"])
-def test_golden(golden: Path, key: str) -> None:
+def test_golden(golden, key):
     root = golden / "llava"
     reference = json.loads((root / "model/head.json").read_text())
     arrays = np.load(root / "model/head.npz")
@@ -97,7 +86,7 @@ def test_golden(golden: Path, key: str) -> None:
 # Kinds against each other
 
 
-def test_full_is_frozen_and_quiet(tiny: Family, capfd: pytest.CaptureFixture[str]) -> None:
+def test_full_is_frozen_and_quiet(tiny, capfd):
     tokenizer, model, processor, context = load(tiny.full)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -107,7 +96,7 @@ def test_full_is_frozen_and_quiet(tiny: Family, capfd: pytest.CaptureFixture[str
     assert capfd.readouterr().err == ""
 
 
-def test_projector_on_its_base_is_the_full_model(tiny: Family) -> None:
+def test_projector_on_its_base_is_the_full_model(tiny):
     expected = logits(load(tiny.full)[1])
     assert torch.equal(logits(load(tiny.projector, tiny.base)[1]), expected)
 
@@ -124,7 +113,7 @@ def lora_by_hand(tiny: Family) -> dict[str, torch.Tensor]:
     return merged
 
 
-def test_lora_merged_and_kept(tiny: Family) -> None:
+def test_lora_merged_and_kept(tiny):
     from peft import PeftModel
 
     merged = load(tiny.lora, tiny.base)[1]
@@ -145,7 +134,7 @@ def test_lora_merged_and_kept(tiny: Family) -> None:
     assert torch.equal(*new)
 
 
-def test_lora_trained_on_a_llava(tiny: Family) -> None:
+def test_lora_trained_on_a_llava(tiny):
     """Task LoRA: the base brings a projector, the checkpoint's own lies over it."""
     expected = logits(load(tiny.lora, tiny.base)[1])
     index = json.loads((tiny.full / "pytorch_model.bin.index.json").read_text())["weight_map"]
@@ -154,7 +143,7 @@ def test_lora_trained_on_a_llava(tiny: Family) -> None:
     assert torch.equal(logits(load(tiny.lora, tiny.full)[1]), expected)
 
 
-def test_adapter_alone_takes_the_base_s_config(tiny: Family) -> None:
+def test_adapter_alone_takes_the_base_s_config(tiny):
     """PEFT's own checkpoint of a LLaVA: no config, no projector; both are the base's."""
     expected = logits(load(tiny.lora, tiny.full)[1])
     (tiny.lora / "config.json").unlink()
@@ -162,7 +151,7 @@ def test_adapter_alone_takes_the_base_s_config(tiny: Family) -> None:
     assert torch.equal(logits(load(tiny.lora, tiny.full)[1]), expected)
 
 
-def test_trained_embeddings_with_added_tokens(tiny: Family) -> None:
+def test_trained_embeddings_with_added_tokens(tiny):
     """im_start and im_end: the checkpoint has two rows more than its base, and a tokenizer without them."""
     rows = tiny.vocab_size + 2
     table = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(3))
@@ -177,7 +166,7 @@ def test_trained_embeddings_with_added_tokens(tiny: Family) -> None:
     assert torch.equal(model.lm_head.weight, head)
 
 
-def test_added_token_that_was_not_trained(tiny: Family) -> None:
+def test_added_token_that_was_not_trained(tiny):
     """LoRA with a [PAD] added: config.json counts a row that no file has."""
     edit_json(tiny.lora / "config.json", vocab_size=tiny.vocab_size + 1)
     model = load(tiny.lora, tiny.base)[1]
@@ -185,14 +174,14 @@ def test_added_token_that_was_not_trained(tiny: Family) -> None:
     torch.testing.assert_close(model.lm_head.weight[-1], expected)
 
 
-def test_patch_token_is_added_where_the_config_is_silent(tiny: Family) -> None:
+def test_patch_token_is_added_where_the_config_is_silent(tiny):
     edit_json(tiny.full / "config.json", mm_use_im_patch_token=None)
     tokenizer, model, *_ = load(tiny.full)
     assert tokenizer.convert_tokens_to_ids("<im_patch>") == tiny.vocab_size
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == tiny.vocab_size + 1
 
 
-def test_tied_embeddings(tiny: Family) -> None:
+def test_tied_embeddings(tiny):
     """SmolLM2 and its like have no lm_head on disk."""
     weights = {name: tensor for name, tensor in tiny.language_model.items() if name != "lm_head.weight"}
     single_safetensors(tiny.base, weights)
@@ -216,13 +205,13 @@ def with_tower_keys(tiny: Family) -> None:
     single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights, **own})
 
 
-def test_tower_keys_are_ignored(tiny: Family) -> None:
+def test_tower_keys_are_ignored(tiny):
     expected = logits(load(tiny.full)[1])
     with_tower_keys(tiny)
     assert torch.equal(logits(load(tiny.full)[1]), expected)
 
 
-def test_an_unfrozen_tower_comes_from_the_checkpoint(tiny: Family) -> None:
+def test_an_unfrozen_tower_comes_from_the_checkpoint(tiny):
     with_tower_keys(tiny)
     edit_json(tiny.full / "config.json", unfreeze_mm_vision_tower=True)
     weight = load(tiny.full)[1].get_vision_tower().backbone.embeddings.patch_embedding.weight
@@ -230,14 +219,14 @@ def test_an_unfrozen_tower_comes_from_the_checkpoint(tiny: Family) -> None:
     assert torch.equal(weight, clip["vision_model.embeddings.patch_embedding.weight"] * 0.5)
 
 
-def test_tower_is_found_beside_the_checkpoint(tiny: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tower_is_found_beside_the_checkpoint(tiny, monkeypatch):
     expected = logits(load(tiny.full)[1])
     shutil.move(tiny.root / "towers", tiny.full / "towers")
     monkeypatch.chdir("/")
     assert torch.equal(logits(load(tiny.full)[1]), expected)
 
 
-def test_tower_override(tiny: Family) -> None:
+def test_tower_override(tiny):
     edit_json(tiny.full / "config.json", mm_vision_tower="openai/nowhere")
     with pytest.raises(UserError, match=r"openai/nowhere .*--vision-tower PATH"):
         load(tiny.full)
@@ -247,7 +236,7 @@ def test_tower_override(tiny: Family) -> None:
 # Reducers
 
 
-def test_reducer_is_obeyed_overridden_and_missed(tiny: Family, caplog: pytest.LogCaptureFixture) -> None:
+def test_reducer_is_obeyed_overridden_and_missed(tiny, caplog):
     _, model, *_ = load(tiny.full)
     assert model.config.mm_token_reducer == "none"
     assert f"all {VISUAL_TOKENS} visual tokens" in caplog.text
@@ -261,7 +250,7 @@ def test_reducer_is_obeyed_overridden_and_missed(tiny: Family, caplog: pytest.Lo
     assert "visual tokens" not in caplog.text
 
 
-def test_unknown_reducer_in_a_config(tiny: Family) -> None:
+def test_unknown_reducer_in_a_config(tiny):
     edit_json(tiny.full / "config.json", mm_token_reducer="tomorrow(tokens=3)")
     with pytest.raises(UserError, match=r"llava-tiny/config.json, mm_token_reducer: .*tomorrow"):
         load(tiny.full)
@@ -270,7 +259,7 @@ def test_unknown_reducer_in_a_config(tiny: Family) -> None:
 # Flags
 
 
-def test_what_harnesses_pass(tiny: Family) -> None:
+def test_what_harnesses_pass(tiny):
     load_pretrained_model(str(tiny.full), None, "llava", False, False, "auto", "cpu", False)
     load_pretrained_model(
         str(tiny.full),
@@ -288,7 +277,7 @@ def test_what_harnesses_pass(tiny: Family) -> None:
         load(tiny.full, no_such_keyword=1)
 
 
-def test_dtype_and_attention(tiny: Family) -> None:
+def test_dtype_and_attention(tiny):
     model = load(tiny.full, torch_dtype=torch.bfloat16, attn_implementation="eager")[1]
     assert model.dtype == model.get_vision_tower().dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
@@ -298,7 +287,7 @@ def test_dtype_and_attention(tiny: Family) -> None:
             load(tiny.full, **wrong)
 
 
-def test_customized_config(tiny: Family) -> None:
+def test_customized_config(tiny):
     content = {**json.loads((tiny.full / "config.json").read_text()), "image_aspect_ratio": "square"}
     file = tiny.root / "other.json"
     write_json(file, content)
@@ -306,7 +295,7 @@ def test_customized_config(tiny: Family) -> None:
         assert load(tiny.full, customized_config=given)[1].config.image_aspect_ratio == "square"
 
 
-def test_context_length(tiny: Family) -> None:
+def test_context_length(tiny):
     edit_json(tiny.full / "config.json", max_sequence_length=333)
     assert load(tiny.full)[3] == 333
 
@@ -315,15 +304,13 @@ def test_context_length(tiny: Family) -> None:
 @pytest.mark.parametrize(
     "device_map", ["auto", "cuda:0", "", None, 0, {"": "cuda:0"}, {"model": 0, "lm_head": 1}]
 )
-def test_without_cuda_it_runs_on_what_there_is(
-    tiny: Family, device_map, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_cuda_it_runs_on_what_there_is(tiny, device_map, caplog):
     model = load_pretrained_model(tiny.full, None, "llava", device_map=device_map)[1]
     assert model.device.type == hardware.plan().device.type
     assert "no CUDA device" in caplog.text
 
 
-def test_unknown_device(tiny: Family) -> None:
+def test_unknown_device(tiny):
     with pytest.raises(UserError, match="'gpu'"):
         load_pretrained_model(tiny.full, device_map="gpu")
 
@@ -331,6 +318,8 @@ def test_unknown_device(tiny: Family) -> None:
 @pytest.fixture
 def v100(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them, as far as decisions go."""
+    if importlib.util.find_spec("bitsandbytes"):
+        importlib.import_module("bitsandbytes")  # asks CUDA what it can when it is first imported
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70"])
@@ -355,20 +344,20 @@ def v100(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cpu", "cpu", torch.float16, {"": torch.device("cpu")}),
     ],
 )
-def test_placement(device, device_map, dtype: torch.dtype, expected) -> None:
+def test_placement(device, device_map, dtype, expected):
     plan, placed = builder._place(device, device_map, None, None)
     assert (plan.dtype, placed) == (dtype, expected)
 
 
 @pytest.mark.usefixtures("v100")
-def test_no_8bit_on_a_v100(tiny: Family) -> None:
+def test_no_8bit_on_a_v100(tiny):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(UserError, match="use load_4bit"):
         load_pretrained_model(tiny.full, load_8bit=True)
 
 
 @pytest.mark.parametrize("flag", ["load_4bit", "load_8bit"])
-def test_quantised(tiny: Family, flag: str) -> None:
+def test_quantised(tiny, flag):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     exact = logits(load(tiny.full)[1])
     model = load(tiny.full, **{flag: True})[1]
@@ -382,7 +371,7 @@ def test_quantised(tiny: Family, flag: str) -> None:
     assert 0 < error < {"load_4bit": 0.5, "load_8bit": 0.1}[flag]
 
 
-def test_quantised_lora(tiny: Family) -> None:
+def test_quantised_lora(tiny):
     pytest.importorskip("bitsandbytes")
     # Rounded once: merging gives the very weights that quantising the merged model does.
     merged = load(tiny.lora, tiny.base, load_4bit=True)[1]
@@ -397,7 +386,7 @@ def test_quantised_lora(tiny: Family) -> None:
     assert not torch.allclose(logits(kept), logits(load(tiny.projector, tiny.base, load_4bit=True)[1]))
 
 
-def test_both_quantisations(tiny: Family) -> None:
+def test_both_quantisations(tiny):
     with pytest.raises(UserError, match="exclude each other"):
         load(tiny.full, load_4bit=True, load_8bit=True)
 
@@ -405,7 +394,7 @@ def test_both_quantisations(tiny: Family) -> None:
 # Language models without vision
 
 
-def test_plain_language_model(tiny: Family) -> None:
+def test_plain_language_model(tiny):
     tokenizer, model, processor, context = load(tiny.base)
     assert (type(model), processor, context) == (LlamaForCausalLM, None, 2048)
     assert tokenizer.decode(tokenizer("kite").input_ids, skip_special_tokens=True) == "kite"
@@ -413,7 +402,7 @@ def test_plain_language_model(tiny: Family) -> None:
     assert torch.equal(logits(model, PROMPT[:, :3], images=False), expected)
 
 
-def test_plain_language_model_with_adapter(tiny: Family) -> None:
+def test_plain_language_model_with_adapter(tiny):
     expected = logits(load(tiny.lora, tiny.base)[1], PROMPT[:, :3], images=False)
     for name in ("config.json", "non_lora_trainables.bin"):
         (tiny.lora / name).unlink()
@@ -425,13 +414,13 @@ def test_plain_language_model_with_adapter(tiny: Family) -> None:
 # Generation settings
 
 
-def test_generation_config_of_vicuna(tiny: Family, caplog: pytest.LogCaptureFixture) -> None:
+def test_generation_config_of_vicuna(tiny, caplog):
     settings = load(tiny.projector, tiny.base)[1].generation_config
     assert (settings.temperature, settings.top_p, settings.max_new_tokens) == (None, None, 512)
     assert settings.eos_token_id == 2
 
 
-def test_generation_config_that_samples_is_kept(tiny: Family) -> None:
+def test_generation_config_that_samples_is_kept(tiny):
     write_json(tiny.full / "generation_config.json", {"do_sample": True, "temperature": 0.6, "top_p": 0.9})
     settings = load(tiny.full)[1].generation_config
     assert (settings.do_sample, settings.temperature, settings.top_p) == (True, 0.6, 0.9)
@@ -440,7 +429,7 @@ def test_generation_config_that_samples_is_kept(tiny: Family) -> None:
 # Bad input
 
 
-def test_wrong_base(tiny: Family) -> None:
+def test_wrong_base(tiny):
     """A base with wider layers: named with both shapes and what it was trained on."""
     weights = dict(tiny.language_model)
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(256, HIDDEN)
@@ -451,14 +440,14 @@ def test_wrong_base(tiny: Family) -> None:
         load(tiny.lora, tiny.base)
 
 
-def test_base_with_another_vocabulary(tiny: Family) -> None:
+def test_base_with_another_vocabulary(tiny):
     weights = {**tiny.language_model, "lm_head.weight": torch.zeros(100, HIDDEN)}
     single_safetensors(tiny.base, weights)
     with pytest.raises(UserError, match=r"lm_head.weight has shape \[100, 64\].*wrong base"):
         load(tiny.projector, tiny.base)
 
 
-def test_adapter_of_another_model(tiny: Family) -> None:
+def test_adapter_of_another_model(tiny):
     file = tiny.lora / "adapter_model.bin"
     adapter = torch.load(file)
     first = next(iter(adapter))
@@ -473,13 +462,13 @@ def test_adapter_of_another_model(tiny: Family) -> None:
             load(tiny.lora, tiny.base)
 
 
-def test_adapter_targets_that_do_not_exist(tiny: Family) -> None:
+def test_adapter_targets_that_do_not_exist(tiny):
     edit_json(tiny.lora / "adapter_config.json", target_modules=["query_key_value"])
     with pytest.raises(UserError, match=r"adapter_config.json does not fit"):
         load(tiny.lora, tiny.base)
 
 
-def test_no_tokenizer(tiny: Family) -> None:
+def test_no_tokenizer(tiny):
     for directory in (tiny.lora, tiny.base):
         for file in directory.glob("tokenizer*"):
             file.unlink()
@@ -487,7 +476,7 @@ def test_no_tokenizer(tiny: Family) -> None:
         load(tiny.lora, tiny.base)
 
 
-def test_tokenizer_of_another_model(tiny: Family) -> None:
+def test_tokenizer_of_another_model(tiny):
     tokenizer = json.loads((tiny.full / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {f"word{i}": tiny.vocab_size + i for i in range(100)}
     write_json(tiny.full / "tokenizer.json", tokenizer)
@@ -497,13 +486,13 @@ def test_tokenizer_of_another_model(tiny: Family) -> None:
         load(tiny.full)
 
 
-def test_config_that_makes_no_sense(tiny: Family) -> None:
+def test_config_that_makes_no_sense(tiny):
     edit_json(tiny.full / "config.json", num_attention_heads="four")
     with pytest.raises(UserError, match=r"config.json is not a valid config"):
         load(tiny.full)
 
 
-def test_what_is_no_model_is_refused_before_anything_is_read(tiny: Family) -> None:
+def test_what_is_no_model_is_refused_before_anything_is_read(tiny):
     (tiny.lora / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="--model-base someone/base-tiny"):
         load(tiny.lora)
@@ -516,7 +505,7 @@ def test_what_is_no_model_is_refused_before_anything_is_read(tiny: Family) -> No
 # Written and read again
 
 
-def test_full_round_trip(tiny: Family) -> None:
+def test_full_round_trip(tiny):
     tokenizer, model, *_ = load(tiny.full, reducer="topk(tokens=6)")
     out = tiny.root / "again"
     save_full(model, tokenizer, out)
@@ -531,7 +520,7 @@ def test_full_round_trip(tiny: Family) -> None:
     assert len(load(out)[0]) == tiny.vocab_size
 
 
-def test_names_on_disk_are_llava_s(tiny: Family, golden: Path) -> None:
+def test_names_on_disk_are_llava_s(tiny, golden):
     """The weights of a run of the reference, and ours: same files, same names."""
     artefacts = json.loads((golden / "llava/train/artefacts.json").read_text())
     tokenizer, model, *_ = load(golden / "llava/ckpt/llava-tiny-v1.5-7b")
@@ -573,7 +562,7 @@ def safetensors_of(directory: Path, name: str = "model.safetensors") -> dict[str
     return load_file(directory / name)
 
 
-def test_lora_round_trip(tiny: Family) -> None:
+def test_lora_round_trip(tiny):
     kept = load(tiny.lora, tiny.base, merge_lora=False)[1]
     out = tiny.root / "again"
     save_lora(kept, out)
@@ -582,14 +571,14 @@ def test_lora_round_trip(tiny: Family) -> None:
     assert torch.equal(logits(load(out, merge_lora=False)[1]), logits(kept))
 
 
-def test_projector_round_trip(tiny: Family) -> None:
+def test_projector_round_trip(tiny):
     model = load(tiny.full)[1]
     save_projector(model, tiny.root / "again")
     assert {file.name for file in (tiny.root / "again").iterdir()} == {"config.json", "mm_projector.bin"}
     assert torch.equal(logits(load(tiny.root / "again", tiny.base)[1]), logits(model))
 
 
-def test_projector_with_trained_embeddings(tiny: Family) -> None:
+def test_projector_with_trained_embeddings(tiny):
     write_tokenizer(tiny.projector)
     edit_json(tiny.projector / "config.json", mm_use_im_start_end=True)
     model = load(tiny.projector, tiny.base)[1]

@@ -92,7 +92,7 @@ def prompt_of(*turns: str | None, template: str = "vicuna_v1") -> str:
 
 
 @pytest.mark.parametrize("reducer", ["none", "prumerge+", "pool(tokens=4)"])
-def test_turns_answer_like_plain_calls(session: Chat, images, reducer: str, monkeypatch) -> None:
+def test_turns_answer_like_plain_calls(session, images, reducer, monkeypatch):
     session.use_reducer(reducer)
     session.look_at(images)
     engine = session.engine
@@ -115,7 +115,7 @@ def test_turns_answer_like_plain_calls(session: Chat, images, reducer: str, monk
 
 
 @pytest.mark.parametrize("text", ["<image> <image> <image>", "<image>"])
-def test_a_slip_leaves_the_conversation_as_it_was(session: Chat, images, text: str) -> None:
+def test_a_slip_leaves_the_conversation_as_it_was(session, images, text):
     session.look_at(images)
     with pytest.raises(UserError, match="2 pictures"):
         ask_quietly(session, text)
@@ -127,7 +127,7 @@ def test_a_slip_leaves_the_conversation_as_it_was(session: Chat, images, text: s
     assert len(session.messages) == 2
 
 
-def test_a_reducer_that_does_not_work_leaves_the_one_before(session: Chat, images, monkeypatch) -> None:
+def test_a_reducer_that_does_not_work_leaves_the_one_before(session, images, monkeypatch):
     session.use_reducer("grid(tokens=4)")
     session.look_at(images[:1])
 
@@ -145,7 +145,7 @@ def test_a_reducer_that_does_not_work_leaves_the_one_before(session: Chat, image
 # Templates
 
 
-def test_default_template_by_name(loaded: LocalEngine) -> None:
+def test_default_template_by_name(loaded):
     modes = {
         "llava-v1.5-7b": "vicuna_v1",
         "my-run": "vicuna_v1",
@@ -155,7 +155,7 @@ def test_default_template_by_name(loaded: LocalEngine) -> None:
     assert {name: default_conv_mode(name, loaded.tokenizer) for name in modes} == modes
 
 
-def test_default_template_by_tokenizer(root: Path) -> None:
+def test_default_template_by_tokenizer(root):
     """A run of ours under any name: its tokenizer knows."""
     base = root / "checkpoints/mini-base"
     if not base.is_dir():
@@ -180,7 +180,7 @@ def ask(tiny: Family, *flags: str, capsys) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-def test_one_question(tiny: Family, session: Chat, pictures, images, capsys) -> None:
+def test_one_question(tiny, session, pictures, images, capsys):
     files = ", ".join(map(str, pictures))
     status, out, err = ask(tiny, "--image-file", files, "--query", "What is it?", capsys=capsys)
     answer = plain_answer(session, prompt_of("<image>\n<image>\nWhat is it?", None), images)
@@ -188,14 +188,14 @@ def test_one_question(tiny: Family, session: Chat, pictures, images, capsys) -> 
     assert f"({VISUAL_TOKENS} + {VISUAL_TOKENS} visual tokens; vision " in err
 
 
-def test_frames_of_a_video_are_its_pictures(tiny: Family, tmp_path: Path, capsys) -> None:
+def test_frames_of_a_video_are_its_pictures(tiny, tmp_path, capsys):
     write_video(tmp_path / "film.mp4", list(range(10, 210, 20)))
     flags = ["--video-file", str(tmp_path / "film.mp4"), "--frames", "3", "--query", "What is it?"]
     status, _, err = ask(tiny, *flags, "--reducer", "topk(tokens=4)", capsys=capsys)
     assert status == 0 and "4 + 4 + 4 visual tokens" in err
 
 
-def test_a_conversation(tiny: Family, session: Chat, pictures, images, capsys, monkeypatch) -> None:
+def test_a_conversation(tiny, session, pictures, images, capsys, monkeypatch):
     lines = [
         "What is it?",
         "And?",
@@ -228,7 +228,7 @@ def test_a_conversation(tiny: Family, session: Chat, pictures, images, capsys, m
         assert slip in err
 
 
-def test_ctrl_c_stops_the_answer_only(session: Chat, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_answer_only(session, capsys, monkeypatch):
     real, calls = chat.say, []
 
     def interrupted(piece: str) -> None:
@@ -246,18 +246,18 @@ def test_ctrl_c_stops_the_answer_only(session: Chat, capsys, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("flag", ["--max-new-tokens 0", "--temperature -1", "--top-p 0", "--conv-mode x"])
-def test_flags_out_of_range(tiny: Family, flag: str, capsys) -> None:
+def test_flags_out_of_range(tiny, flag, capsys):
     status, out, err = ask(tiny, "--query", "Hi", *flag.split(), capsys=capsys)
     assert (status, out) == (2, "") and flag.split()[0] in err
 
 
-def test_a_language_model_cannot_see(tiny: Family, capsys) -> None:
+def test_a_language_model_cannot_see(tiny, capsys):
     status = cli.main(["chat", "--model-path", str(tiny.base), "--device", "cpu", "--query", "Hi"])
     assert status == 2
     assert "without vision" in capsys.readouterr().err
 
 
-def test_the_old_name(tiny: Family, session: Chat, pictures, images, capsys, monkeypatch) -> None:
+def test_the_old_name(tiny, session, pictures, images, capsys, monkeypatch):
     """LLaVA's flags; the template is the one its demo infers from the directory's name."""
     flags = ["--model-path", str(tiny.full), "--image-file", str(pictures[0]), "--device", "cpu"]
     flags += ["--max-new-tokens", str(LENGTH), "--temperature", "0"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import Family, edit_json, family, single_safetensors, write_json
+from tiny_checkpoints import Family, edit_json, single_safetensors, write_json
 
 from llava.errors import UserError
 from llava.model import checkpoints
@@ -29,18 +29,6 @@ from llava.model.checkpoints import (
     resolve_beside,
     write_tensors,
 )
-
-
-@pytest.fixture(scope="module")
-def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture
-def tiny(tiny_once: Family, tmp_path: Path) -> Family:
-    """A copy that the test may damage."""
-    return tiny_once.copied_to(tmp_path)
-
 
 # Names
 
@@ -87,13 +75,13 @@ def tiny(tiny_once: Family, tmp_path: Path) -> Family:
         ),
     ],
 )
-def test_canonical_name(name: str, expected: str | None) -> None:
+def test_canonical_name(name, expected):
     assert canonical_name(name) == expected
     if expected is not None:
         assert canonical_name(expected) == expected
 
 
-def test_llava_hf_names_are_those_on_disk(golden: Path) -> None:
+def test_llava_hf_names_are_those_on_disk(golden):
     names = load_file(golden / "llava/ckpt/llava-tiny-1.5-7b-hf/model.safetensors").keys()
     assert {llava_hf_name(canonical_name(name)) for name in names} == set(names)
 
@@ -101,7 +89,7 @@ def test_llava_hf_names_are_those_on_disk(golden: Path) -> None:
 # Recognising
 
 
-def test_kinds_do_not_depend_on_names(tiny: Family) -> None:
+def test_kinds_do_not_depend_on_names(tiny):
     """Names that say the opposite of what is inside."""
     for directory, name in (
         (tiny.full, "my-lora"),
@@ -112,7 +100,7 @@ def test_kinds_do_not_depend_on_names(tiny: Family) -> None:
         assert inspect_checkpoint(directory.rename(tiny.root / name)).kind == kind
 
 
-def test_golden_kinds(golden: Path) -> None:
+def test_golden_kinds(golden):
     kinds = {path.name: inspect_checkpoint(path).kind for path in (golden / "llava/ckpt").iterdir()}
     assert kinds == {
         "clip-tiny-336": "vision_tower",
@@ -125,7 +113,7 @@ def test_golden_kinds(golden: Path) -> None:
     }
 
 
-def test_weights_beside_an_adapter_are_the_model(tiny: Family) -> None:
+def test_weights_beside_an_adapter_are_the_model(tiny):
     for file in tiny.lora.glob("adapter_*"):
         shutil.copy(file, tiny.full)
     assert inspect_checkpoint(tiny.full).kind == "full"
@@ -134,16 +122,14 @@ def test_weights_beside_an_adapter_are_the_model(tiny: Family) -> None:
 # Bases
 
 
-def test_missing_base_is_named(tiny: Family) -> None:
+def test_missing_base_is_named(tiny):
     for directory in (tiny.lora, tiny.projector):
         with pytest.raises(UserError, match=r"someone/base-tiny.*--model-base someone/base-tiny") as error:
             read_model_weights(inspect_checkpoint(directory))
         assert str(directory) in str(error.value)
 
 
-def test_a_base_on_this_machine_is_found_and_announced(
-    tiny: Family, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_base_on_this_machine_is_found_and_announced(tiny, caplog):
     edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path="base-tiny")
     with caplog.at_level(logging.WARNING):
         info = inspect_checkpoint(tiny.lora)
@@ -151,14 +137,14 @@ def test_a_base_on_this_machine_is_found_and_announced(
     assert str(info.base.path) in caplog.text
 
 
-def test_a_given_base_wins(tiny: Family) -> None:
+def test_a_given_base_wins(tiny):
     other = shutil.copytree(tiny.base, tiny.root / "other")
     edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path=str(tiny.base))
     assert inspect_checkpoint(tiny.lora, other).base.path == other
 
 
 @pytest.mark.parametrize("base", ["lora", "projector", "tower"])
-def test_wrong_kind_of_base(tiny: Family, base: str) -> None:
+def test_wrong_kind_of_base(tiny, base):
     with pytest.raises(UserError, match=r"--model-base .* is .*not a language model"):
         inspect_checkpoint(tiny.lora, getattr(tiny, base))
 
@@ -167,15 +153,14 @@ def test_wrong_kind_of_base(tiny: Family, base: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["no-such-directory", "/no/such/directory", "a/b/c", "./x"])
-def test_no_such_directory(name: str) -> None:
+def test_no_such_directory(name):
     with pytest.raises(UserError, match=rf"no directory {name}.*--model-path"):
         inspect_checkpoint(name)
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
-def test_hub_out_of_reach(tmp_path: Path, offline: str) -> None:
-    """One sentence and status 2, whether or not HF_HUB_OFFLINE says that there is no network."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+def test_hub_out_of_reach(tmp_path):
+    """One sentence and status 2, though HF_HUB_OFFLINE does not say that there is no network."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "llava.cli", "doctor", "checkpoint", "nobody/nothing"]
     environment |= {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -184,7 +169,7 @@ def test_hub_out_of_reach(tmp_path: Path, offline: str) -> None:
     assert "hf download nobody/nothing" in done.stderr.strip().splitlines()[-1]
 
 
-def test_tokenizer_and_tower_of_a_hub_out_of_reach(tiny: Family) -> None:
+def test_tokenizer_and_tower_of_a_hub_out_of_reach(tiny):
     with pytest.raises(UserError, match="nobody/nothing"):
         load_tokenizer("nobody/nothing")
     edit_json(tiny.full / "config.json", mm_vision_tower="nobody/nothing")
@@ -192,7 +177,7 @@ def test_tokenizer_and_tower_of_a_hub_out_of_reach(tiny: Family) -> None:
         load_pretrained_model(tiny.full, device="cpu")
 
 
-def test_a_local_directory_wins_over_the_hub(tiny: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_directory_wins_over_the_hub(tiny, monkeypatch):
     (tiny.root / "liuhaotian").mkdir()
     tiny.full.rename(tiny.root / "liuhaotian/llava-v1.5-7b")
     monkeypatch.chdir(tiny.root)
@@ -201,9 +186,7 @@ def test_a_local_directory_wins_over_the_hub(tiny: Family, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("has_safetensors", [True, False])
-def test_download_takes_one_format(
-    tiny: Family, monkeypatch: pytest.MonkeyPatch, has_safetensors: bool
-) -> None:
+def test_download_takes_one_format(tiny, monkeypatch, has_safetensors):
     """Of a repository with model.safetensors and pytorch_model.bin, or with the latter only."""
     remote = {"config.json", "mm_projector.bin", "pytorch_model.bin", "training_args.bin", "x/optimizer.bin"}
     remote |= {"model.safetensors"} if has_safetensors else set()
@@ -222,7 +205,7 @@ def test_download_takes_one_format(
     assert downloaded == {"config.json", "mm_projector.bin", model}
 
 
-def test_resolve_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_beside(tmp_path, monkeypatch):
     for name in ("a/b/ckpt", "a/towers/clip", "here/towers/clip"):
         (tmp_path / name).mkdir(parents=True)
     ckpt = tmp_path / "a/b/ckpt"
@@ -235,7 +218,7 @@ def test_resolve_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 # Reading
 
 
-def test_shards_hold_what_one_file_holds(tiny: Family) -> None:
+def test_shards_hold_what_one_file_holds(tiny):
     sharded = read_model_weights(inspect_checkpoint(tiny.full)).tensors
     assert sharded.keys() == {**tiny.language_model, **tiny.projector_weights}.keys()
     single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights})
@@ -244,14 +227,14 @@ def test_shards_hold_what_one_file_holds(tiny: Family) -> None:
     assert single.keys() == sharded.keys()
 
 
-def test_only_the_shards_that_are_wanted_are_opened(tiny: Family) -> None:
+def test_only_the_shards_that_are_wanted_are_opened(tiny):
     info = inspect_checkpoint(tiny.full)
     (tiny.full / "pytorch_model-00001-of-00002.bin").write_bytes(b"unreadable")
     wanted = read_weights(info.weights, keep=lambda name: name.startswith("model.norm"))
     assert list(wanted.tensors) == ["model.norm.weight"]
 
 
-def test_safetensors_extras(tiny: Family) -> None:
+def test_safetensors_extras(tiny):
     file = tiny.lora / "non_lora_trainables.bin"
     save_file(torch.load(file), file.with_suffix(".safetensors"))
     file.unlink()
@@ -262,14 +245,14 @@ def test_safetensors_extras(tiny: Family) -> None:
     assert len(checkpoints.read_adapter(inspect_checkpoint(tiny.lora))) == 8
 
 
-def test_old_torch_format(tiny: Family) -> None:
+def test_old_torch_format(tiny):
     file = tiny.root / "old.bin"
     torch.save(tiny.projector_weights, file, _use_new_zipfile_serialization=False)
     found = read_tensors(file)
     assert all(torch.equal(found[name], tensor) for name, tensor in tiny.projector_weights.items())
 
 
-def test_reading_maps_and_does_not_copy(tmp_path: Path) -> None:
+def test_reading_maps_and_does_not_copy(tmp_path):
     """Of 256 MB nothing becomes resident before it is used."""
     torch.save({"a": torch.zeros(2**26)}, tmp_path / "a.bin")
     save_file({"a": torch.zeros(2**26)}, tmp_path / "a.safetensors")
@@ -317,7 +300,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("damage", BAD_FILES)
-def test_damaged_files(tiny: Family, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_files(tiny, damage, monkeypatch):
     """One sentence that names the file; nothing in a file is executed."""
     monkeypatch.chdir(tiny.root)
     name, do = BAD_FILES[damage]
@@ -339,7 +322,7 @@ BAD_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
-def test_incomplete_checkpoints(tiny: Family, kind: str) -> None:
+def test_incomplete_checkpoints(tiny, kind):
     """One sentence that names the directory and the file."""
     which, removed, named = BAD_CHECKPOINTS[kind]
     directory = getattr(tiny, which)
@@ -349,13 +332,6 @@ def test_incomplete_checkpoints(tiny: Family, kind: str) -> None:
     assert str(directory) in str(error.value)
 
 
-def test_truncated_safetensors(tiny: Family) -> None:
-    single_safetensors(tiny.full, {**tiny.language_model, **tiny.projector_weights})
-    truncate(tiny.full / "model.safetensors")
-    with pytest.raises(UserError, match=r"llava-tiny/model.safetensors"):
-        read_model_weights(inspect_checkpoint(tiny.full))
-
-
 # Checking
 
 
@@ -363,14 +339,14 @@ def expected_shapes(tiny: Family) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in {**tiny.language_model, **tiny.projector_weights}.items()}
 
 
-def test_check_names_missing_weights(tiny: Family) -> None:
+def test_check_names_missing_weights(tiny):
     info = inspect_checkpoint(tiny.full)
     found = read_model_weights(info).select(lambda name: name != "lm_head.weight")
     with pytest.raises(UserError, match=r"llava-tiny.*1 weights.*lm_head.weight"):
         check_weights(found, expected_shapes(tiny), info)
 
 
-def test_check_names_unexpected_weights(tiny: Family) -> None:
+def test_check_names_unexpected_weights(tiny):
     info = inspect_checkpoint(tiny.full)
     found = read_model_weights(info)
     found.set("model.resampler.weight", torch.zeros(1), tiny.full / "pytorch_model-00001-of-00002.bin")
@@ -381,7 +357,7 @@ def test_check_names_unexpected_weights(tiny: Family) -> None:
 # Writing
 
 
-def test_a_new_directory_appears_whole(tmp_path: Path) -> None:
+def test_a_new_directory_appears_whole(tmp_path):
     out = tmp_path / "deep/out"
     with replacing(out) as directory:
         (directory / "config.json").write_text("{}")
@@ -395,7 +371,7 @@ def test_a_new_directory_appears_whole(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_error_leaves_nothing_behind(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(RuntimeError), replacing(out) as directory:
         (directory / "config.json").write_text("{}")
@@ -403,7 +379,7 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_replacing_clears_stale_weights_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_replacing_clears_stale_weights_and_keeps_the_rest(tmp_path):
     out = tmp_path / "out"
     (out / "checkpoint-1").mkdir(parents=True)
     for name in (
@@ -425,9 +401,7 @@ def test_replacing_clears_stale_weights_and_keeps_the_rest(tmp_path: Path) -> No
     assert (out / "config.json").read_text() == "new"
 
 
-def test_an_interrupted_move_is_not_mistaken_for_a_checkpoint(
-    tiny: Family, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_move_is_not_mistaken_for_a_checkpoint(tiny, monkeypatch):
     real = os.replace
 
     def fails_at_weights(source, target):
@@ -444,7 +418,7 @@ def test_an_interrupted_move_is_not_mistaken_for_a_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["x.bin", "x.safetensors"])
-def test_write_tensors_writes_no_more_than_it_is_given(tmp_path: Path, name: str) -> None:
+def test_write_tensors_writes_no_more_than_it_is_given(tmp_path, name):
     whole = torch.randn(1000, 64)
     write_tensors({"a": whole[:2], "b": torch.nn.Parameter(whole[2:3].T)}, tmp_path / "sub" / name)
     file = tmp_path / "sub" / name

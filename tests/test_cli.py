@@ -1,6 +1,5 @@
 """The `llava` command: its table, near names, exit statuses, and what it does not import."""
 
-import ast
 import importlib
 import subprocess
 import sys
@@ -16,7 +15,7 @@ WITHOUT_TORCH = ["score", "submit", "roofline", "chat", "eval", "doctor eval"]
 
 # `llava train` hands its flags to the training parser, which has its own help (next test).
 @pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "train"])
-def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*command.split(), "--help"])
     out, err = capsys.readouterr()
@@ -26,13 +25,13 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
     assert callable(importlib.import_module(cli.COMMANDS[command][0]).run)
 
 
-def test_help_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_training(capsys):
     assert cli.main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--lora_enable" in out and "--mm_token_reducer" in out
 
 
-def test_table() -> None:
+def test_table():
     """One or two words each; a first word is a command or a group of them, never both."""
     words = [name.split() for name in cli.COMMANDS]
     assert {len(parts) for parts in words} <= {1, 2}
@@ -41,7 +40,7 @@ def test_table() -> None:
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
-def test_usage_lists_everything(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_lists_everything(argv, capsys):
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     for name, (_, summary) in cli.COMMANDS.items():
@@ -59,7 +58,7 @@ def test_usage_lists_everything(argv: list[str], capsys: pytest.CaptureFixture[s
         (["--model-path", "x"], "there is no command `--model-path`"),
     ],
 )
-def test_no_such_command(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_such_command(argv, says, capsys):
     assert cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -69,34 +68,32 @@ def test_no_such_command(argv: list[str], says: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     "argv", [["score"], ["roofline", "--no-such-flag"], ["chat", "--temperature", "warm"]]
 )
-def test_flags_that_do_not_parse(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_do_not_parse(argv, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(argv)
     assert left.value.code == 2
     assert f"llava {argv[0]}: error: " in capsys.readouterr().err
 
 
-def test_two_words_reach_their_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_words_reach_their_module(monkeypatch):
     seen = []
-    room = SimpleNamespace(
+    module = SimpleNamespace(
         add_arguments=lambda parser: parser.add_argument("--n", type=int),
         run=lambda args: seen.append(args) or 1,
     )
-    monkeypatch.setitem(sys.modules, "a_room_of_a_test", room)
-    monkeypatch.setattr(cli, "COMMANDS", {"try this": ("a_room_of_a_test", "nothing")})
+    monkeypatch.setitem(sys.modules, "a_module_of_a_test", module)
+    monkeypatch.setattr(cli, "COMMANDS", {"try this": ("a_module_of_a_test", "nothing")})
     assert cli.main(["try", "this", "--n", "3"]) == 1
     assert (seen[0].n, seen[0].debug) == (3, False)
 
 
-@pytest.mark.parametrize("command", WITHOUT_TORCH)
-def test_help_needs_no_torch(command: str) -> None:
+def test_help_needs_no_torch():
     code = (
-        "import sys\nfrom llava.cli import main\n"
-        f"try:\n    main([{command!r}, '--help'])\nexcept SystemExit:\n    pass\n"
-        "print([name for name in ('torch', 'transformers', 'llava') if name in sys.modules])"
+        "import sys; from llava.cli import build_parser\n"
+        f"for command in {WITHOUT_TORCH}: build_parser(command).format_help()\n"
+        "assert 'llava' in sys.modules and not {'torch', 'transformers'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ast.literal_eval(done.stdout.splitlines()[-1]) == ["llava"]
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # How a command ends
@@ -109,7 +106,7 @@ def fails(error: BaseException):
     return command
 
 
-def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_status(capsys):
     assert exit_status(lambda: 1, name="x") == 1
     assert exit_status(fails(KeyboardInterrupt()), name="x") == 130
     capsys.readouterr()
@@ -121,7 +118,7 @@ def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
         exit_status(fails(ZeroDivisionError()), name="x")
 
 
-def test_a_reader_that_has_left() -> None:
+def test_a_reader_that_has_left():
     """`llava ... | head`: no traceback, no complaint of the interpreter."""
     process = subprocess.Popen(
         [sys.executable, "-m", "llava.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE

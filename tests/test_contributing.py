@@ -39,7 +39,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_new_reducer(root: Path, tmp_path: Path) -> None:
+def test_the_new_reducer(root, tmp_path):
     page = root / "CONTRIBUTING.md"
     code, *_ = blocks(page, "python")
     name = re.findall(r"say `(\w+)\.py`", page.read_text())[0]
@@ -66,7 +66,7 @@ def test_the_new_reducer(root: Path, tmp_path: Path) -> None:
     assert "at least 1" in too_few and "did you mean 'first'" in misspelt
 
 
-def test_the_new_benchmark(root: Path, tmp_path: Path) -> None:
+def test_the_new_benchmark(root, tmp_path):
     page = root / "CONTRIBUTING.md"
     _, code, *_ = blocks(page, "python")
     *_, script = blocks(page, "bash")

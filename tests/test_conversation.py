@@ -1,7 +1,6 @@
 """Prompt templates against the reference's, and what LLaVA's users do with a Conversation."""
 
 import json
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -38,7 +37,7 @@ CHAT_TEMPLATES = {
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
 
 
-def test_templates_are_the_references(text_data: Path) -> None:
+def test_templates_are_the_references(text_data):
     expected = json.loads((text_data / "templates.json").read_text())
     assert set(expected) | set(CHAT_TEMPLATES) - {"mistral_instruct"} == set(conv_templates)
     for name, fields in expected.items():
@@ -47,7 +46,7 @@ def test_templates_are_the_references(text_data: Path) -> None:
         assert ours == fields, name
 
 
-def test_prompts_are_the_references(text_data: Path) -> None:
+def test_prompts_are_the_references(text_data):
     for case in json.loads((text_data / "conv_prompts.json").read_text()):
         conversation = conv_templates[case["template"]].copy()
         for i, message in enumerate(case["messages"]):
@@ -63,7 +62,7 @@ def test_prompts_are_the_references(text_data: Path) -> None:
 
 @pytest.mark.parametrize("questions", [1, 2])
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_prompts_are_those_of_the_language_models_chat_template(name: str, questions: int) -> None:
+def test_prompts_are_those_of_the_language_models_chat_template(name, questions):
     """Against transformers' renderer and the Jinja template; a first token is left to the tokenizer."""
     jinja, system, first = CHAT_TEMPLATES[name]
     texts = ["<image>\nWhat is it?", "A cat.", "Sure?", "Yes."][: 2 * questions - 1]
@@ -78,12 +77,12 @@ def test_prompts_are_those_of_the_language_models_chat_template(name: str, quest
     assert first + conversation.get_prompt() == expected
 
 
-def test_default_conversation_is_vicuna_v1() -> None:
+def test_default_conversation_is_vicuna_v1():
     assert default_conversation is conv_templates["vicuna_v1"]
     assert default_conversation.sep_style is SeparatorStyle.TWO
 
 
-def test_a_copy_shares_no_turns() -> None:
+def test_a_copy_shares_no_turns():
     first = conv_templates["vicuna_v1"].copy()
     first.append_message(first.roles[0], "one")
     second = first.copy()
@@ -93,7 +92,7 @@ def test_a_copy_shares_no_turns() -> None:
     assert conv_templates["vicuna_v1"].messages == []
 
 
-def test_an_empty_answer_is_an_open_turn() -> None:
+def test_an_empty_answer_is_an_open_turn():
     prompts = set()
     for answer in ("", None):
         conversation = conv_templates["vicuna_v1"].copy()
@@ -104,7 +103,7 @@ def test_an_empty_answer_is_an_open_turn() -> None:
 
 
 @pytest.mark.parametrize("first", [("ASSISTANT", "hello"), ("USER", ""), ("USER", None)])
-def test_llama_2_refuses_a_first_turn_without_a_question(first: tuple[str, str | None]) -> None:
+def test_llama_2_refuses_a_first_turn_without_a_question(first):
     conversation = conv_templates["llava_llama_2"].copy()
     conversation.append_message(*first)
     with pytest.raises(ValueError, match="USER"):
@@ -128,6 +127,6 @@ def test_llama_2_refuses_a_first_turn_without_a_question(first: tuple[str, str |
         ("SmolLM2-135M-Instruct", "smollm2"),
     ],
 )
-def test_template_by_model_name(name: str, mode: str) -> None:
+def test_template_by_model_name(name, mode):
     assert conv_mode_for(name) == mode
     assert mode in conv_templates

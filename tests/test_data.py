@@ -88,11 +88,21 @@ def image_folder(tmp_path: Path) -> Path:
     return folder
 
 
+Make = Callable[..., LazySupervisedDataset]
+
+
+@pytest.fixture
+def make(write: Callable[..., Path], image_folder: Path, tokenizer: object, processor: object) -> Make:
+    """The samples of rows."""
+    options = {"image_folder": image_folder}
+    return lambda rows, **more: LazySupervisedDataset(write(rows), tokenizer, processor, **options, **more)
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
 
 @pytest.mark.parametrize("form", ["list", "indented", "ascii", "lines", "parquet"])
-def test_every_form_reads_like_json_load(form: str, write: Callable[..., Path]) -> None:
+def test_every_form_reads_like_json_load(form, write):
     rows = rows_of_every_kind() * 3
     if form == "parquet":
         for row in rows:
@@ -109,7 +119,7 @@ def test_every_form_reads_like_json_load(form: str, write: Callable[..., Path]) 
     assert list(table.read_rows(file)) == rows
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_text(tmp_path):
     file = tmp_path / "bom.json"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows_of_every_kind()).encode())
     assert list(table.read_rows(file)) == rows_of_every_kind()
@@ -131,9 +141,7 @@ GOOD = json.dumps(rows_of_every_kind())
         (b"PAR1 but no more of it", "parquet"),
     ],
 )
-def test_broken_files_are_one_sentence_and_leave_no_copy(
-    content: bytes, says: str, tmp_path: Path, own_cache: Path
-) -> None:
+def test_broken_files_are_one_sentence_and_leave_no_copy(content, says, tmp_path, own_cache):
     file = tmp_path / "broken.json"
     file.write_bytes(content)
     with pytest.raises(UserError, match=says) as caught:
@@ -142,7 +150,7 @@ def test_broken_files_are_one_sentence_and_leave_no_copy(
     assert not copies(own_cache)
 
 
-def test_broken_json_is_noticed_before_the_end_of_the_file(tmp_path: Path) -> None:
+def test_broken_json_is_noticed_before_the_end_of_the_file(tmp_path):
     """A file of a gigabyte with an error in its first row must not be read into memory to say so."""
     file = tmp_path / "broken.json"
     with file.open("wb") as sparse:
@@ -152,7 +160,7 @@ def test_broken_json_is_noticed_before_the_end_of_the_file(tmp_path: Path) -> No
         next(table.read_rows(file))
 
 
-def test_rows_have_one_schema(write: Callable[..., Path]) -> None:
+def test_rows_have_one_schema(write):
     data = table.open_table(write(rows_of_every_kind()))
     assert data["id"][:] == ["7", "text", "000000000139", "", "None"]
     assert data["image"][:] == [["a.png"], [], ["a.png", "b.png"], [], ["b.png"]]
@@ -174,16 +182,13 @@ def test_rows_have_one_schema(write: Callable[..., Path]) -> None:
         (sample("a", "b", image=["x", None]), "image"),
     ],
 )
-def test_rows_that_are_no_samples_are_kept_with_the_reason(
-    row: object, says: str, write: Callable[..., Path], tokenizer: object
-) -> None:
-    file = write([sample("a", "b"), row])
-    dataset = LazySupervisedDataset(file, tokenizer)
+def test_rows_that_are_no_samples_are_kept_with_the_reason(row, says, make):
+    dataset = make([sample("a", "b"), row])
     assert len(dataset) == 2 and 0 not in dataset.modality_lengths
     assert len(dataset[0]["input_ids"]) > 2
     with pytest.raises(BadSample, match=says) as caught:
         dataset[1]
-    assert f"{file} row 1" in str(caught.value)
+    assert f"{dataset.data_path} row 1" in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------ copy on disk
@@ -193,9 +198,7 @@ def copies(cache: Path) -> list[str]:
     return sorted(str(file) for file in cache.rglob("*.arrow") if "incomplete" not in str(file))
 
 
-def test_the_copy_is_made_once_and_again_when_the_file_changes(
-    write: Callable[..., Path], own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_copy_is_made_once_and_again_when_the_file_changes(write, own_cache, monkeypatch):
     file = write(rows_of_every_kind())
     first = table.open_table(file)
     with monkeypatch.context() as patch:
@@ -210,12 +213,10 @@ def test_the_copy_is_made_once_and_again_when_the_file_changes(
     assert len(copies(own_cache)) == 3
 
 
-def test_a_process_lets_go_of_rows_it_has_read(
-    write: Callable[..., Path], own_cache: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_lets_go_of_rows_it_has_read(make, own_cache, monkeypatch):
     """The file is mapped anew now and then, and only the new mapping stays."""
     monkeypatch.setattr(dataset, "ROWS_PER_MAPPING", 3)
-    data = LazySupervisedDataset(write(rows_of_every_kind() * 4), tokenizer)
+    data = make(rows_of_every_kind() * 4)
     whole = data.table[:]
     (name,) = copies(own_cache)
     tables = set()
@@ -231,7 +232,7 @@ def _rows(file: Path) -> int:
     return len(table.open_table(file))
 
 
-def test_processes_that_begin_together_share_one_copy(write: Callable[..., Path], own_cache: Path) -> None:
+def test_processes_that_begin_together_share_one_copy(write, own_cache):
     file = write(rows_of_every_kind() * 300)
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert pool.map(_rows, [file] * 3) == [1500] * 3
@@ -241,7 +242,7 @@ def test_processes_that_begin_together_share_one_copy(write: Callable[..., Path]
 # ---------------------------------------------------------------------------------------------- samples
 
 
-def test_batch_is_the_references(golden: Path) -> None:
+def test_batch_is_the_references(golden):
     folder = golden / "llava"
     expected = json.loads((folder / "model" / "batch.json").read_text())
     tokenizer = load_tokenizer(folder / "ckpt" / "llava-tiny-v1.5-7b")
@@ -264,12 +265,8 @@ def test_batch_is_the_references(golden: Path) -> None:
     assert [image.sum().item() for image in batch["images"]] == pytest.approx(sums, abs=0.05)
 
 
-def test_images_come_in_the_order_of_their_placeholders(
-    write: Callable[..., Path], image_folder: Path, tokenizer: object, processor: CLIPImageProcessorPil
-) -> None:
-    dataset = LazySupervisedDataset(
-        write(rows_of_every_kind()), tokenizer, processor, image_folder=image_folder
-    )
+def test_images_come_in_the_order_of_their_placeholders(make, tokenizer):
+    dataset = make(rows_of_every_kind())
     samples = [dataset[i] for i in range(5)]
     batch = DataCollatorForSupervisedDataset(tokenizer)(samples)
     a, b = samples[0]["images"][0], samples[4]["images"][0]
@@ -292,40 +289,23 @@ def test_images_come_in_the_order_of_their_placeholders(
         ({"conversations": sample("a", "x", "b")["conversations"] * 2}, "turn 4 is from human"),
     ],
 )
-def test_bad_samples_name_file_row_and_reason(
-    row: object,
-    says: str,
-    write: Callable[..., Path],
-    image_folder: Path,
-    tokenizer: object,
-    processor: CLIPImageProcessorPil,
-) -> None:
-    file = write([sample("a", "b"), row])
-    dataset = LazySupervisedDataset(file, tokenizer, processor, image_folder=image_folder)
+def test_bad_samples_name_file_row_and_reason(row, says, make):
+    dataset = make([sample("a", "b"), row])
     with pytest.raises(BadSample, match=says) as caught:
         dataset[1]
-    assert f"{file} row 1 (id " in str(caught.value)
+    assert f"{dataset.data_path} row 1 (id " in str(caught.value)
 
 
-def test_a_bad_sample_is_one_sentence_from_a_worker_too(
-    write: Callable[..., Path], tokenizer: object
-) -> None:
-    file = write([sample("a", "b"), sample("a <image>", "b", id="odd")])
-    loader = DataLoader(LazySupervisedDataset(file, tokenizer), batch_size=None, num_workers=1)
+def test_a_bad_sample_is_one_sentence_from_a_worker_too(make):
+    dataset = make([sample("a", "b"), sample("a <image>", "b", id="odd")])
     with pytest.raises(BadSample) as caught:
-        list(loader)
-    assert str(caught.value).startswith(f"{file} row 1 (id odd): ")
+        list(DataLoader(dataset, batch_size=None, num_workers=1))
+    assert str(caught.value).startswith(f"{dataset.data_path} row 1 (id odd): ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipping_gives_a_neighbour_of_the_same_kind_and_counts(
-    workers: int,
-    write: Callable[..., Path],
-    image_folder: Path,
-    tokenizer: object,
-    processor: CLIPImageProcessorPil,
-) -> None:
+def test_skipping_gives_a_neighbour_of_the_same_kind_and_counts(workers, make):
     rows = [
         sample("<image>\none", "x", image="gone.png"),
         sample("text one", "x"),
@@ -333,9 +313,7 @@ def test_skipping_gives_a_neighbour_of_the_same_kind_and_counts(
         sample("text <image> two", "x"),
         sample("text three", "y"),
     ]
-    dataset = LazySupervisedDataset(
-        write(rows), tokenizer, processor, image_folder=image_folder, on_bad_sample="skip"
-    )
+    dataset = make(rows, on_bad_sample="skip")
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=lambda batch: batch[0])
     ids = [one["input_ids"].tolist() for one in loader]
     good = [dataset.sample(i)["input_ids"].tolist() for i in (1, 2, 4)]
@@ -343,9 +321,8 @@ def test_skipping_gives_a_neighbour_of_the_same_kind_and_counts(
     assert dataset.bad.nonzero().flatten().tolist() == [0, 3]
 
 
-def test_skipping_ends_where_nothing_is_left(write: Callable[..., Path], tokenizer: object) -> None:
-    rows = [sample("<image>", "x"), sample("a", "x", "b"), sample("<image>", "b", image="gone.png")]
-    dataset = LazySupervisedDataset(write(rows[:1]), tokenizer, on_bad_sample="skip")
+def test_skipping_ends_where_nothing_is_left(make):
+    dataset = make([sample("<image>", "x")], on_bad_sample="skip")
     with pytest.raises(UserError, match="no sample of the kind of row 0"):
         dataset[0]
 
@@ -359,7 +336,7 @@ def fake(ids: list[int], images: int = 0) -> dict:
     return one | ({"images": [torch.full((3, 2, 2), float(i)) for i in range(images)]} if images else {})
 
 
-def test_unk_in_a_text_is_attended_to(tokenizer: object) -> None:
+def test_unk_in_a_text_is_attended_to(tokenizer):
     assert tokenizer.pad_token_id == 0
     batch = DataCollatorForSupervisedDataset(tokenizer)([fake([1, 0, 5, 0]), fake([1, 2])])
     assert batch["attention_mask"].tolist() == [[True] * 4, [True, True, False, False]]
@@ -367,7 +344,7 @@ def test_unk_in_a_text_is_attended_to(tokenizer: object) -> None:
     assert batch["labels"].tolist() == [[1, 0, 5, 0], [1, 2, -100, -100]]
 
 
-def test_cutting_takes_the_images_of_cut_placeholders(tokenizer: object) -> None:
+def test_cutting_takes_the_images_of_cut_placeholders(tokenizer):
     samples = [fake([1, -200, 5, -200, 7], images=2), fake([1, 2, 3]), fake([1, 2, 3, 4, -200], images=1)]
     batch = DataCollatorForSupervisedDataset(tokenizer, max_length=3)(samples)
     assert batch["input_ids"].tolist() == [[1, -200, 5], [1, 2, 3], [1, 2, 3]]
@@ -376,18 +353,14 @@ def test_cutting_takes_the_images_of_cut_placeholders(tokenizer: object) -> None
     assert len(batch["images"]) == 3 and batch["input_ids"].shape == (3, 5)
 
 
-def test_a_tokenizer_without_a_limit_cuts_nothing() -> None:
+def test_a_tokenizer_without_a_limit_cuts_nothing():
     tokenizer = load_tokenizer(TOKENIZERS / "tok_mpt", model_max_length=int(1e30))
     batch = DataCollatorForSupervisedDataset(tokenizer)([fake(list(range(1, 9)))])
     assert batch["input_ids"].shape == (1, 8)
 
 
-def test_batch_is_one_by_one(
-    write: Callable[..., Path], image_folder: Path, tokenizer: object, processor: CLIPImageProcessorPil
-) -> None:
-    dataset = LazySupervisedDataset(
-        write(rows_of_every_kind()), tokenizer, processor, image_folder=image_folder
-    )
+def test_batch_is_one_by_one(make, tokenizer):
+    dataset = make(rows_of_every_kind())
     collate = DataCollatorForSupervisedDataset(tokenizer)
     batch = collate([dataset[i] for i in range(5)])
     for i in range(5):
@@ -401,7 +374,7 @@ def test_batch_is_one_by_one(
 # ------------------------------------------------------------------------------------------------ order
 
 
-def test_orders_are_the_references(text_data: Path) -> None:
+def test_orders_are_the_references(text_data):
     for case in json.loads((text_data / "sampler.json").read_text())["sampler"]:
         what = case["lengths"], case["batch_size"], case["world_size"]
         torch.manual_seed(case["torch_seed"])
@@ -416,7 +389,7 @@ def test_orders_are_the_references(text_data: Path) -> None:
             assert length_grouped_order(*what, by_modality=False) == case["order_length_only"]
 
 
-def test_an_order_is_a_permutation_with_one_modality_a_mega_batch() -> None:
+def test_an_order_is_a_permutation_with_one_modality_a_mega_batch():
     rng = random.Random(0)
     for _ in range(30):
         lengths = [rng.randint(1, 300) * rng.choice((1, 1, 1, -1)) for _ in range(rng.randint(0, 90))]
@@ -428,7 +401,7 @@ def test_an_order_is_a_permutation_with_one_modality_a_mega_batch() -> None:
         assert all(len(sign) == 1 for sign in signs)
 
 
-def test_a_length_of_zero_is_refused() -> None:
+def test_a_length_of_zero_is_refused():
     with pytest.raises(ValueError, match="length 0"):
         length_grouped_order([3, 0, -2], 1, 1)
     assert sorted(length_grouped_order([3, 0, 2], 1, 1, by_modality=False)) == [0, 1, 2]

@@ -68,7 +68,7 @@ def examine(capsys: pytest.CaptureFixture[str], file: Path, *flags: object) -> d
     return found
 
 
-def test_every_flaw_is_found_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flaw_is_found_and_nothing_else(folder, capsys):
     flags = ["--image-folder", folder, "--tokenizer", TOKENIZER]
     report = examine(capsys, folder / "flawed.json", *flags)
     found = {(finding["row"], finding["kind"]): finding["reason"] for finding in report["findings"]}
@@ -79,27 +79,27 @@ def test_every_flaw_is_found_and_nothing_else(folder: Path, capsys: pytest.Captu
     assert (report["rows"], report["images"]) == (len(FLAWED), 4)
 
 
-def test_visual_tokens_count_towards_the_length(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_visual_tokens_count_towards_the_length(folder, capsys):
     flags = ["--tokenizer", TOKENIZER, "--model-max-length", 600, "--visual-tokens"]
     for tokens, too_long in ((576, True), (64, False)):
         findings = examine(capsys, folder / "flawed.json", *flags, tokens)["findings"]
         assert ((2, "too-long") in {(one["row"], one["kind"]) for one in findings}) == too_long  # two images
 
 
-def test_several_processes_find_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_processes_find_the_same(folder, capsys):
     (file := folder / "many.json").write_text(json.dumps([row for row, _, _ in FLAWED] * 8))
     flags = ["--image-folder", folder, "--tokenizer", TOKENIZER, "--workers"]
     alone, together = (examine(capsys, file, *flags, workers) for workers in (0, 2))
     assert together == alone and len(alone["findings"]) > 100
 
 
-def test_kinds_can_be_ignored(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kinds_can_be_ignored(folder, capsys):
     ignored = [word for kind in doctor.KINDS if kind != "empty" for word in ("--ignore", kind)]
     found = examine(capsys, folder / "flawed.json", *ignored)
     assert found["counts"] == {"empty": 2} and [one["row"] for one in found["findings"]] == [13, 14]
 
 
-def test_lines_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_for_people(folder, capsys):
     assert cli.main(["doctor", "data", str(folder / "flawed.json"), "--image-folder", str(folder)]) == 1
     out = capsys.readouterr().out.splitlines()
     assert any("row 4" in line and "gone.png" in line for line in out)
@@ -111,9 +111,7 @@ def test_lines_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("wrong", [["no.json"], ["flawed.json", "--image-folder", "no"]])
-def test_wrong_paths_are_refused(
-    wrong: list[str], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_paths_are_refused(wrong, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert cli.main(["doctor", "data", *wrong]) == 2
     assert wrong[-1] in capsys.readouterr().err

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from tiny_checkpoints import HIDDEN, edit_json, family, single_safetensors, write_json
 
-from llava import engine as engine_module
 from llava.conversation import conv_templates
-from llava.engine import Answer, LocalEngine, ModelSource, Request, _TextStream, finish
+from llava.engine import Answer, LocalEngine, ModelSource, Request, finish
+from llava.engine import local as engine_module
+from llava.engine.streaming import TextStream
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model import prefix
 from llava.pixels import decode
@@ -121,7 +122,8 @@ def test_templates_of_every_kind(engine, pictures, conv_mode):
     assert texts(engine.answer(requests)) == one_at_a_time(engine, requests)
 
 
-def test_joined_tiles(tiny, pictures, tmp_path):
+@pytest.mark.parametrize(("anyres", "reducer"), [("tile", None), ("papers", "topk(tokens=40)")])
+def test_joined_tiles(tiny, pictures, tmp_path, anyres, reducer):
     """LLaVA-1.6's pictures: several crops each, joined after the projector."""
     shutil.copytree(tiny.root, tmp_path / "checkpoints")
     path = tmp_path / "checkpoints" / tiny.full.name
@@ -133,7 +135,8 @@ def test_joined_tiles(tiny, pictures, tmp_path):
     )
     newline = {"model.image_newline": torch.full((HIDDEN,), 0.3)}
     single_safetensors(path, tiny.language_model | tiny.projector_weights | newline)
-    engine = ModelSource(str(path), conv_mode="vicuna_v1", device="cpu").load()
+    options = {"conv_mode": "vicuna_v1", "device": "cpu", "anyres": anyres, "reducer": reducer}
+    engine = ModelSource(str(path), **options).load()
     requests = questions(pictures, 20)
     slow = one_at_a_time(engine, requests)
     answers = list(engine.answer(requests))
@@ -349,7 +352,7 @@ def test_pieces_are_the_answer(engine, stop):
     tokenizer = engine.tokenizer
     ids = tokenizer(f"{text}{stop or ''}</s>", add_special_tokens=False).input_ids
     pieces: list[str] = []
-    stream = _TextStream(tokenizer, stop, pieces.append)
+    stream = TextStream(tokenizer, stop, pieces.append)
     stream.put(torch.empty(1, 0, dtype=torch.long))  # what generate calls the prompt
     for token in ids:
         stream.put(torch.tensor([token]))

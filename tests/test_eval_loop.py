@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,8 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import PROCESSES
 from PIL import Image
-from tiny_checkpoints import family
 
 from llava import cli
 from llava.engine import ModelSource, Request
@@ -209,11 +208,6 @@ def test_all_rounds():
 # --- a run ---
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return family(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def data(golden, tmp_path):
     shutil.copytree(golden / "eval/playground/data/eval", tmp_path / "eval")
@@ -351,13 +345,14 @@ def test_kills_lose_nothing_and_double_nothing(tiny, data, tmp_path, capfd):
     kills = 0
     for workers in ("1", "2"):
         argv = command(tiny, data, "mme", *slow, "--workers", workers)
-        process = subprocess.Popen([sys.executable, "-m", "llava.cli", *argv], stderr=subprocess.DEVNULL)
+        process = PROCESSES.Process(target=cli.main, args=(argv,))
+        process.start()
         before = lines_of(answers)
-        while lines_of(answers) < before + 4 and process.poll() is None:
+        while lines_of(answers) < before + 4 and process.is_alive():
             time.sleep(0.02)
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kills += process.is_alive()
+        process.kill()
+        process.join()
     with open(answers, "a") as file:
         file.write('{"question_id": "torn')
     assert cli.main(command(tiny, data, "mme", *slow, "--workers", "2")) == 0

@@ -78,6 +78,12 @@ def refused(result, *words):
     return report
 
 
+def asker(score, path, name):
+    """(the cases of a benchmark, a function that scores the answers of one)."""
+    table, root = EXPECTED[path][name]["cases"], root_of(path)
+    return table, lambda case, *more: score(name, root, [root / table[case]["answers"]], *more)
+
+
 exact = dict(rel=0, abs=1e-9)
 SIX_PLACES = dict(rel=0, abs=5.1e-7)  # expected.json keeps VQA accuracies to six places
 
@@ -243,24 +249,17 @@ def is_json(line):
 
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.parent.name)
 def test_textvqa_traps(score, path):
-    table, root = EXPECTED[path]["textvqa"]["cases"], root_of(path)
+    table, run = asker(score, path, "textvqa")
     clean = table["clean"]["upstream"]["accuracy"]
-    for name in (
-        "trap-four-lines",
-        "trap-stripped-ocr-line",
-    ):  # upstream raises; the question is there all the same
-        metrics = scored(score("textvqa", root, [root / table[name]["answers"]]))
-        assert metrics["accuracy"] == pytest.approx(clean, **exact)
-    refused(score("textvqa", root, [root / table["trap-duplicate"]["answers"]]), ":13: duplicate answer")
-    refused(score("textvqa", root, [root / table["trap-partial"]["answers"]]), "has no answer")
-    refused(
-        score("textvqa", root, [root / table["trap-unknown-question"]["answers"]]), ":1: unknown question"
-    )
-    empty = refused(score("textvqa", root, [root / table["trap-empty"]["answers"]]), "has no answer")
-    assert empty["answered"] == 0
-    status, report = score("textvqa", root, [root / table["trap-empty"]["answers"]], "--partial")
+    for name in ("trap-four-lines", "trap-stripped-ocr-line"):  # upstream raises; the question is there
+        assert scored(run(name))["accuracy"] == pytest.approx(clean, **exact)
+    refused(run("trap-duplicate"), ":13: duplicate answer")
+    refused(run("trap-partial"), "has no answer")
+    refused(run("trap-unknown-question"), ":1: unknown question")
+    assert refused(run("trap-empty"), "has no answer")["answered"] == 0
+    status, report = run("trap-empty", "--partial")
     assert status == 1 and report["headline"] is None
-    status, report = score("textvqa", root, [root / table["trap-partial"]["answers"]], "--partial")
+    status, report = run("trap-partial", "--partial")
     want = table["trap-partial"]["upstream"]
     assert status == 0 and report["headline"]["over"] == want["samples"] < report["expected"]
     assert report["metrics"]["accuracy"] == pytest.approx(want["accuracy"], **exact)
@@ -268,11 +267,7 @@ def test_textvqa_traps(score, path):
 
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.parent.name)
 def test_mme_traps(score, path):
-    table, root = EXPECTED[path]["mme"]["cases"], root_of(path)
-
-    def run(name, *more):
-        return score("mme", root, [root / table[name]["answers"]], *more)
-
+    table, run = asker(score, path, "mme")
     clean = scored(run("clean"))
     assert scored(run("trap-unpaired")) == clean  # pairs are images, whatever the order
     assert scored(run("trap-newline")) == scored(run("trap-tab")) == clean
@@ -290,11 +285,7 @@ def test_mme_traps(score, path):
 
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.parent.name)
 def test_pope_traps(score, path, tmp_path, capsys):
-    table, root = EXPECTED[path]["pope"]["cases"], root_of(path)
-
-    def run(name, *more):
-        return score("pope", root, [root / table[name]["answers"]], *more)
-
+    (table, run), root = asker(score, path, "pope"), root_of(path)
     clean = scored(run("clean"))
     assert scored(run("trap-shuffled")) == clean
     assert scored(run("trap-all-no"))["f1"] == 0
@@ -335,11 +326,7 @@ def test_pope_labels_of_another_release(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.parent.name)
 def test_scienceqa_traps(score, path):
-    table, root = EXPECTED[path]["scienceqa"]["cases"], root_of(path)
-
-    def run(name, *more):
-        return score("scienceqa", root, [root / table[name]["answers"]], *more)
-
+    table, run = asker(score, path, "scienceqa")
     assert scored(run("trap-int-ids")) == scored(run("clean"))
     refused(run("trap-duplicate"), "duplicate answer")
     refused(run("trap-partial"), "has no answer")
@@ -353,20 +340,17 @@ def test_scienceqa_traps(score, path):
 @pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])
 def test_mmbench_traps(score, name):
     for path in SETS:
-        table, root = EXPECTED[path][name]["cases"], root_of(path)
-        for trap, word in (
-            ("duplicate", "duplicate"),
-            ("partial", "has no answer"),
-            ("unknown-id", "unknown"),
-        ):
-            refused(score(name, root, [root / table[f"trap-{trap}"]["answers"]]), word)
-        partial = score(name, root, [root / table["trap-partial"]["answers"]], "--partial")[1]
+        (table, run), root = asker(score, path, name), root_of(path)
+        refused(run("trap-duplicate"), "duplicate")
+        refused(run("trap-partial"), "has no answer")
+        refused(run("trap-unknown-id"), "unknown")
+        partial = run("trap-partial", "--partial")[1]
         assert partial["answered"] < partial["expected"] and partial["metrics"]["vanilla"] is not None
         complete = {sample.unit for sample in benchmarks.get(name).load(root)}
         for problem in (problem for problem in partial["problems"] if "has no answer" in problem):
             complete.discard(str(int(problem.split("question ")[1].split(" ")[0]) % 1_000_000))
         assert (partial["headline"] is not None) == bool(complete)  # circular is over whole groups
-        later = score(name, root, [root / table["trap-duplicate"]["answers"]], "--partial")[1]
+        later = run("trap-duplicate", "--partial")[1]
         want = table["trap-duplicate"]["upstream"]["exact_match_eval"]
         assert later["metrics"]["circular"] == pytest.approx(100 * want["circular_overall"])
 

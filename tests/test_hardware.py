@@ -30,7 +30,7 @@ def clean_environment(monkeypatch):
 )
 def test_by_capability(capability, dtype, attention, scaler, tf32):
     decision = hardware.plan_for("cuda", capability, flash_packages=FLASH)
-    assert (decision.dtype, decision.attention) == (dtype, attention)
+    assert (decision.dtype, decision.attention) == (getattr(torch, dtype), attention)
     assert (decision.grad_scaler, decision.tf32) == (scaler, tf32)
     assert all(isinstance(reason, str) and reason for reason in decision.reasons)
 
@@ -42,12 +42,13 @@ def test_flash_attention_only_where_the_package_imports():
 @pytest.mark.parametrize(("kind", "dtype"), [("cpu", "float32"), ("mps", "float16"), ("xpu", "float32")])
 def test_without_cuda(kind, dtype):
     decision = hardware.plan_for(kind, None, flash_packages=FLASH)
-    assert (decision.dtype, decision.attention, decision.grad_scaler) == (dtype, "sdpa", False)
+    assert (decision.dtype, decision.attention) == (getattr(torch, dtype), "sdpa")
+    assert not decision.grad_scaler
 
 
 def test_bfloat16_on_volta_is_obeyed_with_a_warning():
     decision = hardware.plan_for("cuda", VOLTA, dtype="bfloat16")
-    assert decision.dtype == "bfloat16"
+    assert decision.dtype is torch.bfloat16
     assert not decision.grad_scaler
     assert any(reason.startswith("warning:") and "7.0" in reason for reason in decision.reasons)
 
@@ -72,14 +73,6 @@ def test_eager_can_be_asked_for_anywhere():
     assert hardware.plan_for("cuda", VOLTA, attention="eager").attention == "eager"
 
 
-@pytest.mark.parametrize(
-    ("kind", "capability", "supported"),
-    [("cpu", None, True), ("mps", None, False), ("cuda", VOLTA, False), ("cuda", TURING, True)],
-)
-def test_llm_int8(kind, capability, supported):
-    assert hardware.llm_int8_for(kind, capability) is supported
-
-
 @pytest.fixture
 def pretend_cuda(monkeypatch):
     """Makes torch report a GPU of some compute capability."""
@@ -101,6 +94,12 @@ def test_plan_on_a_v100(pretend_cuda, device):
     assert (plan.dtype, plan.attention, plan.grad_scaler, plan.tf32) == (torch.float16, "sdpa", True, False)
     assert not hardware.supports_llm_int8(device)
     assert not plan.warnings
+
+
+def test_llm_int8_needs_int8_tensor_cores_or_a_cpu(pretend_cuda):
+    pretend_cuda(TURING)
+    assert hardware.supports_llm_int8("cuda") and hardware.supports_llm_int8("cpu")
+    assert not hardware.supports_llm_int8("mps")
 
 
 def test_an_argument_wins_over_the_environment_and_that_over_the_rule(pretend_cuda, monkeypatch):

@@ -3,15 +3,13 @@
 The harnesses need not be here; scripts/lmms_eval_check.py runs lmms-eval itself.
 """
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoints import Family, family
+from tiny_checkpoints import Family
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
@@ -28,11 +26,6 @@ LENGTH = 6
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("harnesses"))
-
-
-@pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
     noise = np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
     noise[1, :, 35:] = 90  # adaptive reducers keep another number of tokens here
@@ -40,8 +33,8 @@ def images() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module", params=["none", "prumerge+"])
-def loaded(tiny: Family, request: pytest.FixtureRequest):
-    return load_pretrained_model(tiny.full, device="cpu", reducer=request.param)
+def loaded(tiny_once: Family, request: pytest.FixtureRequest):
+    return load_pretrained_model(tiny_once.full, device="cpu", reducer=request.param)
 
 
 def prompt_of(question: str) -> str:
@@ -64,7 +57,7 @@ def expected(loaded, images: list[Image.Image]) -> list[str]:
     return answers
 
 
-def test_lmms_eval(tiny: Family, loaded, images: list[Image.Image], expected: list[str]) -> None:
+def test_lmms_eval(tiny, loaded, images, expected):
     """A batch padded on the right with the pad token, its mask `ids != pad`; pixels in float16 on a CPU."""
     tokenizer, model, processor, max_length = load_pretrained_model(
         str(tiny.full),
@@ -115,7 +108,7 @@ def test_lmms_eval(tiny: Family, loaded, images: list[Image.Image], expected: li
     assert outputs["logits"].shape[1] == len(prompts[0]) - 1 + len(visual)
 
 
-def test_vlmevalkit(tiny: Family, loaded, images: list[Image.Image], expected: list[str]) -> None:
+def test_vlmevalkit(tiny, loaded, images, expected):
     """Loads to the CPU by keyword, passes an object with one field for a config, and a stopping criterion
     that counts from the prompt."""
     tokenizer, model, processor, _ = load_pretrained_model(
@@ -143,12 +136,3 @@ def test_vlmevalkit(tiny: Family, loaded, images: list[Image.Image], expected: l
                 use_cache=True,
             )
         assert tokenizer.batch_decode(new, skip_special_tokens=True)[0] == answer
-
-
-def test_a_reducer_without_a_flag(tiny: Family, tmp_path: Path) -> None:
-    """What docs/harnesses.md says for lmms-eval, which passes no reducer: a config of one's own."""
-    config = json.loads((tiny.full / "config.json").read_text())
-    config |= {"mm_token_reducer": "grid(tokens=4)", "mm_vision_tower": str(tiny.tower)}
-    (tmp_path / "few.json").write_text(json.dumps(config))
-    model = load_pretrained_model(tiny.full, None, "x", customized_config=str(tmp_path / "few.json"))[1]
-    assert model.reducer.spec == "grid(tokens=4)"

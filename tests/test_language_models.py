@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,11 @@ def byte_level_tokenizer(directory: Path) -> int:
     return len(fast)
 
 
+def tokenizer_for(text_type: str) -> Callable[[Path], int]:
+    """What writes the tokenizer of its family."""
+    return byte_level_tokenizer if text_type.startswith("qwen") else write_tokenizer
+
+
 def text_config(text_type: str, vocab_size: int, **more):
     settings = {**LANGUAGE_MODEL, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": vocab_size}
     return AutoConfig.for_model(text_type, **{**settings, "eos_token_id": None, **more})
@@ -76,7 +82,7 @@ def text_config(text_type: str, vocab_size: int, **more):
 def llava_hf(directory: Path, text_type: str, **text) -> PreTrainedModel:
     """transformers' own LLaVA with such a language model, saved with the tokenizer of its family."""
     directory.mkdir(parents=True)
-    tokens = (byte_level_tokenizer if text_type.startswith("qwen") else write_tokenizer)(directory)
+    tokens = tokenizer_for(text_type)(directory)
     CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     ).save_pretrained(directory)
@@ -111,14 +117,14 @@ def their_ids(model: PreTrainedModel, images: torch.Tensor) -> list[int]:
     return new[0, ids.shape[1] :].tolist()
 
 
-def our_ids(path: Path, images: torch.Tensor) -> list[int]:
-    model = load_pretrained_model(path, device="cpu")[1]
+def our_ids(path: Path, images: torch.Tensor, base: Path | None = None) -> list[int]:
+    model = load_pretrained_model(path, base, device="cpu")[1]
     ids = torch.tensor([[*BEFORE, -200, *AFTER]])
     return model.generate(ids, images=images, do_sample=False, max_new_tokens=16, pad_token_id=0)[0].tolist()
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
-def test_greedy_ids_are_those_of_transformers_in_both_formats(tmp_path: Path, model_type: str) -> None:
+def test_greedy_ids_are_those_of_transformers_in_both_formats(tmp_path, model_type):
     hf, ours, back = tmp_path / "hf", tmp_path / "ours", tmp_path / "back"
     theirs = llava_hf(hf, TEXT_TYPES[model_type])
     expected = [their_ids(theirs, pixels(seed)) for seed in range(3)]
@@ -138,7 +144,7 @@ def test_greedy_ids_are_those_of_transformers_in_both_formats(tmp_path: Path, mo
     assert their_ids(again, pixels(0)) == expected[0]
 
 
-def test_tied_embeddings_of_llava_hf(tmp_path: Path) -> None:
+def test_tied_embeddings_of_llava_hf(tmp_path):
     """As small Qwen2 have them: then the files hold no head."""
     theirs = llava_hf(tmp_path / "hf", "qwen2", tie_word_embeddings=True)
     assert not any("lm_head" in name for name in load_file(tmp_path / "hf/model.safetensors"))
@@ -146,7 +152,7 @@ def test_tied_embeddings_of_llava_hf(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text_type", ["llama", "qwen2"])
-def test_the_tokenizer_of_llava_hf_ends_before_its_image_token(tmp_path: Path, text_type: str) -> None:
+def test_the_tokenizer_of_llava_hf_ends_before_its_image_token(tmp_path, text_type):
     """Also where transformers' own saving made it one of the generic kind, and after it was saved again."""
     hf, ours = tmp_path / "hf", tmp_path / "ours"
     rows = llava_hf(hf, text_type).config.image_token_index
@@ -163,7 +169,7 @@ def test_the_tokenizer_of_llava_hf_ends_before_its_image_token(tmp_path: Path, t
 
 
 @pytest.mark.parametrize("text_type", ["mistral", "llama"])
-def test_llava_next_of_transformers(tmp_path: Path, text_type: str) -> None:
+def test_llava_next_of_transformers(tmp_path, text_type):
     """LLaVA-1.6 as transformers stores it: tiles, row ends, and a picture wider than it is high."""
     tokens = write_tokenizer(tmp_path)
     crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -208,19 +214,20 @@ def test_llava_next_of_transformers(tmp_path: Path, text_type: str) -> None:
         load_pretrained_model(tmp_path, device="cpu", anyres="smaller")
 
 
-@pytest.mark.parametrize("text_type", ["qwen2", "mistral"])
-def test_training_from_a_plain_language_model(tmp_path: Path, text_type: str) -> None:
-    """One step of LoRA on it: the class that belongs to it, its layers adapted, and the result loads."""
+@pytest.mark.parametrize(("text_type", "version"), [("qwen2", "qwen_2"), ("mistral", "mistral_instruct")])
+def test_training_from_a_plain_language_model(tmp_path, text_type, version):
+    """One step of LoRA on it: the class that belongs to it, its layers adapted; the result loads, and merged
+    into transformers' format gives the same ids there."""
     tiny = tiny_training.make(tmp_path)
     for file in tiny.models.base.glob("*"):
         file.unlink()
-    tokens = write_tokenizer(tiny.models.base)
+    tokens = tokenizer_for(text_type)(tiny.models.base)
     # Qwen2's vocabulary is larger than its tokenizer.
     draw(AutoModelForCausalLM.from_config(text_config(text_type, tokens + 5))).save_pretrained(
         tiny.models.base
     )
     run = tmp_path / "llava-lora"
-    assert tiny.train(run, f"{tiny_training.STAGES['lora']} --max_steps 1")
+    assert tiny.train(run, f"{tiny_training.STAGES['lora']} --max_steps 1 --version {version}")
 
     adapter = json.loads((run / "adapter_config.json").read_text())
     assert set(adapter["target_modules"]) == {
@@ -234,6 +241,11 @@ def test_training_from_a_plain_language_model(tmp_path: Path, text_type: str) ->
     assert model.get_model().mm_projector[2].weight.shape == (HIDDEN, HIDDEN)
     # FSDP and device maps keep a decoder layer together.
     assert type(model.get_model().layers[0]).__name__ in model._no_split_modules
+
+    hf, parts = tmp_path / "hf", ["--model-path", str(run), "--model-base", str(tiny.models.base)]
+    assert main(["tools", "convert", "--to", "llava-hf", *parts, "--out", str(hf)]) == 0
+    theirs = LlavaForConditionalGeneration.from_pretrained(hf)
+    assert their_ids(theirs, pixels(0)) == our_ids(run, pixels(0), tiny.models.base)
 
 
 @pytest.mark.parametrize(
@@ -250,11 +262,11 @@ def test_training_from_a_plain_language_model(tmp_path: Path, text_type: str) ->
         ({"model_type": "qwen3"}, "llava_qwen3"),
     ],
 )
-def test_the_class_follows_from_the_config(config: dict, model_type: str) -> None:
+def test_the_class_follows_from_the_config(config, model_type):
     assert language_model_of(config, Path("config.json")) is LANGUAGE_MODELS[model_type]
 
 
-def test_a_language_model_we_have_no_class_for(tmp_path: Path) -> None:
+def test_a_language_model_we_have_no_class_for(tmp_path):
     with pytest.raises(UserError, match=r"config.json.*LlavaMptForCausalLM.*llama.*qwen2"):
         config = {"model_type": "llava", "architectures": ["LlavaMptForCausalLM"]}
         language_model_of(config, Path("config.json"))
@@ -263,7 +275,7 @@ def test_a_language_model_we_have_no_class_for(tmp_path: Path) -> None:
         load_pretrained_model(tmp_path / "hf", device="cpu")
 
 
-def test_auto_classes_know_the_language_models(tmp_path: Path) -> None:
+def test_auto_classes_know_the_language_models(tmp_path):
     for name, our in LANGUAGE_MODELS.items():
         llava_hf(tmp_path / name, TEXT_TYPES[name])
         info = inspect_checkpoint(tmp_path / name)
@@ -274,7 +286,7 @@ def test_auto_classes_know_the_language_models(tmp_path: Path) -> None:
         assert AutoModelForCausalLM._model_mapping[type(again)] is our
 
 
-def test_the_file_that_contributing_shows(root: Path, tmp_path: Path) -> None:
+def test_the_file_that_contributing_shows(root, tmp_path):
     """Put where it says, it passes what the models of the table pass."""
     page = (root / "CONTRIBUTING.md").read_text()
     (name,) = re.findall(r"`llava/model/language_model/`, say `(\w+)\.py`", page)

@@ -408,14 +408,6 @@ def test_generate_as_callers_write_it():
     assert torch.equal(output.sequences, plain)
 
 
-def test_prefill_computes_logits_for_the_last_position_only():
-    model = make_model()
-    seen = []
-    model.lm_head.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[1]))
-    model.generate(MIXED[0][None], images=pictures(1), **GREEDY)
-    assert seen == [1] * 6
-
-
 @pytest.mark.filterwarnings("error:.*past_key_values")
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_by_its_new_and_its_old_name(name):

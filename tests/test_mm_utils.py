@@ -59,7 +59,7 @@ def png_header(width: int, height: int) -> bytes:
 # ------------------------------------------------------------------------------------------- bad images
 
 
-def test_a_good_image_loads_from_path_and_bytes(tmp_path: Path, noise: Image.Image) -> None:
+def test_a_good_image_loads_from_path_and_bytes(tmp_path, noise):
     file = tmp_path / "good.png"
     file.write_bytes(encoded(noise, "PNG"))
     for source in (file, str(file), file.read_bytes()):
@@ -82,7 +82,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_images_are_one_sentence_about_the_file(kind: str, tmp_path: Path, noise: Image.Image) -> None:
+def test_bad_images_are_one_sentence_about_the_file(kind, tmp_path, noise):
     data, says = BAD[kind]
     file = tmp_path / f"{kind}.img"
     file.write_bytes(data(noise) if callable(data) else data)
@@ -95,7 +95,7 @@ def test_bad_images_are_one_sentence_about_the_file(kind: str, tmp_path: Path, n
     assert "\n" not in message and message.endswith(".")
 
 
-def test_an_address_is_fetched(tmp_path: Path, noise: Image.Image) -> None:
+def test_an_address_is_fetched(tmp_path, noise):
     """From a server on this machine; what it does not have is one sentence."""
     (tmp_path / "good.png").write_bytes(encoded(noise, "PNG"))
     handler = partial(QuietHandler, directory=str(tmp_path))
@@ -113,14 +113,14 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_bad_base64() -> None:
+def test_bad_base64():
     with pytest.raises(UserError, match="base64"):
         mm_utils.load_image_from_base64("a")
     with pytest.raises(UserError, match="base64 image is not an image"):
         mm_utils.load_image_from_base64(base64.b64encode(b"no image").decode())
 
 
-def test_base64(noise: Image.Image) -> None:
+def test_base64(noise):
     text = base64.b64encode(encoded(noise, "PNG")).decode()
     assert mm_utils.load_image_from_base64(text).tobytes() == noise.tobytes()
 
@@ -150,7 +150,7 @@ def modes() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
 
 
 @pytest.mark.parametrize("mode", modes())
-def test_every_mode_becomes_rgb_without_a_warning(mode: str, processor: CLIPImageProcessorPil) -> None:
+def test_every_mode_becomes_rgb_without_a_warning(mode, processor):
     data, colour = modes()[mode]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -162,20 +162,20 @@ def test_every_mode_becomes_rgb_without_a_warning(mode: str, processor: CLIPImag
     assert torch.allclose(centre * 255, torch.tensor(colour, dtype=torch.float32), atol=0.01)
 
 
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
+def test_sixteen_bits_are_scaled_not_clipped():
     values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     got = np.asarray(mm_utils.load_image(encoded(Image.fromarray(values), "PNG")))
     assert np.abs(got[..., 0].astype(float) - values / 257).max() <= 0.5
 
 
-def test_nan_pixels_are_refused() -> None:
+def test_nan_pixels_are_refused():
     values = np.zeros((4, 4), dtype=np.float32)
     values[1, 2] = np.nan
     with pytest.raises(UserError, match="not numbers"):
         mm_utils.load_image(encoded(Image.fromarray(values), "TIFF"))
 
 
-def test_exif_orientation_only_when_asked(noise: Image.Image) -> None:
+def test_exif_orientation_only_when_asked(noise):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to the right
     data = encoded(noise, "PNG", exif=exif)
@@ -187,7 +187,7 @@ def test_exif_orientation_only_when_asked(noise: Image.Image) -> None:
 # ----------------------------------------------------------------------------------------------- pixels
 
 
-def test_pixels_are_the_references(golden: Path, processor: CLIPImageProcessorPil) -> None:
+def test_pixels_are_the_references(golden, processor):
     folder = golden / "llava" / "images"
     cases = json.loads((folder / "process_images.json").read_text())["cases"]
     arrays = np.load(folder / "process_images.npz")
@@ -207,9 +207,7 @@ def test_pixels_are_the_references(golden: Path, processor: CLIPImageProcessorPi
 
 
 @pytest.mark.parametrize("size", [(60, 40), (41, 300), (336, 336)])
-def test_pad_is_plain_pillow_and_numpy(
-    size: tuple[int, int], noise: Image.Image, processor: CLIPImageProcessorPil
-) -> None:
+def test_pad_is_plain_pillow_and_numpy(size, noise, processor):
     image = noise.resize(size)
     side = max(size)
     canvas = np.empty((side, side, 3), dtype=np.uint8)
@@ -223,7 +221,7 @@ def test_pad_is_plain_pillow_and_numpy(
     assert np.abs(got[0].numpy() - expected.transpose(2, 0, 1)).max() < 1e-5
 
 
-def test_batch_is_one_by_one(noise: Image.Image, processor: CLIPImageProcessorPil) -> None:
+def test_batch_is_one_by_one(noise, processor):
     images = [noise, noise.rotate(90, expand=True), noise.convert("L")]
     config = SimpleNamespace(image_aspect_ratio="pad")
     batch = mm_utils.process_images(images, processor, config)
@@ -233,21 +231,19 @@ def test_batch_is_one_by_one(noise: Image.Image, processor: CLIPImageProcessorPi
     assert mm_utils.process_images([], processor, config) == []
 
 
-def test_a_config_without_the_field_means_the_processor_alone(
-    noise: Image.Image, processor: CLIPImageProcessorPil
-) -> None:
+def test_a_config_without_the_field_means_the_processor_alone(noise, processor):
     got = mm_utils.process_images([noise], processor, SimpleNamespace())
     assert torch.equal(got, processor.preprocess(noise, return_tensors="pt")["pixel_values"])
 
 
-def test_different_shapes_come_as_a_list(noise: Image.Image, processor: CLIPImageProcessorPil) -> None:
+def test_different_shapes_come_as_a_list(noise, processor):
     config = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=[[336, 672], [672, 672]])
     views = [noise.resize((336, 672)), noise.resize((672, 672))]
     got = mm_utils.process_images(views, processor, config)
     assert [tuple(one.shape) for one in got] == [(3, 3, 336, 336), (5, 3, 336, 336)]
 
 
-def test_anyres_takes_a_siglip_processor(noise: Image.Image) -> None:
+def test_anyres_takes_a_siglip_processor(noise):
     """Its size is a height and a width, and it crops nothing; tiles are still what it makes of each view."""
     processor = SiglipImageProcessorPil(size={"height": 56, "width": 56})
     config = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=[[56, 112], [112, 112]])
@@ -259,7 +255,7 @@ def test_anyres_takes_a_siglip_processor(noise: Image.Image) -> None:
     assert np.abs(got[0].numpy() - expected.transpose(0, 3, 1, 2)).max() < 1e-5
 
 
-def test_square_helpers_are_the_references(text_data: Path) -> None:
+def test_square_helpers_are_the_references(text_data):
     helpers = json.loads((text_data / "helpers.json").read_text())
     for case in helpers["expand2square"]:
         white = Image.new("RGB", tuple(case["size"]), (255, 255, 255))
@@ -281,7 +277,7 @@ def test_square_helpers_are_the_references(text_data: Path) -> None:
         assert list(mm_utils.unpad_image(features, size).shape[1:]) == case["unpadded_hw"], case
 
 
-def test_tiles_put_together_are_the_picture(noise: Image.Image) -> None:
+def test_tiles_put_together_are_the_picture(noise):
     padded = mm_utils.resize_and_pad_image(noise, (672, 1008))
     tiles = mm_utils.divide_to_patches(padded, 336)
     again = Image.new("RGB", padded.size)
@@ -298,14 +294,14 @@ def tokenizers(text_data: Path) -> dict[str, object]:
     return {n: load_tokenizer(text_data / "tokenizers" / f"tok_{n}") for n in ("nonlegacy", "legacy", "mpt")}
 
 
-def test_ids_around_images_are_the_references(text_data: Path, tokenizers: dict[str, object]) -> None:
+def test_ids_around_images_are_the_references(text_data, tokenizers):
     for case in json.loads((text_data / "tokenizer_image_token.json").read_text()):
         index = case.get("image_token_index", -200)
         ids = mm_utils.tokenizer_image_token(case["prompt"], tokenizers[case["tokenizer"]], index)
         assert ids == case["input_ids"], case["prompt"]
 
 
-def test_ids_as_a_tensor(tokenizers: dict[str, object]) -> None:
+def test_ids_as_a_tensor(tokenizers):
     ids = mm_utils.tokenizer_image_token("a <image> b", tokenizers["nonlegacy"])
     tensor = mm_utils.tokenizer_image_token("a <image> b", tokenizers["nonlegacy"], return_tensors="pt")
     assert tensor.dtype == torch.int64 and tensor.tolist() == ids and ids.count(-200) == 1
@@ -313,7 +309,7 @@ def test_ids_as_a_tensor(tokenizers: dict[str, object]) -> None:
         mm_utils.tokenizer_image_token("a", tokenizers["nonlegacy"], return_tensors="np")
 
 
-def test_a_prompt_that_spells_its_bos_loses_nothing_after_an_image(tokenizers: dict[str, object]) -> None:
+def test_a_prompt_that_spells_its_bos_loses_nothing_after_an_image(tokenizers):
     """ChatML tokenizers may have `<|im_start|>` as BOS without adding it themselves."""
     tokenizer = tokenizers["mpt"]
     bos = tokenizer.bos_token
@@ -326,7 +322,7 @@ def test_a_prompt_that_spells_its_bos_loses_nothing_after_an_image(tokenizers: d
     assert ids == [*before, -200, *after]
 
 
-def test_stopping_is_the_references(text_data: Path, tokenizers: dict[str, object]) -> None:
+def test_stopping_is_the_references(text_data, tokenizers):
     for case in json.loads((text_data / "helpers.json").read_text())["keywords_stopping"]:
         prompt = torch.tensor([case["prompt_ids"]])
         stop = mm_utils.KeywordsStoppingCriteria(case["keywords"], tokenizers["nonlegacy"], prompt)
@@ -336,7 +332,7 @@ def test_stopping_is_the_references(text_data: Path, tokenizers: dict[str, objec
         assert said == case["stop_after_each"], case["keywords"]
 
 
-def test_stopping_waits_for_every_row(tokenizers: dict[str, object]) -> None:
+def test_stopping_waits_for_every_row(tokenizers):
     tokenizer = tokenizers["nonlegacy"]
     stop = mm_utils.KeywordsStoppingCriteria(["###"], tokenizer, torch.zeros(2, 0, dtype=torch.long))
     done = tokenizer("a ###", add_special_tokens=False).input_ids
@@ -346,7 +342,7 @@ def test_stopping_waits_for_every_row(tokenizers: dict[str, object]) -> None:
     assert not stop(torch.tensor([done, other]), None)
 
 
-def test_model_names_are_the_references(text_data: Path) -> None:
+def test_model_names_are_the_references(text_data):
     helpers = json.loads((text_data / "helpers.json").read_text())
     for case in helpers["model_name_from_path"]:
         if "error" in case:

@@ -28,8 +28,10 @@ from plug_models import (
     pixels_of,
     processor,
 )
+from tiny_checkpoints import edit_json, family
 from torch.nn import functional as F
 
+from llava.cli import main
 from llava.model.builder import load_pretrained_model
 from llava.plug import reduce_tokens, restore
 from llava.reducers import VisionFeatures, build_reducer
@@ -40,11 +42,7 @@ CASES = [(kind, False) for kind in KINDS] + [(kind, True) for kind in VIDEO_KIND
 cases = pytest.mark.parametrize(("kind", "video"), CASES)
 
 
-def reducer_for(kind: str, adaptive: bool = False) -> str:
-    """PruMerge where the tower has a CLS token (OneVision's SigLIP has none)."""
-    if kind == "LlavaOnevision":
-        return "pool(tokens=9)"
-    return "prumerge" if adaptive else "prumerge+(tokens=12)"
+FIXED = "prumerge+(tokens=12)"
 
 
 def mixed(video: bool) -> list[Row]:
@@ -68,13 +66,15 @@ def tokens_by_hand(model, kind: str, row: Row, spec: str) -> torch.Tensor:
         selected = torch.cat([states[layer] for layer in layers], dim=-1)
         last = tower.encoder.layers[-1]
         normed = last.layer_norm1(states[-2])
-        key, query, grid = last.self_attn.k_proj(normed), last.self_attn.q_proj(normed[:, 0]), (8, 8)
+        key, queries, grid = last.self_attn.k_proj(normed), last.self_attn.q_proj(normed), (8, 8)
         patches = selected[:, 1:] if has_cls else selected
         if row.video and kind == "LlavaNextVideo":
             patches, grid = body.vision_resampler(patches), (4, 4)
             pooled = F.avg_pool2d(key[:, 1:].transpose(1, 2).reshape(1, -1, 8, 8), 2)
             key = torch.cat([key[:, :1], pooled.flatten(2).transpose(1, 2)], dim=1)
-        features = VisionFeatures(patches, query if has_cls else None, key, 4, grid)
+        # SigLIP has no CLS token, and this one no pooling head: the mean of the patches' queries scores.
+        query = {"query": queries[:, 0]} if has_cls else {"query": None, "mean_query": queries.mean(1)}
+        features = VisionFeatures(patches=patches, key=key, num_heads=4, grid=grid, **query)
         reduced = build_reducer(spec)(features).unbind()[0]
         if row.video and kind == "VideoLlava":
             reduced = torch.cat([selected[0, :1], reduced])
@@ -129,7 +129,7 @@ def test_keeping_every_patch_changes_nothing(kind, video):
 @torch.no_grad()
 def test_equals_the_untouched_class_on_embeddings_made_by_hand(kind, video):
     """Logits, greedy answers and beams, one by one; then the same rows as one batch."""
-    spec, model, rows = reducer_for(kind, adaptive=True), build(kind), mixed(video)
+    spec, model, rows = "prumerge", build(kind), mixed(video)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
     expected = []
     for row in rows:
@@ -164,7 +164,7 @@ def test_equals_the_untouched_class_on_embeddings_made_by_hand(kind, video):
 @torch.no_grad()
 def test_the_answer_depends_on_the_picture(kind, video):
     """Else the comparisons above would hold for a model that never looks."""
-    model = reduce_tokens(build(kind), reducer_for(kind))
+    model = reduce_tokens(build(kind), FIXED)
     answers = set()
     for seed in range(3):
         inputs = batch(kind, [Row(9, 5, 4, video)]) | pixels_of(kind, Row(seed, 5, 4, video))
@@ -239,7 +239,7 @@ def test_golden_checkpoint_equals_our_own_path(golden, spec):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_greedy_is_repeated_forwards_without_a_cache(kind):
-    model, inputs = reduce_tokens(build(kind), reducer_for(kind, adaptive=True)), batch(kind, mixed(False))
+    model, inputs = reduce_tokens(build(kind), "prumerge"), batch(kind, mixed(False))
     found = model.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True)
     ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     for step in found.logits:
@@ -264,6 +264,19 @@ def test_lengths_are_those_of_the_prompt_as_given():
     assert model.generate(**inputs, **ends, min_new_tokens=4).shape[1] >= length + 4
     for options in ({"cache_implementation": "static"}, {"use_cache": False}):
         assert torch.equal(model.generate(**inputs, **GREEDY, **options), model.generate(**inputs, **GREEDY))
+
+
+@torch.no_grad()
+def test_a_streamer_gets_the_prompt_as_given_and_then_the_answer(capsys):
+    model, inputs, tokenizer = (
+        reduce_tokens(build("Llava"), FIXED),
+        batch("Llava", [Row(1, 5, 4)]),
+        processor().tokenizer,
+    )
+    for skip in (False, True):
+        said = model.generate(**inputs, **GREEDY, streamer=tf.TextStreamer(tokenizer, skip_prompt=skip))[0]
+        shown = said[inputs["input_ids"].shape[1] :] if skip else said
+        assert capsys.readouterr().out.split() == tokenizer.decode(shown).split()
 
 
 @torch.no_grad()
@@ -369,9 +382,9 @@ def test_restore_leaves_no_trace(kind, tmp_path):
     model.get_input_embeddings().requires_grad_(False)
     model.save_pretrained(tmp_path)  # this alone writes `architectures` into the config
     before, answer = state_of(model), model.generate(**inputs, **GREEDY)
-    assert restore(reduce_tokens(reduce_tokens(model, "pool"), reducer_for(kind))) is model
+    assert restore(reduce_tokens(reduce_tokens(model, "pool"), FIXED)) is model
     model.generate(**inputs, **GREEDY)
-    reduce_tokens(model, reducer_for(kind))
+    reduce_tokens(model, FIXED)
     model.generate(**inputs, **GREEDY)
     model.save_pretrained(tmp_path)
     assert type(model).__name__ == before["type"].__name__ and isinstance(model, before["type"])
@@ -398,6 +411,18 @@ def test_a_checkpoint_records_its_reducer(tmp_path):
         reduce_tokens(tf.LlavaNextForConditionalGeneration.from_pretrained(tmp_path)).reducer.spec
         == "pool(tokens=9)"
     )
+
+
+def test_conversion_keeps_the_reducer_in_both_directions(tmp_path):
+    """From our format to transformers', reduced and saved there with another reducer, and back."""
+    ours, hf, back = family(tmp_path).full, tmp_path / "hf", tmp_path / "back"
+    edit_json(ours / "config.json", mm_token_reducer="prumerge+(tokens=4)")
+    assert main(["tools", "convert", "--to", "llava-hf", "--model-path", str(ours), "--out", str(hf)]) == 0
+    model = reduce_tokens(tf.LlavaForConditionalGeneration.from_pretrained(hf))
+    assert model.reducer.spec == "prumerge+(tokens=4)"
+    reduce_tokens(model, "topk(tokens=5)").save_pretrained(hf)
+    assert main(["tools", "convert", "--to", "llava", "--model-path", str(hf), "--out", str(back)]) == 0
+    assert load_pretrained_model(back, device="cpu")[1].reducer.spec == "topk(tokens=5)"
 
 
 def test_copies_and_pickles_reduce_as_well():
@@ -469,6 +494,8 @@ def test_a_subclass_of_the_users():
             "LlavaNextForConditionalGeneration",
         ),
         (lambda: build("Llava"), "prumerg", "prumerge"),
+        (lambda: build("Llava"), "topk(tokens=0)", "tokens"),
+        (lambda: build("Llava"), "nowhere.py:mine", "nowhere.py"),
         (lambda: build("Llava"), None, "records no reducer"),
         (lambda: build("LlavaOnevision"), "visionzip", "cls"),
         (
@@ -607,12 +634,9 @@ def test_the_code_of_the_page_runs(root, tmp_path, monkeypatch, capsys):
 
 def test_the_benchmark_of_the_page_runs(root):
     """One layer of each; the numbers of positions are those of the reducers."""
-    small = ["--layers", "1", "--tower-layers", "1", "--text", "8", "--rounds", "1"]
-    run = subprocess.run(
-        [sys.executable, root / "scripts/bench_plug.py", *small, "--width", "64"],
-        capture_output=True,
-        text=True,
-    )
+    small = ["--shape", "mini", "--layers", "1", "--tower-layers", "1", "--text", "8", "--rounds", "1"]
+    command = [sys.executable, root / "scripts/bench_plug.py", *small, "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    positions = {line.split()[0]: int(line.split()[1]) for line in run.stdout.splitlines()[2:]}
+    positions = {line.split()[0]: int(line.split()[1]) for line in run.stdout.splitlines()[3:]}
     assert positions == {"untouched": 584, "prumerge+(tokens=144)": 153, "prumerge(tokens=32)": 41}

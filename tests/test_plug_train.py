@@ -12,10 +12,6 @@ from llava.plug import reduce_tokens
 ROWS = [Row(1, 5, 4), Row(2, 3, 9, size=(100, 200))]
 
 
-def reducer_for(kind: str) -> str:
-    return "pool(tokens=9)" if kind == "LlavaOnevision" else "prumerge"
-
-
 def labelled(kind: str, rows: list[Row], side: str = "right") -> dict[str, torch.Tensor]:
     """A batch with the text behind each picture as labels, and the first ids, which count when not padded."""
     inputs = batch(kind, rows, side)
@@ -27,7 +23,7 @@ def labelled(kind: str, rows: list[Row], side: str = "right") -> dict[str, torch
 @torch.no_grad()
 def test_loss_is_cross_entropy_over_the_texts_alone(kind):
     """By hand, row by row: the logits in front of each text id; a batch is the mean over all its ids."""
-    model, total, number = reduce_tokens(build(kind), reducer_for(kind)), 0.0, 0
+    model, total, number = reduce_tokens(build(kind), "prumerge"), 0.0, 0
     for row in ROWS:
         inputs = labelled(kind, [row])
         output = model(**inputs)
@@ -49,7 +45,7 @@ def test_loss_is_cross_entropy_over_the_texts_alone(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_tower_projector_and_text(kind):
     """Those of a batch are the sum of those one by one, with checkpointing and without."""
-    model = reduce_tokens(build(kind), reducer_for(kind)).train()
+    model = reduce_tokens(build(kind), "prumerge").train()
 
     def gradients(inputs) -> dict[str, torch.Tensor]:
         model.zero_grad()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_checkpoints import TOWER_HIDDEN, family
+from tiny_checkpoints import TOWER_HIDDEN
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -22,9 +22,8 @@ LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> LlavaLlamaForCausalLM:
-    checkpoint = family(tmp_path_factory.mktemp("checkpoints")).full
-    _, model, _, _ = load_pretrained_model(checkpoint, None, "any", device="cpu", dtype="float32")
+def model(tiny_once) -> LlavaLlamaForCausalLM:
+    _, model, _, _ = load_pretrained_model(tiny_once.full, None, "any", device="cpu", dtype="float32")
     return model
 
 

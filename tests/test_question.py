@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoints import TOWER, family, write_json
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from tiny_checkpoints import PIECE, family, whole_clip, write_json
+from transformers import CLIPModel, CLIPTokenizer
 
 from llava.engine import ModelSource, Request, finish
 from llava.errors import UserError
 from llava.mm_utils import process_images
 
-PIECE = 12  # what the tiny CLIP's text model reads at a time
 LONG = "which of the wooden chairs behind a table is painted in a darker green"
 
 
@@ -21,21 +20,7 @@ LONG = "which of the wooden chairs behind a table is painted in a darker green"
 def tiny(tmp_path_factory):
     """The tiny family with a tower that is a whole CLIP: text model, projections, tokenizer of letters."""
     tiny = family(tmp_path_factory.mktemp("tiny"))
-    letters = "abcdefghijklmnopqrstuvwxyz.,?!0123456789"
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tiny.tower)
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    text |= {"vocab_size": len(pieces), "max_position_embeddings": PIECE, "projection_dim": 16}
-    text |= {"bos_token_id": len(pieces) - 2, "eos_token_id": len(pieces) - 1}
-    torch.manual_seed(0)
-    clip = CLIPModel(CLIPConfig(vision_config=TOWER, text_config=text, projection_dim=16))
-    for weight in clip.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    (tiny.tower / "pytorch_model.bin").unlink()
-    processor = (tiny.tower / "preprocessor_config.json").read_text()
-    clip.save_pretrained(tiny.tower)
-    (tiny.tower / "preprocessor_config.json").write_text(processor)
+    whole_clip(tiny.tower)
     write_json(tiny.full / "generation_config.json", {"suppress_tokens": list(range(3, 259))})
     return tiny
 

@@ -157,7 +157,7 @@ def run_spec(run: dict) -> str:
 @pytest.mark.parametrize(
     "path", [path for path in golden_files() if not path.stem.startswith("half")], ids=lambda path: path.stem
 )
-def test_released_outputs(path: Path):
+def test_released_outputs(path):
     case, tensors, features = read_golden(path)
     torch.testing.assert_close(
         patch_scores(features), tensors["cls_attn"], atol=1e-6, rtol=0, check_stride=False
@@ -187,7 +187,7 @@ def test_released_outputs(path: Path):
 @pytest.mark.parametrize(
     "path", [path for path in golden_files() if path.stem.startswith("half")], ids=lambda path: path.stem
 )
-def test_released_half_precision(path: Path):
+def test_released_half_precision(path):
     """Ties and rounding reorder there: compared as sets, and token by token where both keep one."""
     case, tensors, features = read_golden(path)
     dtype = getattr(torch, case["compute_dtype"])
@@ -208,7 +208,7 @@ def test_released_half_precision(path: Path):
             )
 
 
-def test_golden_batch_differs_from_the_pooled_count(golden: Path):
+def test_golden_batch_differs_from_the_pooled_count(golden):
     """At B = 3 the released budget is pooled; ours is what each image gets alone."""
     case, _, features = read_golden(golden / "reducers" / "adaptive_b3.safetensors")
     pooled = {run["n_kept"] for run in case["runs"] if "n_kept" in run}

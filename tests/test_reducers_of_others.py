@@ -42,7 +42,7 @@ def features() -> VisionFeatures:
     return VisionFeatures(patches, torch.randn(2, 8, generator=generator), key, num_heads=2, grid=(3, 4))
 
 
-def test_a_file_names_a_reducer_that_its_spec_finds_again(tmp_path: Path) -> None:
+def test_a_file_names_a_reducer_that_its_spec_finds_again(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(FIRST)
     reducer = build_reducer(f"{file}:first(tokens=3)")
@@ -55,7 +55,7 @@ def test_a_file_names_a_reducer_that_its_spec_finds_again(tmp_path: Path) -> Non
         build_reducer("first")  # known by its whole name only
 
 
-def test_a_checkpoint_may_not_name_a_file(tmp_path: Path) -> None:
+def test_a_checkpoint_may_not_name_a_file(tmp_path):
     file = tmp_path / "evil.py"
     file.write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\n{FIRST}")
     with pytest.raises(ReducerSpecError, match="Python file"):
@@ -74,7 +74,7 @@ def test_a_checkpoint_may_not_name_a_file(tmp_path: Path) -> None:
         (FIRST + "\nraise RuntimeError('half way')", "half way"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, content: str | None, named: str) -> None:
+def test_a_file_that_cannot_be_used_is_named(tmp_path, content, named):
     file = tmp_path / "bad.py"
     if content is not None:
         file.write_text(content)
@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, content: str | None
     assert build_reducer("topk").name == "topk"  # nothing that was there has changed
 
 
-def test_an_installed_package_registers_by_entry_point(tmp_path: Path) -> None:
+def test_an_installed_package_registers_by_entry_point(tmp_path):
     (tmp_path / "few_tokens.py").write_text(FIRST)
     (tmp_path / "broken_tokens.py").write_text("import does_not_exist")
     info = tmp_path / "few_tokens-1.0.dist-info"

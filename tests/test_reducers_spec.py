@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import pytest
 
@@ -122,7 +121,7 @@ def test_every_option_type(registry):
             build_reducer(f"typed({wrong})")
 
 
-def test_the_example_of_the_docs(root: Path, registry):
+def test_the_example_of_the_docs(root, registry):
     """The method docs/reducers.md adds in a few lines is run as it stands there."""
     from test_reducers import make_features
 
@@ -138,7 +137,7 @@ def test_the_example_of_the_docs(root: Path, registry):
         assert sorted(kept) == sorted(norms[image].topk(5).indices.tolist())
 
 
-def test_the_docs_name_every_method_and_option(root: Path):
+def test_the_docs_name_every_method_and_option(root):
     text = (root / "docs" / "reducers.md").read_text(encoding="utf-8")
     for name in available_reducers():
         assert f"`{name}`" in text

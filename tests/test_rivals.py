@@ -74,7 +74,7 @@ def check_visionzip(reduced: ReducedTokens, image: int, features: VisionFeatures
     [path for path in sorted(GOLDEN.glob("*.safetensors")) if path.stem != "tome"],
     ids=lambda p: p.stem,
 )
-def test_released_outputs(path: Path):
+def test_released_outputs(path):
     case, tensors = read(path)
     features = features_of(case, tensors)
     for run in case["runs"]:
@@ -103,7 +103,7 @@ def test_released_outputs(path: Path):
 
 
 @pytest.mark.parametrize("path", [GOLDEN / "tome.safetensors"], ids=["tome"])
-def test_released_tome(path: Path):
+def test_released_tome(path):
     case, tensors = read(path)
     for run in case["runs"]:
         features = features_of(*read(GOLDEN / run["file"]))[:1]

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+from dataclasses import asdict
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava.analysis import gpus, paper_table, roofline, roofline_report
-from llava.analysis.shapes import CLIP_L_336, SHAPES, LanguageShape
+from llava.analysis.shapes import CLIP_L_336, SHAPES, LanguageShape, decoder_weights
 from llava.errors import UserError
 
 # The paper's table recomputed elsewhere at four digits: TFLOPs, prefill ms, memory GB, activation GB.
@@ -94,26 +97,53 @@ def test_prefill_flops_are_two_per_weight_and_token_and_the_attention():
     attention = 4 * tokens**2 * 64 + 5 * tokens**2 * 4
     pointwise = tokens * (2 * 7 * 64 + 2 * 64 + 2 * 96)
     expected = batch * (3 * (2 * weights * tokens + attention + pointwise) + 2 * 64 * 100)
-    operators = roofline.prefill_operators(language, tokens, batch)
+    operators = roofline.decoder_operators(language, tokens, tokens, batch)
     assert sum(operator.flops for operator in operators) == expected
+
+
+# The parameters that the makers of these models publish.
+PARAMETERS = {
+    "7b": 6_738_415_616,
+    "13b": 13_015_864_320,
+    "yi-34b": 34_388_917_248,
+    "llama3-8b": 8_030_261_248,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "mini": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_those_of_the_models_of_that_name(name):
+    """transformers' model of the shape has as many parameters as published; ours leaves out norms."""
+    language = SHAPES[name].language
+    fields = {field: value for field, value in asdict(language).items() if value is not None}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    assert model.num_parameters() == PARAMETERS[name]
+    tables = (2 - language.tie_word_embeddings) * language.vocab_size * language.hidden_size
+    assert decoder_weights(language) + tables == pytest.approx(PARAMETERS[name], rel=1e-3)
 
 
 def test_decoding_reads_every_weight_and_the_cache_once():
     language = SHAPES["7b"].language
-    operators = roofline.decode_operators(language, 1000, 1)
+    operators = roofline.decoder_operators(language, 1, 1000, 1)
     found = roofline.estimate(operators, gpus.find_gpu("A100-80G"))
     weights = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000)
     cache = 1000 * 2 * 32 * 4096 * 2
     assert roofline.kv_bytes(language, 1000, 1) == cache
     assert found.gigabytes == pytest.approx((weights + cache) / 1e9, rel=2e-3)
-    assert (found.bound, found.bytes_share) == ("bytes", pytest.approx(1.0))
+    assert found.bytes_share == pytest.approx(1.0)
 
 
 def test_bound_changes_sides_at_the_break_even():
     text = 8
     edge = round(roofline.break_even(gpus.find_gpu("A100-80G"))) - text
     few, at_edge, many = (request("A100-80G", edge + more, text=text).prefill for more in (-60, 0, 60))
-    assert few.bound == "bytes" and many.bound == "arithmetic"
+    assert few.bytes_share > 0.5 > many.bytes_share
     assert at_edge.ms / few.ms < 1.06  # below: next to nothing gained
     assert many.ms / at_edge.ms > 1.25  # above: time goes with tokens
 

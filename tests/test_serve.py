@@ -3,14 +3,8 @@
 import importlib.util
 
 import pytest
-from tiny_checkpoints import family
 
 from llava.cli import main
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return family(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")

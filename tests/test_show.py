@@ -1,6 +1,7 @@
 """Pictures of what a reducer did: drawn from provenance alone, pixel by pixel as they should be."""
 
 import argparse
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +9,16 @@ import torch
 from PIL import Image
 from tiny_checkpoints import Family, edit_json, family
 
+from llava import pictures
 from llava.analysis import show
 from llava.errors import UserError
+from llava.mm_utils import mean_colour, process_images, resize_and_pad_image
+from llava.model.vision_tower import load_vision_tower
 from llava.reducers import ReducedTokens, VisionFeatures, build_reducer
 
 GRID = (3, 4)
-C = show.CELL
+POINTS = [[56, 112], [112, 112]]
+C = pictures.CELL
 
 
 def reduced(kept: list[int], source: list[int]) -> ReducedTokens:
@@ -43,14 +48,14 @@ def inside(image: Image.Image, patch: int) -> np.ndarray:
 
 
 def test_where_patches_went():
-    what = show.Assignment.of(EXAMPLE)
+    what = pictures.Assignment.of(EXAMPLE)
     assert np.flatnonzero(what.kept).tolist() == [5, 10]
     assert np.flatnonzero(~what.merged & ~what.kept).tolist() == [3]
     assert what.tokens == 3
 
 
 def test_kept_patches_stay_as_they_are_and_others_do_not(picture):
-    painted = show.overlay(picture, EXAMPLE, GRID)
+    painted = pictures.overlay(picture, EXAMPLE, GRID)
     canvas = picture.resize(painted.size, Image.Resampling.LANCZOS)
     assert painted.size == (GRID[1] * C, GRID[0] * C)
     for patch in range(12):
@@ -61,7 +66,7 @@ def test_kept_patches_stay_as_they_are_and_others_do_not(picture):
 
 def test_patches_of_one_token_share_its_tint():
     grey = Image.new("RGB", (80, 60), (128, 128, 128))
-    painted = show.overlay(grey, EXAMPLE, GRID)
+    painted = pictures.overlay(grey, EXAMPLE, GRID)
     colour = {patch: tuple(inside(painted, patch)[0, 0]) for patch in range(12)}
     first, second = {colour[patch] for patch in (0, 1, 4)}, {colour[patch] for patch in (2, 6, 7, 8, 9, 11)}
     assert len(first) == len(second) == 1
@@ -69,11 +74,30 @@ def test_patches_of_one_token_share_its_tint():
     assert len(set(colour[3])) == 1  # dropped: no tint
 
 
-def test_the_picture_is_squared_as_the_model_does(picture):
-    padded = show.as_seen(picture, "pad", (1, 2, 3))
-    assert padded.size == (80, 80) and padded.getpixel((1, 1)) == (1, 2, 3)  # 80 x 60 is padded above
-    cropped = show.as_seen(picture, None, (1, 2, 3))
-    assert np.array_equal(np.asarray(cropped), np.asarray(picture)[:, 10:70])
+def test_pixels_become_the_picture_again(tiny, picture):
+    """The picture padded to a square of the tower's size, as the image processor made it."""
+    processor = load_vision_tower(tiny.tower).image_processor
+    padded = Image.new("RGB", (80, 80), mean_colour(processor))
+    padded.paste(picture, (0, 10))
+    side = processor.crop_size["height"]
+    wanted = padded.resize((side, side), Image.Resampling.BICUBIC)
+    pixels = process_images([picture], processor, SimpleNamespace(image_aspect_ratio="pad"))
+    (seen,) = pictures.squares(pixels, processor)
+    assert np.array_equal(np.asarray(seen), np.asarray(wanted))
+
+
+def test_tiles_lie_where_they_were_cut(tiny):
+    """Beside the picture as a whole its tiles make up the picture they were cut from."""
+    processor = load_vision_tower(tiny.tower).image_processor
+    config = SimpleNamespace(
+        image_aspect_ratio="anyres", mm_anyres_budget="tile", image_grid_pinpoints=POINTS
+    )
+    wide = Image.fromarray(np.random.default_rng(1).integers(0, 255, (90, 160, 3), dtype=np.uint8))
+    (pixels,) = process_images([wide], processor, config)
+    across = pictures.tiles_across(wide.size, pixels, config)
+    sheet = pictures.arrange(pictures.squares(pixels, processor), across, gap=5)
+    assert sheet.size == (3 * 56 + 5, 2 * 56)
+    assert np.array_equal(np.asarray(sheet)[:, 61:], np.asarray(resize_and_pad_image(wide, (112, 112))))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +109,7 @@ def test_four_panels_of_every_kind_of_reducer(name, cls, tmp_path):
     query = torch.randn(1, 16, generator=generator) * 4
     one = VisionFeatures(patches, query if cls else None, key if cls else key[:, 1:], 2, (8, 8))
     out = tmp_path / "made" / "sheet.png"
-    show.figure(Image.new("RGB", (64, 64)), one, build_reducer(name)(one), title=name, out=out)
+    show.figure([Image.new("RGB", (64, 64))], one, [build_reducer(name)(one)], title=name, out=out)
     with Image.open(out) as sheet:
         assert sheet.width > 1500
     assert [file.name for file in out.parent.iterdir()] == ["sheet.png"]
@@ -119,6 +143,24 @@ def test_a_checkpoint_brings_its_tower_and_its_reducer(tiny, picture, tmp_path, 
     edit_json(checkpoint / "config.json", mm_token_reducer="grid(tokens=4)")
     assert run(tmp_path / "in.png", "--model-path", checkpoint, "--out", tmp_path / "o.png") == 0
     assert capsys.readouterr().out.startswith("grid(tokens=4): 4 of 16")
+
+
+@pytest.mark.parametrize("budget", ["tile", "shared", "papers"])
+def test_the_tiles_of_an_anyres_checkpoint(budget, tiny, picture, tmp_path, capsys):
+    picture.save(tmp_path / "in.png")
+    checkpoint = tiny.copied_to(tmp_path / "copy").lora
+    edit_json(
+        checkpoint / "config.json",
+        image_aspect_ratio="anyres",
+        image_grid_pinpoints=POINTS,
+        mm_anyres_budget=budget,
+        mm_token_reducer=f"topk(tokens={4 if budget == 'tile' else 20})",
+    )
+    assert run(tmp_path / "in.png", "--model-path", checkpoint, "--out", tmp_path / "o.png") == 0
+    said, noise = capsys.readouterr()
+    assert "20 of 80 visual tokens" in said and noise == ""
+    with Image.open(tmp_path / "o.png") as sheet:
+        assert sheet.width < 1.5 * sheet.height  # two rows of panels and the curve
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,7 @@ def agree(tokenizer: PreTrainedTokenizerFast, cases: list[dict]) -> None:
         assert tokenizer.decode(case["ids"], skip_special_tokens=True) == case["decoded"], case
 
 
-def test_ids_and_text_are_the_references_also_after_saving(
-    text_data: Path, kind: str, tmp_path: Path
-) -> None:
+def test_ids_and_text_are_the_references_also_after_saving(text_data, kind, tmp_path):
     cases = json.loads((text_data / "raw_tokenize.json").read_text())[kind]
     tokenizer = load_tokenizer(text_data / "tokenizers" / f"tok_{kind}")
     agree(tokenizer, cases)
@@ -129,7 +127,7 @@ class Slow:
 
 
 @pytest.mark.parametrize("late_spaces", [False, True])
-def test_ids_are_sentencepieces(kind: str, late_spaces: bool, tmp_path: Path) -> None:
+def test_ids_are_sentencepieces(kind, late_spaces, tmp_path):
     source = COPY / "tokenizers" / f"tok_{kind}"
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     if late_spaces:
@@ -152,7 +150,7 @@ def test_ids_are_sentencepieces(kind: str, late_spaces: bool, tmp_path: Path) ->
     "name",
     ["llava-tiny-v1.5-7b", "llava-tiny-v1.5-7b-withtower", "llava-tiny-1.5-7b-hf", "vicuna-tiny-7b-v1.5"],
 )
-def test_every_kind_of_checkpoint_has_the_same_tokenizer(name: str, golden: Path) -> None:
+def test_every_kind_of_checkpoint_has_the_same_tokenizer(name, golden):
     """The automatic choice would lose the space in front: config.json says `model_type: llava`."""
     tokenizer = load_tokenizer(golden / "llava" / "ckpt" / name)
     agree(tokenizer, json.loads((golden / "llava" / "text" / "raw_tokenize.json").read_text())["nonlegacy"])
@@ -160,7 +158,7 @@ def test_every_kind_of_checkpoint_has_the_same_tokenizer(name: str, golden: Path
     assert tokenizer.pad_token == ("<pad>" if name.endswith("-hf") else "<unk>")
 
 
-def test_keywords_win() -> None:
+def test_keywords_win():
     folder = COPY / "tokenizers" / "tok_nonlegacy"
     tokenizer = load_tokenizer(folder, padding_side="left", model_max_length=77, pad_token="[PAD]")
     assert (tokenizer.padding_side, tokenizer.model_max_length, tokenizer.pad_token_id) == ("left", 77, 1200)
@@ -170,13 +168,13 @@ def test_keywords_win() -> None:
     assert legacy != tokenizer(text).input_ids
 
 
-def test_legacy_where_only_the_model_is_there(tmp_path: Path) -> None:
+def test_legacy_where_only_the_model_is_there(tmp_path):
     """transformers 4 took `legacy` for True when no file said anything."""
     shutil.copy(COPY / "tokenizers" / "tok_legacy" / "tokenizer.model", tmp_path)
     agree(load_tokenizer(tmp_path), json.loads((COPY / "raw_tokenize.json").read_text())["legacy"])
 
 
-def test_other_kinds_are_read_as_they_are(chatml: PreTrainedTokenizerFast) -> None:
+def test_other_kinds_are_read_as_they_are(chatml):
     assert chatml("").input_ids == []
     text = "<|im_start|>user\n Hé 日本?<|im_end|>"
     ids = chatml(text).input_ids
@@ -187,9 +185,7 @@ def test_other_kinds_are_read_as_they_are(chatml: PreTrainedTokenizerFast) -> No
     assert chatml.pad_token_id == chatml.unk_token_id
 
 
-def test_a_byte_level_tokenizer_under_llamas_name_is_not_mended(
-    chatml: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_byte_level_tokenizer_under_llamas_name_is_not_mended(chatml, tmp_path):
     shutil.copytree(COPY / "tokenizers" / "tok_mpt", tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = "LlamaTokenizerFast"
@@ -201,7 +197,7 @@ def test_a_byte_level_tokenizer_under_llamas_name_is_not_mended(
     )
 
 
-def test_unusable_tokenizers_are_one_sentence(tmp_path: Path) -> None:
+def test_unusable_tokenizers_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no-such/model"):  # tests run without a network
@@ -233,7 +229,7 @@ def encode_case(case: dict, folder: Path) -> tuple[list[int], list[int]]:
     return ids.tolist(), labels.tolist()
 
 
-def test_labels_are_the_references(text_data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_are_the_references(text_data, caplog):
     """All versions. For mpt with a tokenizer that knows its markers the reference masks everything, by
     mistake: the next test has the rule from before."""
     for case in json.loads((text_data / "preprocess.json").read_text())["cases"]:
@@ -249,7 +245,7 @@ def test_labels_are_the_references(text_data: Path, caplog: pytest.LogCaptureFix
         ]
 
 
-def test_mpt_labels_are_the_references_before_its_mistake(text_data: Path) -> None:
+def test_mpt_labels_are_the_references_before_its_mistake(text_data):
     for case in json.loads((text_data / "preprocess_fork113_mpt.json").read_text())["cases"]:
         assert encode_case(case, text_data) == (case["input_ids"], case["labels"]), case["id"]
 
@@ -280,7 +276,7 @@ def counted(text: str, tokenizer: LlamaTokenizer, has_image: bool, version: str)
 
 
 @pytest.mark.parametrize("version", ["v1", "llava_v1", "llava_llama_2", "mistral_instruct"])
-def test_labels_are_those_of_counting(kind: str, version: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_are_those_of_counting(kind, version, caplog):
     caplog.set_level(logging.CRITICAL, "llava.data.text")
     tokenizer = load_tokenizer(COPY / "tokenizers" / f"tok_{kind}")
     words = ["the dog", "USER:", "47", "é", "\n", " ", "  ", "kite.", "日本", "red", "bridge", "?", "#",
@@ -333,9 +329,7 @@ QWEN_2 = dataclasses.replace(
 
 @pytest.mark.parametrize("has_image", [True, False])
 @pytest.mark.parametrize("version", ["smollm2", "chatml_direct", "mpt", "qwen_2", "llama_3"])
-def test_answers_and_their_end_are_learnt_whatever_the_template(
-    version: str, has_image: bool, chatml: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_and_their_end_are_learnt_whatever_the_template(version, has_image, chatml, monkeypatch):
     """Against the text put together piece by piece, each piece learnt as a whole or not at all."""
     for name, template in (("qwen_2", QWEN_2), ("llama_3", LLAMA_3)):
         if name not in conv_templates:
@@ -362,22 +356,20 @@ def test_answers_and_their_end_are_learnt_whatever_the_template(
 
 
 @pytest.mark.parametrize("texts", [("a", "b <|im_end|> c"), ("a", ""), ("a", "", "b", "c"), ("a", "b", "c")])
-def test_chatml_is_masked_where_its_turns_cannot_be_told_apart(
-    texts: tuple[str, ...], chatml: PreTrainedTokenizerFast
-) -> None:
+def test_chatml_is_masked_where_its_turns_cannot_be_told_apart(texts, chatml):
     _, labels = encode_conversation(turns(*texts), chatml, "smollm2", has_image=False)
     assert (labels == -100).all()
 
 
 @pytest.mark.parametrize("version", ["v1", "llava_llama_2"])
-def test_a_tokenizer_without_bos_learns_the_same_text(chatml: PreTrainedTokenizerFast, version: str) -> None:
+def test_a_tokenizer_without_bos_learns_the_same_text(chatml, version):
     ids, labels = encode_conversation(turns("<image>\nHow?", "So.", "Why?", "Thus."), chatml, version)
     text = learnt(chatml, labels)
     assert text.replace(" ", "") == "So.</s>Thus.</s>"
     assert int(labels[0]) == -100 and ids[labels != -100].tolist() == labels[labels != -100].tolist()
 
 
-def test_several_images_stay_where_they_stand(tokenizer: LlamaTokenizer) -> None:
+def test_several_images_stay_where_they_stand(tokenizer):
     conversation = turns("<image> or <image>?", "First.", "And <image>?", "No.")
     ids, _ = encode_conversation(conversation, tokenizer, several_images=True)
     assert (ids == -200).sum() == 3
@@ -396,8 +388,6 @@ def test_several_images_stay_where_they_stand(tokenizer: LlamaTokenizer) -> None
         (turns("<image>", "b", "c", "d"), "plain", "version plain"),
     ],
 )
-def test_conversations_that_cannot_be_encoded(
-    conversation: list[dict[str, str]], version: str, says: str, tokenizer: LlamaTokenizer
-) -> None:
+def test_conversations_that_cannot_be_encoded(conversation, version, says, tokenizer):
     with pytest.raises(UserError, match=says):
         encode_conversation(conversation, tokenizer, version)

@@ -12,29 +12,16 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import (
     IMAGE_SIZE,
     VISUAL_TOKENS,
-    Family,
     edit_json,
-    family,
     single_safetensors,
 )
 
 from llava.cli import main
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints import inspect_checkpoint, read_model_weights, read_projector
-from llava.tools.whole import tower_name_from
+from llava.model.whole import tower_name_from
 
 PROMPT = torch.tensor([[1, 270, 280, -200, 290, 300]])
-
-
-@pytest.fixture(scope="module")
-def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture
-def tiny(tiny_once: Family, tmp_path: Path) -> Family:
-    """A copy that the test may change."""
-    return tiny_once.copied_to(tmp_path)
 
 
 def tool(*words: str | Path) -> int:
@@ -65,7 +52,7 @@ def logits(path: Path, base: Path | None = None) -> torch.Tensor:
 # Merging
 
 
-def test_merge_lora(tiny: Family) -> None:
+def test_merge_lora(tiny):
     out = tiny.root / "out/merged"
     assert merge(tiny.lora, tiny.base, out) == 0
     assert inspect_checkpoint(out).kind == "full"
@@ -73,7 +60,7 @@ def test_merge_lora(tiny: Family) -> None:
     torch.testing.assert_close(logits(out), logits(tiny.lora, tiny.base), atol=1e-6, rtol=0)
 
 
-def test_merge_keeps_dtype_unless_told(tiny: Family) -> None:
+def test_merge_keeps_dtype_unless_told(tiny):
     half = {name: tensor.half() for name, tensor in tiny.language_model.items()}
     torch.save(half, tiny.base / "pytorch_model.bin")
     merge(tiny.lora, tiny.base, tiny.root / "a")
@@ -87,12 +74,12 @@ def test_merge_keeps_dtype_unless_told(tiny: Family) -> None:
         )
 
 
-def test_merge_projector_into_its_base(tiny: Family) -> None:
+def test_merge_projector_into_its_base(tiny):
     merge(tiny.projector, tiny.base, tiny.root / "out")
     assert torch.equal(logits(tiny.root / "out"), logits(tiny.full))
 
 
-def test_merge_adapter_of_a_plain_language_model(tiny: Family) -> None:
+def test_merge_adapter_of_a_plain_language_model(tiny):
     for name in ("config.json", "non_lora_trainables.bin"):
         (tiny.lora / name).unlink()
     out = tiny.root / "out"
@@ -111,9 +98,7 @@ def test_merge_adapter_of_a_plain_language_model(tiny: Family) -> None:
         (("consolidate", "--src", "llava-tiny-lora", "--dst"), "llava tools merge-lora"),
     ],
 )
-def test_checkpoints_that_a_tool_is_not_for(
-    tiny: Family, words: tuple[str, ...], named: str, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_that_a_tool_is_not_for(tiny, words, named, capsys, monkeypatch):
     monkeypatch.chdir(tiny.root)
     edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path="base-tiny")
     assert tool("tools", *words, "out.bin") == 2
@@ -121,7 +106,7 @@ def test_checkpoints_that_a_tool_is_not_for(
     assert not (tiny.root / "out.bin").exists()
 
 
-def test_a_failed_tool_leaves_nothing(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_tool_leaves_nothing(tiny, capsys):
     (tiny.base / "pytorch_model.bin").write_bytes(b"PK torn")
     assert merge(tiny.lora, tiny.base, tiny.root / "out") == 2
     assert "pytorch_model.bin is damaged or cut off" in capsys.readouterr().err
@@ -131,9 +116,7 @@ def test_a_failed_tool_leaves_nothing(tiny: Family, capsys: pytest.CaptureFixtur
 # The way to the tower
 
 
-def test_relative_tower_paths_move_along(
-    tiny: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_tower_paths_move_along(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert tower_name_from("towers/clip-tiny", tiny.full, tiny.root / "other") == "towers/clip-tiny"
     assert tower_name_from("openai/clip", tiny.full, tiny.root / "other") == "openai/clip"
@@ -149,7 +132,7 @@ def test_relative_tower_paths_move_along(
 
 
 @pytest.mark.parametrize("source", ["full", "lora", "projector"])
-def test_extract_projector(tiny: Family, source: str) -> None:
+def test_extract_projector(tiny, source):
     for name in ("mm_projector.bin", "mm_projector.safetensors"):
         out = tiny.root / "out" / name
         assert tool("tools", "extract-projector", "--model-path", getattr(tiny, source), "--output", out) == 0
@@ -158,7 +141,7 @@ def test_extract_projector(tiny: Family, source: str) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in tiny.projector_weights.items())
 
 
-def test_extracted_projector_is_a_checkpoint(tiny: Family) -> None:
+def test_extracted_projector_is_a_checkpoint(tiny):
     out = tiny.root / "out"
     tool("tools", "extract-projector", "--model-path", tiny.full, "--output", out)
     assert inspect_checkpoint(out).kind == "projector"
@@ -168,7 +151,7 @@ def test_extracted_projector_is_a_checkpoint(tiny: Family) -> None:
 # Consolidating
 
 
-def test_consolidate(tiny: Family) -> None:
+def test_consolidate(tiny):
     tower = {
         f"model.vision_tower.vision_tower.{name}": tensor
         for name, tensor in torch.load(tiny.tower / "pytorch_model.bin").items()
@@ -190,7 +173,7 @@ def test_consolidate(tiny: Family) -> None:
     assert load_file(tiny.root / "with-tower/model.safetensors").keys() == whole.keys() | tower.keys()
 
 
-def test_a_tower_that_was_trained_along_is_merged_too(tiny: Family) -> None:
+def test_a_tower_that_was_trained_along_is_merged_too(tiny):
     """LoRA on a LLaVA-1.6: its base carries a tower of its own."""
     clip = torch.load(tiny.tower / "pytorch_model.bin")
     own = {
@@ -211,7 +194,7 @@ def test_a_tower_that_was_trained_along_is_merged_too(tiny: Family) -> None:
 # llava-hf
 
 
-def test_to_llava_hf_is_transformers_llava(tiny: Family) -> None:
+def test_to_llava_hf_is_transformers_llava(tiny):
     """The same picture and text through transformers' own model, read from what we wrote."""
     from transformers import LlamaTokenizer, LlavaForConditionalGeneration
 
@@ -235,7 +218,7 @@ def test_to_llava_hf_is_transformers_llava(tiny: Family) -> None:
     torch.testing.assert_close(theirs[..., : tiny.vocab_size], logits(tiny.full), atol=1e-5, rtol=0)
 
 
-def test_llava_hf_round_trip(tiny: Family) -> None:
+def test_llava_hf_round_trip(tiny):
     edit_json(tiny.full / "config.json", mm_token_reducer="topk(tokens=5)", image_aspect_ratio="square")
     hf, back = tiny.root / "hf", tiny.root / "back"
     convert("llava-hf", tiny.full, hf)
@@ -262,7 +245,7 @@ def test_llava_hf_round_trip(tiny: Family) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_convert_golden_llava_hf(golden: Path, tmp_path: Path) -> None:
+def test_convert_golden_llava_hf(golden, tmp_path):
     """A 4.37-era directory becomes the released format's weights, and its tower the CLIP they came from."""
     ckpt = golden / "llava/ckpt"
     out = tmp_path / "llava"
@@ -279,7 +262,7 @@ def test_convert_golden_llava_hf(golden: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tower[name], clip[name]) for name in tower)
 
 
-def test_spellings_of_transformers_5_in_memory(tiny: Family) -> None:
+def test_spellings_of_transformers_5_in_memory(tiny):
     """A state dict saved by hand from transformers' model has its in-memory names; it loads too."""
     from transformers import LlavaForConditionalGeneration
 
@@ -291,7 +274,7 @@ def test_spellings_of_transformers_5_in_memory(tiny: Family) -> None:
     assert torch.equal(logits(hf), logits(tiny.full))
 
 
-def test_convert_with_a_named_tower(tiny: Family) -> None:
+def test_convert_with_a_named_tower(tiny):
     hf, out = tiny.root / "hf", tiny.root / "out"
     convert("llava-hf", tiny.full, hf)
     convert("llava", hf, out, "--vision-tower", "towers/clip-tiny")
@@ -299,7 +282,7 @@ def test_convert_with_a_named_tower(tiny: Family) -> None:
     assert torch.equal(logits(out), logits(tiny.full))
 
 
-def test_what_llava_hf_has_no_place_for(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_llava_hf_has_no_place_for(tiny, capsys):
     edit_json(tiny.full / "config.json", mm_projector_type="linear")
     weights = {
         **tiny.language_model,
@@ -322,7 +305,7 @@ def doctor(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int,
     return status, json.loads(capsys.readouterr().out)
 
 
-def test_doctor_finds_nothing_wrong(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_finds_nothing_wrong(tiny, capsys):
     for directory, base in (
         (tiny.full, None),
         (tiny.lora, tiny.base),
@@ -337,7 +320,7 @@ def test_doctor_finds_nothing_wrong(tiny: Family, capsys: pytest.CaptureFixture[
     assert "nothing wrong found" in capsys.readouterr().out
 
 
-def test_doctor_lists_what_is_wrong(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_lists_what_is_wrong(tiny, capsys):
     status, report = doctor(capsys, tiny.lora)
     assert status == 1
     assert "--model-base someone/base-tiny" in report["problems"][0]
@@ -352,7 +335,7 @@ def test_doctor_lists_what_is_wrong(tiny: Family, capsys: pytest.CaptureFixture[
     assert "has shape" in weights
 
 
-def test_doctor_reads_the_values_if_asked(tiny: Family, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reads_the_values_if_asked(tiny, capsys):
     file = tiny.projector / "mm_projector.bin"
     weights = torch.load(file)
     weights["model.mm_projector.0.bias"][3] = float("nan")
@@ -374,9 +357,7 @@ def test_doctor_reads_the_values_if_asked(tiny: Family, capsys: pytest.CaptureFi
         ("scripts/extract_mm_projector.py", "--output"),
     ],
 )
-def test_old_names(
-    root: Path, name: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_names(root, name, says, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as stopped:
         if name.endswith(".py"):

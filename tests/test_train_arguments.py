@@ -38,7 +38,7 @@ def quiet(line: str) -> None:
     pass
 
 
-def test_defaults_are_llavas(argv: list[str]) -> None:
+def test_defaults_are_llavas(argv):
     model, data, training = parse(argv, quiet)
     assert (model.model_name_or_path, model.version) == ("facebook/opt-125m", "v0")
     assert not (model.freeze_backbone or model.tune_mm_mlp_adapter or model.mm_use_im_start_end)
@@ -77,7 +77,7 @@ def test_defaults_are_llavas(argv: list[str]) -> None:
         ("--mm-projector-lr=1", "mm_projector_lr", 1.0),
     ],
 )
-def test_flags_of_transformers_4_are_read(argv: list[str], flags: str, name: str, value: object) -> None:
+def test_flags_of_transformers_4_are_read(argv, flags, name, value):
     _, _, training = parse([*argv, *shlex.split(flags)], quiet)
     assert getattr(training, name) == value
 
@@ -93,7 +93,7 @@ def test_flags_of_transformers_4_are_read(argv: list[str], flags: str, name: str
         ("", 0),
     ],
 )
-def test_warmup_means_what_it_meant(argv: list[str], flags: str, steps: int) -> None:
+def test_warmup_means_what_it_meant(argv, flags, steps):
     """transformers 4: of both, warmup_steps wins if it is above 0."""
     _, _, training = parse([*argv, *shlex.split(flags)], quiet)
     assert training.get_warmup_steps(100) == steps
@@ -133,9 +133,7 @@ def test_warmup_means_what_it_meant(argv: list[str], flags: str, steps: int) -> 
         ("--bits 4 --lora_enable True --deepspeed scripts/zero3.json", ["--bits 4", "ZeRO-3", "zero2.json"]),
     ],
 )
-def test_a_bad_combination_names_its_flags(
-    argv: list[str], flags: str, names: list[str], root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_combination_names_its_flags(argv, flags, names, root, monkeypatch):
     monkeypatch.chdir(root)
     if "zero3" in flags:
         pytest.importorskip("deepspeed")
@@ -146,9 +144,7 @@ def test_a_bad_combination_names_its_flags(
     assert "\n" not in str(error.value)
 
 
-def test_eight_bits_are_refused_where_the_gpu_has_no_int8(
-    argv: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eight_bits_are_refused_where_the_gpu_has_no_int8(argv, monkeypatch):
     flags = [*argv, "--bits", "8", "--lora_enable", "True"]
     parse(flags, quiet)
     monkeypatch.setattr(hardware, "supports_llm_int8", lambda device=None: False)
@@ -156,7 +152,7 @@ def test_eight_bits_are_refused_where_the_gpu_has_no_int8(
         parse(flags, quiet)
 
 
-def test_a_bad_flag_is_a_sentence_and_status_2(argv: list[str], root: Path) -> None:
+def test_a_bad_flag_is_a_sentence_and_status_2(argv, root):
     """As a process of its own, which imports neither the trainer nor the model for it."""
     program = (
         "import sys; from llava.cli import main; status = main(['train', *sys.argv[1:]]); "
@@ -171,15 +167,13 @@ def test_a_bad_flag_is_a_sentence_and_status_2(argv: list[str], root: Path) -> N
 @pytest.mark.parametrize(
     ("version", "said"), [("v1", False), ("plain", False), ("v0", True), ("vicuna", True)]
 )
-def test_a_version_that_means_another_template_is_said(argv: list[str], version: str, said: bool) -> None:
+def test_a_version_that_means_another_template_is_said(argv, version, said):
     lines: list[str] = []
     parse([*argv, "--version", version], lines.append)
     assert any("written as vicuna_v1" in line for line in lines) == said
 
 
-def test_precision_auto_asks_the_hardware_and_a_flag_wins(
-    argv: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precision_auto_asks_the_hardware_and_a_flag_wins(argv, monkeypatch):
     said: list[str] = []
     _, _, training = parse([*argv, "--precision", "auto"], said.append)
     assert (training.bf16, training.fp16, training.attn_implementation) == (False, False, "sdpa")
@@ -191,7 +185,7 @@ def test_precision_auto_asks_the_hardware_and_a_flag_wins(
     assert training.bf16
 
 
-def test_the_global_batch_is_kept() -> None:
+def test_the_global_batch_is_kept():
     for total, per_device, world in itertools.product([1, 7, 128, 160, 256], [1, 3, 16, 20], [1, 2, 3, 4, 8]):
         if total < world:
             continue
@@ -206,13 +200,13 @@ def test_the_global_batch_is_kept() -> None:
             assert all(abs(batch * s * world - total) >= error for s in (max(1, steps - 1), steps + 1))
 
 
-def test_an_explicit_accumulation_wins_over_the_global_batch(argv: list[str]) -> None:
+def test_an_explicit_accumulation_wins_over_the_global_batch(argv):
     flags = "--global_batch_size 160 --per_device_train_batch_size 20 --gradient_accumulation_steps 2"
     _, _, training = parse([*argv, *flags.split()], quiet)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (20, 2)
 
 
-def test_trackers_that_are_not_installed_are_left_out(argv: list[str]) -> None:
+def test_trackers_that_are_not_installed_are_left_out(argv):
     said: list[str] = []
     _, _, training = parse([*argv, "--report_to", "clearml"], said.append)
     assert training.report_to == []
@@ -255,9 +249,7 @@ def files_to_train_on(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("mini", ["", "1"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_scripts_flags_are_flags(
-    script: str, mini: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_scripts_flags_are_flags(script, mini, root, tmp_path, monkeypatch):
     settings = {**files_to_train_on(tmp_path), "MINI": mini, "GPUS": "0", "REDUCER": "prumerge+"}
     command = dry_run(root, script, "--use_cpu", "True", **settings)
     assert command[:2] == ["python", "llava/train/train_mem.py"]
@@ -281,7 +273,7 @@ def test_every_scripts_flags_are_flags(
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_starts_one_process_per_gpu_and_a_flag_wins(script: str, root: Path) -> None:
+def test_a_script_starts_one_process_per_gpu_and_a_flag_wins(script, root):
     command = dry_run(
         root, script, "--learning_rate", "7", GPUS="3", NNODES="2", NODE_RANK="1", MASTER_ADDR="a"
     )
@@ -306,7 +298,7 @@ def test_a_script_starts_one_process_per_gpu_and_a_flag_wins(script: str, root: 
 @pytest.mark.parametrize(
     ("visible", "count"), [("0,2,3", 3), ("GPU-5a, GPU-6b", 2), ("1,-1,2", 1), ("-1", 0), ("", 0)]
 )
-def test_gpus_are_counted_as_cuda_does(visible: str, count: int, root: Path) -> None:
+def test_gpus_are_counted_as_cuda_does(visible, count, root):
     command = dry_run(root, "finetune_lora", CUDA_VISIBLE_DEVICES=visible)
     if count:
         assert command[command.index("--nproc_per_node") + 1] == str(count)
@@ -315,7 +307,7 @@ def test_gpus_are_counted_as_cuda_does(visible: str, count: int, root: Path) -> 
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_setting(script: str, root: Path) -> None:
+def test_help_names_every_setting(script, root):
     path = root / "scripts/v1_5" / f"{script}.sh"
     shown = subprocess.run(["bash", str(path), "--help"], capture_output=True, text=True, check=True).stdout
     text = path.read_text() + (path.parent / "common.sh").read_text()
@@ -326,7 +318,7 @@ def test_help_names_every_setting(script: str, root: Path) -> None:
     assert "$" not in shown.replace("$0", "")
 
 
-def test_the_shipped_deepspeed_configs_gather_and_leave_the_schedule(root: Path) -> None:
+def test_the_shipped_deepspeed_configs_gather_and_leave_the_schedule(root):
     for name, stage in (("zero2", 2), ("zero3", 3), ("zero3_offload", 3)):
         config = json.loads((root / "scripts" / f"{name}.json").read_text())
         zero = config["zero_optimization"]

@@ -1,18 +1,23 @@
 """Two processes on the CPU take the steps one process takes with the same global batch: DDP, ZeRO, FSDP."""
 
+import importlib
 import os
-import re
-import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from forked import in_two_processes
 from tiny_training import STAGES, Tiny, losses, make
 
 from llava.model.checkpoints import read_tensors
+from llava.train.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +26,7 @@ STEPS = (
     "--per_device_train_batch_size 1 --train_sampling_strategy sequential --max_steps 4 --lora_dropout 0 "
     "--save_strategy no"
 )
+RESUMABLE = "--save_strategy steps --save_steps 2"
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +34,39 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make(tmp_path_factory.mktemp("tiny"))
 
 
-# accelerate shards over GPUs only, though torch's FSDP2 runs on CPUs as well: here it takes them for GPUs.
-FSDP_ON_CPU = """
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+@pytest.fixture(scope="module")
+def single(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory):
+    """The folder of a stage's run in one process: two micro batches for the other's two processes."""
 
-from llava.train.train import main
+    @cache
+    def run(stage: str, flags: str = "") -> Path:
+        out = tmp_path_factory.mktemp("one")
+        tiny.train(out, f"{flags_of(stage)} {flags} --gradient_accumulation_steps 2")
+        return out
 
-plain = AcceleratorState.__init__
+    return run
 
-def as_on_gpus(self, *args, fsdp_plugin=None, **options):
-    plain(self, *args, fsdp_plugin=fsdp_plugin, **options)
-    if fsdp_plugin is not None:
-        self.fsdp_plugin = fsdp_plugin
-        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-AcceleratorState.__init__ = as_on_gpus
-main()
-"""
+def flags_of(stage: str) -> str:
+    resumable = RESUMABLE if stage == "lora" else ""
+    return f"{STAGES[stage].replace('--group_by_modality_length True', '')} {STEPS} {resumable}"
+
+
+def train_on_cpus(argv: list[str]) -> None:
+    """`train` with what its libraries do for GPUs alone, and without what they do for CPUs alone."""
+    if "ACCELERATE_USE_FSDP" in os.environ:  # accelerate shards over GPUs only, torch's FSDP2 on CPUs as well
+        plain = AcceleratorState.__init__
+
+        def as_on_gpus(self, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+            plain(self, *args, fsdp_plugin=fsdp_plugin, **options)
+            if fsdp_plugin is not None:
+                self.fsdp_plugin = fsdp_plugin
+                self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+        AcceleratorState.__init__ = as_on_gpus
+    if "--deepspeed" in argv:  # sums in shared memory: compiled, under a lock that a killed run leaves behind
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    train(argv=argv)
 
 
 def fsdp_environment(root: Path) -> dict[str, str]:
@@ -58,40 +79,17 @@ def fsdp_environment(root: Path) -> dict[str, str]:
     return {"ACCELERATE_USE_FSDP": "true", **{names.get(key, key.upper()): v for key, v in values.items()}}
 
 
-def launch(root: Path, tiny: Tiny, out: Path, flags: str, *, fsdp: bool = False) -> list[dict]:
+def launch(root: Path, tiny: Tiny, out: Path, flags: str, *, how: str = "ddp") -> list[dict]:
     """The same run in two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(port),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LLAVA_CACHE": str(out.parent / "cache")}
-    program = ["-m", "llava.train.train"]
-    if fsdp:
-        program = [str(out.parent / "fsdp_on_cpu.py")]
-        Path(program[0]).write_text(FSDP_ON_CPU)
-        environment |= {**fsdp_environment(root), "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [*command, *program, *tiny.argv(out, flags)],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    argv = tiny.argv(out, flags)
+    if how == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["-m", "llava.train.train", *argv]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    else:
+        in_two_processes(train_on_cpus, argv, **(fsdp_environment(root) if how == "fsdp" else {}))
     return losses(out)
-
-
-def single(tiny: Tiny, out: Path, flags: str) -> list[dict]:
-    """One process, two micro batches for the other's two processes."""
-    return tiny.train(out, f"{flags} --gradient_accumulation_steps 2")
 
 
 def assert_same(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
@@ -105,47 +103,38 @@ def assert_same(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
     assert [r.get(key) for r in ours] == [r.get(key) for r in theirs]
 
 
-CASES = {
-    "ddp-lora": ("lora", ""),
-    "ddp-full": ("full", ""),
-    "zero2-full": ("full", "--deepspeed scripts/zero2.json"),
-    "zero2-projector": ("projector", "--deepspeed scripts/zero2.json"),
-    "zero2-lora": ("lora", "--deepspeed scripts/zero2.json --gradient_checkpointing True"),
-    "zero3-full": ("full", "--deepspeed scripts/zero3.json"),
-    "zero3-lora": ("lora", "--deepspeed scripts/zero3.json --gradient_checkpointing True"),
-    "zero3-projector": ("projector", "--deepspeed scripts/zero3.json"),
-    "fsdp-full": ("full", ""),
-    "fsdp-lora": ("lora", "--gradient_checkpointing True"),
-}
+CASES = [
+    *(("ddp", "lora"), ("torchrun", "full")),
+    *(("zero2", "full"), ("zero2", "projector"), ("zero2", "lora")),
+    *(("zero3", "full"), ("zero3", "projector"), ("zero3", "lora")),
+    *(("fsdp", "full"), ("fsdp", "lora")),
+]
 FILES = {"full": "model.safetensors", "lora": "non_lora_trainables.bin", "projector": "mm_projector.bin"}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_take_the_steps_of_one(case: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "stage"), CASES)
+def test_two_processes_take_the_steps_of_one(how, stage, root, tiny, single, tmp_path):
     """LoRA runs do so with visual tokens from a cache that both fill, and go on from a checkpoint."""
-    stage, flags = CASES[case]
-    if "zero" in case:
+    resumes, flags, one, two = stage == "lora", flags_of(stage), single(stage), tmp_path / "two"
+    if how.startswith("zero"):
         pytest.importorskip("deepspeed")
-    fsdp, resumes = "fsdp" in case, stage == "lora"
-    flags = f"{STAGES[stage].replace('--group_by_modality_length True', '')} {STEPS} {flags}"
-    if resumes:
-        flags += " --save_strategy steps --save_steps 2"
-    theirs = single(tiny, tmp_path / "one", re.sub(r"--deepspeed \S+", "", flags))
+        flags += f" --deepspeed {root}/scripts/{how}.json"
     if resumes:
         flags += f" --visual_cache {tmp_path / 'tokens'}"
-    ours = launch(root, tiny, tmp_path / "two", flags, fsdp=fsdp)
-    assert_same(ours, theirs, 1e-3 if resumes else 2e-4)  # cached tokens are float16
-    assert_same_weights(tmp_path / "two" / FILES[stage], tmp_path / "one" / FILES[stage], 1e-3)
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+        flags += "" if how == "ddp" else " --gradient_checkpointing True"
+    ours = launch(root, tiny, two, flags, how=how)
+    assert_same(ours, losses(one), 1e-3 if resumes else 2e-4)  # cached tokens are float16
+    assert_same_weights(two / FILES[stage], one / FILES[stage], 1e-3)
+    assert files(two) == files(one)
     if resumes:
         part = tmp_path / "part"
         part.mkdir()
-        (tmp_path / "two" / "checkpoint-2").rename(part / "checkpoint-2")
-        assert any("fsdp" in path.name for path in (part / "checkpoint-2").iterdir()) == fsdp
-        again = launch(root, tiny, part, flags, fsdp=fsdp)
+        (two / "checkpoint-2").rename(part / "checkpoint-2")
+        assert any("fsdp" in path.name for path in (part / "checkpoint-2").iterdir()) == (how == "fsdp")
+        again = launch(root, tiny, part, flags, how=how)
         assert [row["step"] for row in again] == [3, 4]
         assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in ours[2:]], abs=1e-6)
-        assert_same_weights(part / FILES[stage], tmp_path / "two" / FILES[stage], 1e-5)
+        assert_same_weights(part / FILES[stage], two / FILES[stage], 1e-5)
 
 
 def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
@@ -160,12 +149,12 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", ["lora", "full"])
-def test_zero3_in_bfloat16(stage: str, root: Path, tiny: Tiny, tmp_path: Path) -> None:
+def test_zero3_in_bfloat16(stage, root, tiny, single, tmp_path):
     """The weights themselves are rounded to bfloat16; one process trains float32 weights under autocast, so
     losses after the first differ a little (by 0.1 of 5 on one CPU) while they fall by 2."""
     pytest.importorskip("deepspeed")
-    flags = f"{STAGES[stage].replace('--group_by_modality_length True', '')} {STEPS} --bf16 True"
-    one = single(tiny, tmp_path / "one", flags)
-    two = launch(root, tiny, tmp_path / "two", f"{flags} --deepspeed scripts/zero3.json")
+    one = losses(single(stage, "--bf16 True"))
+    flags = f"{flags_of(stage)} --bf16 True --deepspeed {root}/scripts/zero3.json"
+    two = launch(root, tiny, tmp_path / "two", flags)
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=0.01)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=0.2)

@@ -5,17 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import TOWER_HIDDEN, Family, edit_json, family
+from tiny_checkpoints import TOWER_HIDDEN, Family, edit_json
 from tiny_training import FLAGS
 
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import parse
 from llava.train.setup import Prepared, build
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Family:
-    return family(tmp_path / "models")
 
 
 def prepare(tiny: Family, flags: str, base: Path | None = None) -> Prepared:
@@ -37,7 +32,7 @@ def add_own_tower(tiny: Family) -> None:
     edit_json(tiny.full / "config.json", unfreeze_mm_vision_tower=True)
 
 
-def test_training_uses_the_tower_the_checkpoint_carries(tiny: Family) -> None:
+def test_training_uses_the_tower_the_checkpoint_carries(tiny):
     stock = prepare(tiny, FLAGS).llava.get_vision_tower().backbone.state_dict()
     add_own_tower(tiny)
     # The second: the tower by the name that the checkpoint records, as every script of LLaVA gives it.
@@ -57,9 +52,7 @@ def test_training_uses_the_tower_the_checkpoint_carries(tiny: Family) -> None:
         ("mm_token_reducer", "topk(tokens=4)", "none"),
     ],
 )
-def test_a_flag_that_is_given_wins_and_one_that_is_not_leaves_the_checkpoint_s(
-    tiny: Family, field: str, recorded: object, given: object
-) -> None:
+def test_a_flag_that_is_given_wins_and_one_that_is_not_leaves_the_checkpoint_s(tiny, field, recorded, given):
     """`given` is what the flag means in LLaVA where it is left out."""
     edit_json(tiny.full / "config.json", **{field: recorded})
     flags = "--version v1 --use_cpu True"
@@ -67,7 +60,7 @@ def test_a_flag_that_is_given_wins_and_one_that_is_not_leaves_the_checkpoint_s(
     assert getattr(prepare(tiny, f"{flags} --{field} {given}").llava.config, field) == given
 
 
-def test_what_llava_s_flags_mean_where_nothing_says(tiny: Family) -> None:
+def test_what_llava_s_flags_mean_where_nothing_says(tiny):
     flags = f"--version v1 --use_cpu True --vision_tower {tiny.tower}"
     llava = prepare(tiny, flags, tiny.base).llava
     config = llava.config

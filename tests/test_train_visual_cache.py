@@ -27,11 +27,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLAVA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture
 def llava(tiny: Tiny) -> LlavaLlamaForCausalLM:
     _, model, _, _ = load_pretrained_model(
@@ -72,9 +67,7 @@ def assert_right(cache: VisualCache, llava: LlavaLlamaForCausalLM, files: list[P
 
 @pytest.mark.parametrize("reducer", ["none", "prumerge", "prumerge+"])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_entries_are_what_the_model_makes(
-    reducer: str, batch_size: int, llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_entries_are_what_the_model_makes(reducer, batch_size, llava, tiny, tmp_path):
     llava.set_reducer(reducer)
     files = pictures(tiny)
     cache, count = fill(llava, tmp_path, files, batch_size=batch_size)
@@ -84,7 +77,7 @@ def test_entries_are_what_the_model_makes(
     assert_right(pickle.loads(pickle.dumps(cache)), llava, files)  # as a loader's worker gets it
 
 
-def test_the_same_content_is_encoded_once(llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path) -> None:
+def test_the_same_content_is_encoded_once(llava, tiny, tmp_path):
     file = pictures(tiny)[0]
     twin = tmp_path / "twin.png"
     shutil.copy(file, twin)
@@ -92,7 +85,7 @@ def test_the_same_content_is_encoded_once(llava: LlavaLlamaForCausalLM, tiny: Ti
     assert count == len(cache) == 1
 
 
-def test_a_changed_picture_is_another_entry(llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_changed_picture_is_another_entry(llava, tiny, tmp_path):
     first, second = pictures(tiny)[:2]
     file = tmp_path / "picture.png"
     shutil.copy(first, file)
@@ -121,9 +114,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_makes_other_tokens_has_other_entries(
-    change: str, llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_whatever_makes_other_tokens_has_other_entries(change, llava, tiny, tmp_path):
     files = pictures(tiny)[:1]
     fill(llava, tmp_path, files)
     CHANGES[change](llava)
@@ -143,7 +134,7 @@ class Half(Reducer):
 """
 
 
-def test_a_method_that_is_worked_on_has_other_entries(llava: LlavaLlamaForCausalLM, tmp_path: Path) -> None:
+def test_a_method_that_is_worked_on_has_other_entries(llava, tmp_path):
     (file := tmp_path / "half.py").write_text(METHOD)
     llava.set_reducer(f"{file}:half")
     before = recipe_of(llava)
@@ -152,9 +143,7 @@ def test_a_method_that_is_worked_on_has_other_entries(llava: LlavaLlamaForCausal
 
 
 @pytest.mark.parametrize("part", [0, 0.5])
-def test_a_torn_file_is_encoded_anew(
-    part: float, llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_torn_file_is_encoded_anew(part, llava, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(visual_cache, "ROWS_PER_FILE", 1)  # a file a batch
     files = pictures(tiny)
     cache, _ = fill(llava, tmp_path, files, batch_size=2)
@@ -167,9 +156,7 @@ def test_a_torn_file_is_encoded_anew(
     assert_right(cache, llava, files)
 
 
-def test_a_kill_loses_only_what_was_not_written(
-    llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_loses_only_what_was_not_written(llava, tiny, tmp_path, monkeypatch):
     """SIGKILL in the third batch of a process of its own, then again from here."""
     monkeypatch.setattr(visual_cache, "ROWS_PER_FILE", 1)
     files, calls, original = pictures(tiny), [], llava.encode_images
@@ -191,7 +178,7 @@ def test_a_kill_loses_only_what_was_not_written(
     assert_right(cache, llava, files)
 
 
-def test_two_processes_fill_one_folder(llava: LlavaLlamaForCausalLM, tiny: Tiny, tmp_path: Path) -> None:
+def test_two_processes_fill_one_folder(llava, tiny, tmp_path):
     files = pictures(tiny)
     process = FORK.Process(target=fill, args=(llava, tmp_path, files[:4]), kwargs={"batch_size": 1})
     process.start()
@@ -206,7 +193,7 @@ def test_two_processes_fill_one_folder(llava: LlavaLlamaForCausalLM, tiny: Tiny,
 # In a run
 
 
-def test_a_run_on_the_cache_learns_the_same(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_run_on_the_cache_learns_the_same(tiny, tmp_path):
     flags = f"{STAGES['lora']} --max_steps 5 --save_strategy no --lora_dropout 0 --reducer prumerge+"
     plain = tiny.train(tmp_path / "plain", flags)
     cached = tiny.train(tmp_path / "cached", f"{flags} --visual_cache {tmp_path / 'cache'}")
@@ -215,9 +202,7 @@ def test_a_run_on_the_cache_learns_the_same(tiny: Tiny, tmp_path: Path) -> None:
     assert [row.get(key) for row in cached] == [row.get(key) for row in plain]
 
 
-def test_the_tower_never_runs_once_the_cache_is_full(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tower_never_runs_once_the_cache_is_full(tiny, tmp_path, monkeypatch):
     flags = f"{STAGES['projector']} --max_steps 2 --save_strategy no --visual_cache {tmp_path / 'cache'}"
     first = tiny.train(tmp_path / "a", flags)
     original = LlavaLlamaForCausalLM.encode_images
@@ -234,7 +219,7 @@ def test_the_tower_never_runs_once_the_cache_is_full(
 
 
 @pytest.mark.parametrize("mode", ["error", "skip"])
-def test_a_bad_picture_stops_the_run_or_is_passed_over(mode: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_bad_picture_stops_the_run_or_is_passed_over(mode, tiny, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(tiny.images, images)
     (images / "3.png").write_bytes(b"no picture")

@@ -27,14 +27,14 @@ def greys(path: Path, count: int) -> list[int]:
     return [round(float(np.asarray(frame).mean())) for frame in frames]
 
 
-def test_frames_are_spread_evenly_from_first_to_last(tmp_path: Path) -> None:
+def test_frames_are_spread_evenly_from_first_to_last(tmp_path):
     shown = list(range(10, 210, 20))
     write_video(tmp_path / "film.mp4", shown)
     assert greys(tmp_path / "film.mp4", 4) == pytest.approx([shown[0], shown[3], shown[6], shown[9]], abs=8)
     assert greys(tmp_path / "film.mp4", 50) == pytest.approx(shown, abs=8)
 
 
-def test_what_is_no_video_is_named(tmp_path: Path) -> None:
+def test_what_is_no_video_is_named(tmp_path):
     pytest.importorskip("av")
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(UserError, match=r"text\.mp4"):
@@ -43,7 +43,7 @@ def test_what_is_no_video_is_named(tmp_path: Path) -> None:
         read_frames(tmp_path / "none.mp4", 4)
 
 
-def test_a_missing_reader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_reader_is_named(tmp_path, monkeypatch):
     real = builtins.__import__
 
     def without_av(name: str, *args: object, **kwargs: object) -> object:

@@ -16,6 +16,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    CLIPTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
@@ -24,6 +25,7 @@ from transformers import (
 IMAGE_SIZE, PATCH = 56, 14
 VISUAL_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 HIDDEN, TOWER_HIDDEN, RANK = 64, 32, 4
+PIECE = 12  # what the text model of `whole_clip` reads at a time
 
 TOWER = {
     "hidden_size": TOWER_HIDDEN,
@@ -226,3 +228,22 @@ def single_safetensors(directory: Path, tensors: dict[str, torch.Tensor]) -> Non
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors"
     )
+
+
+def whole_clip(tower: Path) -> None:
+    """Makes the tower of a family a whole CLIP: text model, projections, a tokenizer of letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz.,?!0123456789"
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tower)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text |= {"vocab_size": len(pieces), "max_position_embeddings": PIECE, "projection_dim": 16}
+    text |= {"bos_token_id": len(pieces) - 2, "eos_token_id": len(pieces) - 1}
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(vision_config=TOWER, text_config=text, projection_dim=16))
+    for weight in clip.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    (tower / "pytorch_model.bin").unlink()
+    processor = (tower / "preprocessor_config.json").read_text()
+    clip.save_pretrained(tower)
+    (tower / "preprocessor_config.json").write_text(processor)

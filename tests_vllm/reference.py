@@ -2,6 +2,7 @@
 
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.question import QuestionReader
 
 SPECS = ("none", "prumerge+", "prumerge+(max_tokens=144)", "prumerge", "random(tokens=97)")
 
@@ -14,14 +15,20 @@ def prompt_of(conv_mode: str, *texts: str) -> str:
     return conversation.get_prompt()
 
 
-def greedy_ids(loaded, prompt: str, images=(), *, reducer: str = "none", new: int = 16) -> list[int]:
+def greedy_ids(
+    loaded, prompt: str, images=(), *, reducer: str = "none", question: str = "", new: int = 16
+) -> list[int]:
     """New ids, the end token included where it was reached."""
     tokenizer, model, processor = loaded
-    model.set_reducer(reducer)
+    visual = []
+    if images:
+        made = model.make_reducer(reducer)
+        text = QuestionReader(model, tokenizer)(question, made)
+        pixels, sizes = process_images(images, processor, model.config), [image.size for image in images]
+        visual = model.embed_images(pixels, sizes, [made] * len(images), [text] * len(images))
     found = model.generate(
         tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None],
-        images=process_images(images, processor, model.config) if images else None,
-        image_sizes=[image.size for image in images] if images else None,
+        visual_embeds=visual,
         do_sample=False,
         max_new_tokens=new,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,70 +1,38 @@
-"""Tower and reducer in vLLM's front end: our own model's tokens, and bad requests found before the engine."""
+"""vLLM's front end by itself: how its caches know a picture, and what it loads when."""
 
 import pytest
-import torch
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from llava.mm_utils import process_images
 from llava.serve.vllm import register
+from tests.tiny_checkpoints import VISUAL_TOKENS, family, whole_clip
 
 
 @pytest.fixture(scope="module")
-def processor(mini_merged):
+def processor(tmp_path_factory):
     register()
-    config = ModelConfig(
-        str(mini_merged), config_format="llava", dtype="float32", mm_processor_kwargs={"reducer": "prumerge"}
-    )
+    tiny = family(tmp_path_factory.mktemp("tiny"))
+    whole_clip(tiny.tower)
+    default = {"reducer": "prumerge"}
+    config = ModelConfig(str(tiny.full), config_format="llava", dtype="float32", mm_processor_kwargs=default)
     return MULTIMODAL_REGISTRY.create_processor(config)
 
 
-def process(processor, images, **kwargs):
-    prompt = processor.info.get_tokenizer()("a <image> " * len(images)).input_ids
-    items = processor.info.parse_mm_data({"image": images})
-    return processor(prompt, mm_items=items, hf_processor_mm_kwargs=kwargs)
+def test_start_up_needs_no_tower(processor):
+    done = processor.get_dummy_mm_inputs({"image": 2})
+    rows = VISUAL_TOKENS**0.5
+    assert [one.length for one in done["mm_placeholders"]["image"]] == [VISUAL_TOKENS + rows] * 2
+    assert "encoder" not in vars(processor)
 
 
-@pytest.mark.parametrize("reducer", ["none", "prumerge+", "prumerge", "topk(tokens=9)"])
-def test_the_engine_gets_the_tokens_our_model_computes(processor, mini, pictures, reducer):
-    _, model, image_processor = mini
-    model.set_reducer(reducer)
-    images = [image for image, _ in pictures.values()][:2]
-    done = process(processor, images, reducer=reducer)
-    for index, image in enumerate(images):
-        (wanted,) = model.encode_images(process_images([image], image_processor, model.config))
-        found = done["mm_kwargs"]["image"][index]["visual_tokens"].data
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-        assert done["mm_placeholders"]["image"][index].length == len(wanted)
-
-
-def test_caches_know_a_picture_by_its_canonical_reducer(processor, pictures):
-    image = pictures["coffee.jpg"][0]
-
-    def digest(**kwargs):
-        return process(processor, [image], **kwargs)["mm_hashes"]["image"][0]
+def test_caches_know_a_picture_by_its_canonical_reducer_and_the_question_that_reads(processor, pictures):
+    def digest(**kwargs) -> str:
+        prompt = processor.info.get_tokenizer()("a <image>").input_ids
+        items = processor.info.parse_mm_data({"image": [pictures["coffee.jpg"][0]]})
+        return processor(prompt, mm_items=items, hf_processor_mm_kwargs=kwargs)["mm_hashes"]["image"][0]
 
     default = digest()  # the server's: prumerge
-    assert digest(reducer="prumerge") == digest(reducer=" prumerge ( ) ") == default
+    assert digest(reducer="prumerge", question="a?") == digest(reducer=" prumerge ( ) ") == default
     assert digest(reducer="topk(tokens=9)") == digest(reducer="topk( tokens = 9 )") != default
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "named"),
-    [
-        ({"reducer": "prumergr"}, "prumergr"),
-        ({"reducer": "topk(tokens=0)"}, "tokens"),
-        ({"reducer": ["prumerge"]}, "prumerge"),
-        ({"reducer": 5}, "5"),
-        ({"patches": 3}, "patches"),
-    ],
-)
-def test_what_a_request_gets_wrong_is_a_value_error_that_names_it(processor, pictures, kwargs, named):
-    with pytest.raises(ValueError, match=named):
-        process(processor, [pictures["coffee.jpg"][0]], **kwargs)
-
-
-def test_start_up_needs_no_tower(processor):
-    fresh = MULTIMODAL_REGISTRY.create_processor(processor.info.ctx.model_config)
-    done = fresh.get_dummy_mm_inputs({"image": 2})
-    assert [one.length for one in done["mm_placeholders"]["image"]] == [24 * 24 + 24] * 2
-    assert "encoder" not in vars(fresh)
+    read = digest(reducer="cdpruner", question="a?")
+    assert digest(reducer="cdpruner", question="a?") == read != digest(reducer="cdpruner", question="b?")

@@ -116,30 +116,36 @@ def text_of(mini, prompt: str, images=(), *, reducer: str = DEFAULT, tokens: int
 COFFEE = picture(ROOT / "playground/pictures/coffee.jpg")
 
 
-def test_the_small_pope_has_the_local_answers(client, tmp_path):
-    root = ROOT / "outputs/test-vllm/mini-8"
-    root.parent.mkdir(parents=True, exist_ok=True)
+def test_the_small_pope_through_eval_has_the_local_answers_and_visual_tokens(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    root = tmp_path / "mini"
     generate(root, seed=0, number=8)
-    lines = (root / "pope/llava_pope_test.jsonl").read_text().splitlines()
-    questions = [json.loads(line) for line in lines]
-    assert len(questions) == 144
-
-    async def served() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=client.base_url, api_key=KEY, timeout=900) as many:
-            urls = {
-                name: picture(root / "pope/val2014" / name) for name in {one["image"] for one in questions}
-            }
-            asked = [ask(many, message(one["text"], urls[one["image"]]), tokens=4) for one in questions]
-            return [reply.choices[0].message.content for reply in await asyncio.gather(*asked)]
-
-    answers = tmp_path / "local.jsonl"
-    local = ["eval", "pope", "--root", str(root), "--model-path", str(LORA), "--model-base", str(BASE)]
-    local += ["--reducer", DEFAULT, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "4"]
-    assert main([*local, "--answers", str(answers), "--no-score"]) == 0
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    wanted = {row["question_id"]: row["text"] for row in rows}
-    found = {one["question_id"]: text for one, text in zip(questions, asyncio.run(served()), strict=True)}
-    assert found == wanted and len(set(wanted.values())) > 1
+    where = {
+        "served": ["--endpoint", f"{url}/v1"],
+        "local": [
+            "--model-path",
+            str(LORA),
+            "--model-base",
+            str(BASE),
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+        ],
+    }
+    texts, facts = {}, {}
+    for name, flags in where.items():
+        answers = tmp_path / f"{name}.jsonl"
+        how = ["--root", str(root), "--reducer", "prumerge", "--max-new-tokens", "4"]
+        assert main(["eval", "pope", *flags, *how, "--answers", str(answers)]) == 0
+        rows = [json.loads(line) for line in answers.read_text().splitlines()]
+        texts[name] = {row["question_id"]: row["text"] for row in rows}
+        facts[name] = json.loads(answers.with_suffix(".provenance.json").read_text())
+    assert texts["served"] == texts["local"]
+    assert len(texts["local"]) == 144 and len(set(texts["local"].values())) > 1
+    for part in ("visual_tokens", "images"):
+        assert facts["served"]["summary"][part] == facts["local"]["summary"][part]
+    assert facts["served"]["score"] == facts["local"]["score"]
 
 
 def test_streamed_pieces_make_up_the_answer(client):
@@ -201,6 +207,7 @@ BAD = {
     "unknown reducer": (message("?", COFFEE), {"reducer": "prumergr"}, "prumergr"),
     "no tokens": (message("?", COFFEE), {"reducer": "topk(tokens=0)"}, "tokens"),
     "a number as reducer": (message("?", COFFEE), {"reducer": 5}, "reducer"),
+    "a reducer without its question": (message("?", COFFEE), {"reducer": "cdpruner"}, "question"),
     "unknown keyword": (message("?", COFFEE), {"mm_processor_kwargs": {"patches": 3}}, "patches"),
     "device": (message("?", COFFEE), {"mm_processor_kwargs": {"device": "cuda"}}, "device"),
     "more <image> than pictures": (message("<image> <image>", COFFEE), {}, "<image>"),

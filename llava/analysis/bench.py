@@ -1,16 +1,16 @@
 """`llava bench`: where the time of a request goes, with few visual tokens and with all of them.
 
 `--shape 7b --random-weights` needs no checkpoint. `--prefill 616 184 72` times the language model alone at
-these lengths; `--paper` does so at the lengths of the PruMerge paper's table, beside its figures. `--tower`
-times the vision tower and the reducers alone, beside the forward of all its blocks. How it is measured:
-`latency.py`.
+these lengths. `--tower` times the vision tower and the reducers alone, beside the forward of all its blocks.
+How it is measured: `latency.py`.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +26,23 @@ from llava.analysis.latency import (
     Result,
     Workload,
     interleave,
-    measure_prefill,
-    measure_tower,
+    measure,
     picture_bytes,
+    prefill_flops,
     prompt_ids,
+    roofline_prefill,
     run_once,
     summarise,
 )
-from llava.analysis.random_model import build_model, build_tower, with_layers
+from llava.analysis.random_model import build_model, build_tower
 from llava.analysis.shapes import SHAPES
 from llava.analysis.stopwatch import CLOCKS, Spread
 from llava.engine import ModelSource
 from llava.errors import UserError
 from llava.files import write_text
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.reducers import Reducer, build_reducer
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.question import QuestionReader
+from llava.reducers import Reducer, ReducerInputError, build_reducer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,14 +63,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="specs to run beside `none` (default: prumerge+ at 144 tokens and prumerge at 32)",
     )
     work.add_argument("--image", type=Path, help="picture of every request (default: a drawn one, 640 x 480)")
+    work.add_argument(
+        "--question",
+        default="What is in the picture?",
+        help="for reducers that read it; the prompt is --text random tokens (default: %(default)s)",
+    )
     work.add_argument("--text", type=int, default=40, help="text tokens of a prompt (default: %(default)s)")
     work.add_argument("--new-tokens", type=int, default=16, help="tokens of an answer (default: %(default)s)")
     work.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
     work.add_argument(
         "--prefill", type=int, nargs="+", metavar="LENGTH", help="time prefill alone, at these lengths"
     )
+    lengths = list(paper_table.LENGTHS.values())
     work.add_argument(
-        "--paper", action="store_true", help="time the prefills of the paper's efficiency table"
+        "--paper",
+        dest="prefill",
+        action="store_const",
+        const=lengths,
+        help=f"--prefill {' '.join(map(str, lengths))}: those of the paper's efficiency table",
     )
     work.add_argument("--tower", action="store_true", help="time the vision tower and the reducers alone")
     how = parser.add_argument_group("measurement")
@@ -85,8 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if min(args.rounds, args.new_tokens, args.text, *args.batch, *(args.prefill or [1])) < 1:
-        raise UserError("--rounds, --new-tokens, --text, --batch and --prefill must be at least 1.")
+    for name in ("rounds", "new_tokens", "text", "layers", "batch", "prefill"):
+        value = getattr(args, name)
+        if value is not None and np.min(value) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
     if (args.model_path is None) == (args.shape is None):
         raise UserError("say what to measure: either --model-path PATH, or --shape 7b --random-weights.")
     if args.layers is not None and args.shape is None:
@@ -102,13 +116,16 @@ def run(args: argparse.Namespace) -> int:
         print(warning, file=sys.stderr)
     if args.clock == "cpu" and plan.device.type != "cpu":
         raise UserError(f"--clock cpu counts what a CPU does; on {plan.device} use --clock wall.")
-    if args.paper or args.prefill:
-        report, text = _prefill(args, plan)
-    elif args.tower:
-        report, text = _tower(args, plan, reducers)
-    else:
-        report, text = _requests(args, plan, reducers)
-    content = json.dumps(report, indent=2, default=dataclasses.asdict)
+    try:
+        if args.prefill:
+            report, text = _prefill(args, plan)
+        elif args.tower:
+            report, text = _tower(args, plan, reducers)
+        else:
+            report, text = _requests(args, plan, reducers)
+    except ReducerInputError as error:
+        raise UserError(str(error)) from error
+    content = json.dumps(report, indent=2, default=asdict)
     print(content if args.json else f"{_headline(report)}\n{text}")
     if args.out:
         write_text(args.out, content + "\n")
@@ -119,11 +136,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _requests(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Reducer]) -> tuple[dict, str]:
     """What to write as JSON, and the tables for people."""
-    picture, model, clock = picture_bytes(args.image), _load(args, plan), CLOCKS[args.clock]
+    picture, (model, reader), clock = picture_bytes(args.image), _load(args, plan), CLOCKS[args.clock]
+    read_question = None if reader is None else partial(reader, args.question)
     results, text = [], ""
     for batch in args.batch:
-        work = Workload(picture, prompt_ids(args.text, model.config.vocab_size), batch, args.new_tokens)
-        runs = [lambda each=each, work=work: run_once(model, each, work, clock) for each in reducers]
+        prompt = prompt_ids(args.text, model.config.vocab_size)
+        work = Workload(picture, prompt, batch, args.new_tokens, read_question)
+        runs = [partial(run_once, model, each, work, clock) for each in reducers]
         rounds = interleave(runs, args.rounds, f"batch {batch}")
         rows = [
             summarise(reducer.spec, measured, rounds[0], work, model)
@@ -142,54 +161,66 @@ def _requests(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[
 
 
 def _prefill(args: argparse.Namespace, plan: hardware.Plan) -> tuple[dict, str]:
-    lengths = args.prefill or list(paper_table.LENGTHS.values())
-    model, clock = _load(args, plan), CLOCKS[args.clock]
-    rows = [row for batch in args.batch for row in measure_prefill(model, lengths, batch, args.rounds, clock)]
-    layers = model.config.num_hidden_layers
-    report = {**_circumstances(args, plan), "layers": layers, "prefill": rows}
-    columns = {
-        "batch": [str(row.batch) for row in rows],
-        "length": [str(row.length) for row in rows],
-        "prefill ms": [_spread(row.time) for row in rows],
-        "speed-up": [f"{row.speedup:.2f}x" for row in rows],
-        "FLOP ratio": [f"{row.flop_ratio:.2f}x" for row in rows],
-        "reached": [f"{row.speedup / row.flop_ratio:.0%}" for row in rows],
-        "peak MB": [_megabytes(row.peak_bytes) for row in rows],
-    }
-    if any(row.roofline_ms for row in rows):
-        columns["roofline ms"] = [f"{row.roofline_ms:.1f}" for row in rows]
-    text = tables.render(list(columns), list(zip(*columns.values(), strict=True)), left=())
-    if args.paper and args.shape in ("7b", "13b"):
-        printed = [paper_table.PRINTED[f"{args.shape}-fp16-{name}"][1] for name in paper_table.LENGTHS]
-        text += (
-            f"\nThe paper prints {' and '.join(printed)} ms for {args.shape}, FP16, at the lengths "
-            f"{paper_table.LENGTHS['full']} and {paper_table.LENGTHS['prumerge']}: a roofline of a V100, "
-            "not a measurement."
+    """Random embeddings through the language model alone."""
+    (model, _), how = _load(args, plan), (args.rounds, CLOCKS[args.clock])
+    rows, cells, dense_flops = [], [], prefill_flops(model.config, args.prefill[0])
+    for batch in args.batch:
+        hidden = torch.randn(
+            batch, max(args.prefill), model.config.hidden_size, device=model.device, dtype=model.dtype
         )
-    return report, text
+        calls = {
+            str(length): partial(model, inputs_embeds=hidden[:, :length], use_cache=True, logits_to_keep=1)
+            for length in args.prefill
+        }
+        for row in measure(calls, model.device, batch, *how):
+            length = int(row.name)
+            flop_ratio = dense_flops / prefill_flops(model.config, length)
+            bound = roofline_prefill(model, length, batch)
+            rows.append({**asdict(row), "length": length, "flop_ratio": flop_ratio, "roofline_ms": bound})
+            ratios = f"{row.speedup:.2f}x", f"{flop_ratio:.2f}x", f"{row.speedup / flop_ratio:.0%}"
+            cells.append((str(batch), row.name, _spread(row.time), *ratios, f"{bound:.1f}" if bound else "-"))
+    report = {**_circumstances(args, plan), "layers": model.config.num_hidden_layers, "prefill": rows}
+    header = ("batch", "length", "prefill ms", "speed-up", "FLOP ratio", "reached", "roofline ms")
+    return report, tables.render(header, cells, left=())
 
 
 def _tower(args: argparse.Namespace, plan: hardware.Plan, reducers: Sequence[Reducer]) -> tuple[dict, str]:
+    """All blocks as transformers runs them, what a reducer reads, the patches alone, and the reducers."""
     if args.shape is not None:
         tower = build_tower(SHAPES[args.shape].tower, plan)
     else:
-        tower = _load(args, plan).get_vision_tower()
-    how = (args.rounds, CLOCKS[args.clock])
-    rows = [row for batch in args.batch for row in measure_tower(tower, reducers[1:], batch, *how)]
-    cells = [(row.way, str(row.batch), _spread(row.time), f"{row.part:.2%}") for row in rows]
+        tower = _load(args, plan)[0].get_vision_tower()
+    rows, side = [], tower.image_size
+    for batch in args.batch:
+        pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
+        calls = {
+            "all blocks": partial(tower.backbone, pixels),
+            "patches, key and CLS query": partial(tower, pixels),
+            "patches": partial(tower.tokens, pixels),
+            **{each.spec: partial(each, tower(pixels, each.asks)) for each in reducers[1:]},
+        }
+        rows += measure(calls, tower.device, batch, args.rounds, CLOCKS[args.clock])
+    cells = [(row.name, str(row.batch), _spread(row.time), f"{1 / row.speedup:.2%}") for row in rows]
     return {**_circumstances(args, plan), "tower": rows}, tables.render(
-        ("way", "batch", "ms", "of all blocks"), cells
+        ("call", "batch", "ms", "of all blocks"), cells
     )
 
 
-def _load(args: argparse.Namespace, plan: hardware.Plan) -> LlavaLlamaForCausalLM:
+def _load(
+    args: argparse.Namespace, plan: hardware.Plan
+) -> tuple[LlavaMetaForCausalLM, QuestionReader | None]:
+    """The model, and what reads questions for its reducers: nothing does for random weights."""
     if args.shape is not None:
-        return build_model(with_layers(SHAPES[args.shape], args.layers), plan)
+        shape = SHAPES[args.shape]
+        if args.layers is not None:
+            shape = replace(shape, language=replace(shape.language, num_hidden_layers=args.layers))
+        return build_model(shape, plan), None
     dtype, device = str(plan.dtype).removeprefix("torch."), str(plan.device)
     source = ModelSource(
         args.model_path, args.model_base, dtype=dtype, attention=plan.attention, device=device
     )
-    return source.load().model
+    engine = source.load()
+    return engine.model, engine.read_question
 
 
 def _circumstances(args: argparse.Namespace, plan: hardware.Plan) -> dict:
@@ -224,31 +255,28 @@ def _headline(report: dict) -> str:
 
 def _table(results: Sequence[Result], new_tokens: int) -> str:
     """One batch size: a column per reducer."""
-    rows = [
-        ("visual tokens", *(str(result.visual_tokens) for result in results)),
-        *((stage, *(_spread(result.stages[stage]) for result in results)) for stage in STAGES),
-        ("first token", *(_spread(result.stages["first token"]) for result in results)),
-        (f"request, {new_tokens} tokens", *(_spread(result.stages["request"]) for result in results)),
-        ("reducer, of the tower", *(f"{result.reducer_share:.2%}" for result in results)),
-        ("prefill speed-up", *(f"{result.prefill_speedup:.2f}x" for result in results)),
-        ("  FLOP ratio", *(f"{result.flop_ratio:.2f}x" for result in results)),
-        ("first token speed-up", *(f"{result.first_token_speedup:.2f}x" for result in results)),
-        ("request speed-up", *(f"{result.request_speedup:.2f}x" for result in results)),
-        ("KV cache MB", *(_megabytes(result.kv_bytes) for result in results)),
+    columns = [
+        {
+            "visual tokens": str(result.visual_tokens),
+            **{stage: _spread(result.stages[stage]) for stage in (*STAGES, "first token")},
+            f"request, {new_tokens} tokens": _spread(result.stages["request"]),
+            "reducer, of the tower": f"{result.reducer_share:.2%}",
+            "prefill speed-up": f"{result.prefill_speedup:.2f}x",
+            "  FLOP ratio": f"{result.flop_ratio:.2f}x",
+            "first token speed-up": f"{result.first_token_speedup:.2f}x",
+            "request speed-up": f"{result.request_speedup:.2f}x",
+            "KV cache MB": f"{result.kv_bytes / 1e6:.1f}",
+            **({"peak memory MB": f"{result.peak_bytes / 1e6:.1f}"} if result.peak_bytes else {}),
+            **({"prefill roofline": f"{bound:.1f}"} if (bound := result.roofline_prefill_ms) else {}),
+        }
+        for result in results
     ]
-    if any(result.peak_bytes is not None for result in results):
-        rows.append(("peak memory MB", *(_megabytes(result.peak_bytes) for result in results)))
-    if any(result.roofline_prefill_ms is not None for result in results):
-        rows.append(("prefill roofline", *(f"{result.roofline_prefill_ms or 0:.1f}" for result in results)))
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     return tables.render((f"batch {results[0].batch}", *(result.reducer for result in results)), rows)
 
 
 def _spread(value: Spread) -> str:
     return f"{value.p50:.1f} ({value.p95:.1f})"
-
-
-def _megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.1f}"
 
 
 COLOURS = ("#c9ced6", "#aab2bd", "#3b6ea8", "#d9480f", "#7f5aa2", "#2b8a6e", "#e0a526")

@@ -8,8 +8,9 @@ after warm-up rounds that are thrown away. `llava bench` (bench.py) is the comma
 
 import io
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,11 @@ from llava.analysis.stopwatch import WALL, Clock, Spread, Stopwatch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.vision_tower import VisionTower
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.reducers import Reducer
 
 STAGES = ("decode-image", "preprocess", "vision", "reduce", "project", "prefill", "decode-token")
 """`decode-token` is one token after the first; the others happen once per request."""
-
-FIRST = STAGES[:-1]
-"""The stages up to the first token."""
 
 TOTALS = ("first token", "request")
 
@@ -51,12 +48,14 @@ class Workload:
         prompt: [T] int64 ids with one IMAGE_TOKEN_INDEX.
         batch: requests at once.
         new_tokens: length of an answer.
+        read_question: what a reducer reads of the question (`llava.model.question`); None: it is not known.
     """
 
     picture: bytes
     prompt: Tensor
     batch: int
     new_tokens: int
+    read_question: Callable[[Reducer], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,12 @@ class Result:
 
 
 @torch.inference_mode()
-def run_once(model: LlavaLlamaForCausalLM, reducer: Reducer, work: Workload, clock: Clock = WALL) -> Round:
+def run_once(model: LlavaMetaForCausalLM, reducer: Reducer, work: Workload, clock: Clock = WALL) -> Round:
     """One batch of requests from image bytes to the last token, greedily; stops for no end token."""
     device, tower = model.device, model.get_vision_tower()
-    watch = Stopwatch(device, clock)
-    reset_peak_memory(device)
+    watch, on_gpu = Stopwatch(device, clock), device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     with watch.stage("decode-image"):
         images = [load_image(work.picture, name="the picture") for _ in range(work.batch)]
     with watch.stage("preprocess"):
@@ -124,7 +124,11 @@ def run_once(model: LlavaLlamaForCausalLM, reducer: Reducer, work: Workload, clo
     else:
         with watch.stage("vision"):
             features = tower(pixels, reducer.asks)
-        with watch.stage("reduce"):
+        with watch.stage("reduce"):  # with what it reads beside the tower
+            if "projected" in reducer.reads:
+                features = replace(features, projected=torch.stack(model.project(features.patches.unbind())))
+            if reducer.reads_question and work.read_question is not None:
+                features = replace(features, **work.read_question(reducer))
             visual = reducer(features).unbind()
     with watch.stage("project"):
         embedded = model.project(visual)
@@ -148,20 +152,12 @@ def run_once(model: LlavaLlamaForCausalLM, reducer: Reducer, work: Workload, clo
     )
     ms = watch.ms
     ms["prefill"] = 1e3 * (times[0] - start)
-    ms["decode-token"] = 1e3 * (times[-1] - times[0]) / max(work.new_tokens - 1, 1)
-    ms["first token"] = sum(ms[stage] for stage in FIRST)
-    ms["request"] = ms["first token"] + 1e3 * (times[-1] - times[0])
-    return Round(ms, len(visual[0]), answers, peak_memory(device))
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the peak since `reset_peak_memory`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    ms["first token"] = sum(ms.values())
+    decoding = 1e3 * (times[-1] - times[0])
+    ms["decode-token"] = decoding / max(work.new_tokens - 1, 1)
+    ms["request"] = ms["first token"] + decoding
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    return Round(ms, len(visual[0]), answers, peak)
 
 
 def interleave(runs: Sequence[Callable[[], Any]], rounds: int, name: str) -> list[list[Any]]:
@@ -183,29 +179,26 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def summarise(
-    reducer: str,
-    rounds: Sequence[Round],
-    dense: Sequence[Round],
-    work: Workload,
-    model: LlavaLlamaForCausalLM,
+    reducer: str, rounds: Sequence[Round], dense: Sequence[Round], work: Workload, model: LlavaMetaForCausalLM
 ) -> Result:
     """What the rounds of one reducer say beside the dense rounds taken in turn with them."""
+    ms = {stage: [each.ms[stage] for each in rounds] for stage in (*STAGES, *TOTALS)}
 
-    def of(stage: str, rounds: Sequence[Round] = rounds) -> list[float]:
-        return [each.ms[stage] for each in rounds]
+    def speedup(stage: str) -> float:
+        return median_ratio([each.ms[stage] for each in dense], ms[stage])
 
-    text, visual = len(work.prompt) - 1, rounds[0].visual_tokens
-    shape: Any = model.config
+    text, visual, shape = len(work.prompt) - 1, rounds[0].visual_tokens, model.config
+    dense_flops = prefill_flops(shape, text + dense[0].visual_tokens)
     return Result(
         batch=work.batch,
         reducer=reducer,
         visual_tokens=visual,
-        stages={stage: Spread.over(of(stage)) for stage in (*STAGES, *TOTALS)},
-        prefill_speedup=median_ratio(of("prefill", dense), of("prefill")),
-        first_token_speedup=median_ratio(of("first token", dense), of("first token")),
-        request_speedup=median_ratio(of("request", dense), of("request")),
-        reducer_share=median_ratio(of("reduce"), of("vision")),
-        flop_ratio=prefill_flops(shape, text + dense[0].visual_tokens) / prefill_flops(shape, text + visual),
+        stages={stage: Spread.over(values) for stage, values in ms.items()},
+        prefill_speedup=speedup("prefill"),
+        first_token_speedup=speedup("first token"),
+        request_speedup=speedup("request"),
+        reducer_share=median_ratio(ms["reduce"], ms["vision"]),
+        flop_ratio=dense_flops / prefill_flops(shape, text + visual),
         kv_bytes=int(roofline.kv_bytes(shape, text + visual, work.batch, model.dtype.itemsize)),
         peak_bytes=rounds[-1].peak_bytes,
         roofline_prefill_ms=roofline_prefill(model, text + visual, work.batch),
@@ -213,11 +206,11 @@ def summarise(
 
 
 def prefill_flops(shape: Any, length: int) -> float:
-    """FLOPs of the prefill of one sequence of `length` positions."""
-    return sum(op.flops for op in roofline.prefill_operators(shape, length, 1))
+    """FLOPs of the prefill of one sequence of `length` positions; `shape`: a LanguageShape or a config."""
+    return sum(op.flops for op in roofline.decoder_operators(shape, length, length, 1))
 
 
-def roofline_prefill(model: LlavaLlamaForCausalLM, length: int, batch: int) -> float | None:
+def roofline_prefill(model: LlavaMetaForCausalLM, length: int, batch: int) -> float | None:
     """The bound on prefill time in 16 bits on the model's GPU, ms; None elsewhere, and for other cards."""
     if model.device.type != "cuda" or model.dtype is torch.float32:
         return None
@@ -226,97 +219,35 @@ def roofline_prefill(model: LlavaLlamaForCausalLM, length: int, batch: int) -> f
     except ValueError:
         return None
     shape: Any = model.config
-    return roofline.estimate(roofline.prefill_operators(shape, length, batch), gpu).ms
-
-
-# Prefill alone ---------------------------------------------------------------------------------------
+    return roofline.estimate(roofline.decoder_operators(shape, length, length, batch), gpu).ms
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """Prefill of one length. ms for the whole batch; ratios are against the first length measured."""
+class Timing:
+    """One of several calls. ms for the whole batch; `speedup`: of the first call's time to this one's."""
 
     batch: int
-    length: int
+    name: str
     time: Spread
     speedup: float
-    flop_ratio: float
-    peak_bytes: int | None
-    roofline_ms: float | None
 
 
 @torch.inference_mode()
-def measure_prefill(
-    model: LlavaLlamaForCausalLM, lengths: Sequence[int], batch: int, rounds: int, clock: Clock
-) -> list[Prefill]:
-    """Prefill of random embeddings, each length in turn, `rounds` times."""
+def measure(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, batch: int, rounds: int, clock: Clock
+) -> list[Timing]:
+    """The calls in turn, `rounds` times each."""
 
-    def once(length: int) -> tuple[float, int | None]:
-        size = (batch, length, model.config.hidden_size)
-        embeds = torch.randn(size, device=model.device, dtype=model.dtype)
-        watch = Stopwatch(model.device, clock)
-        reset_peak_memory(model.device)
-        with watch.stage("prefill"):
-            model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-        return watch.ms["prefill"], peak_memory(model.device)
+    def once(call: Callable[[], object]) -> float:
+        watch = Stopwatch(device, clock)
+        with watch.stage("call"):
+            call()
+        return watch.ms["call"]
 
-    measured = interleave([lambda length=length: once(length) for length in lengths], rounds, "prefill")
-    shape, dense = model.config, [ms for ms, _ in measured[0]]
-    rows = []
-    for length, results in zip(lengths, measured, strict=True):
-        times = [ms for ms, _ in results]
-        rows.append(
-            Prefill(
-                batch=batch,
-                length=length,
-                time=Spread.over(times),
-                speedup=median_ratio(dense, times),
-                flop_ratio=prefill_flops(shape, lengths[0]) / prefill_flops(shape, length),
-                peak_bytes=results[-1][1],
-                roofline_ms=roofline_prefill(model, length, batch),
-            )
-        )
-    return rows
-
-
-# The tower alone -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TowerTime:
-    """One way through the tower, or a reducer. ms for the whole batch; `part`: of the time of all blocks."""
-
-    batch: int
-    way: str
-    time: Spread
-    part: float
-
-
-@torch.inference_mode()
-def measure_tower(
-    tower: VisionTower, reducers: Sequence[Reducer], batch: int, rounds: int, clock: Clock
-) -> list[TowerTime]:
-    """All blocks as transformers runs them, what a reducer reads, the patches alone, reducers; in turn."""
-    side = tower.image_size
-    pixels = torch.randn(batch, 3, side, side, device=tower.device, dtype=tower.dtype)
-    features = {reducer: tower(pixels, reducer.asks) for reducer in reducers}
-    ways: dict[str, Callable[[], object]] = {
-        "all blocks": lambda: tower.backbone(pixels),
-        "patches, key and CLS query": lambda: tower(pixels),
-        "patches": lambda: tower.tokens(pixels),
-        **{reducer.spec: lambda reducer=reducer: reducer(features[reducer]) for reducer in reducers},
-    }
-
-    def once(way: Callable[[], object]) -> float:
-        watch = Stopwatch(tower.device, clock)
-        with watch.stage("tower"):
-            way()
-        return watch.ms["tower"]
-
-    measured = interleave([lambda way=way: once(way) for way in ways.values()], rounds, "tower")
+    measured = interleave([partial(once, call) for call in calls.values()], rounds, f"batch {batch}")
     return [
-        TowerTime(batch, way, Spread.over(times), median_ratio(times, measured[0]))
-        for way, times in zip(ways, measured, strict=True)
+        Timing(batch, name, Spread.over(times), median_ratio(measured[0], times))
+        for name, times in zip(calls, measured, strict=True)
     ]
 
 
@@ -331,14 +262,6 @@ def picture_bytes(path: Path | None) -> bytes:
     if path is not None:
         load_image(path)  # its errors are for people
         return path.read_bytes()
-    noise = np.random.default_rng(0)
-    layers = [
-        Image.fromarray(noise.integers(0, 256, (3 * size, 4 * size, 3), dtype=np.uint8)).resize(
-            (640, 480), Image.Resampling.BICUBIC
-        )
-        for size in (2, 8, 40)
-    ]
-    mixed = Image.blend(Image.blend(layers[0], layers[1], 0.35), layers[2], 0.2)
-    file = io.BytesIO()
-    mixed.save(file, "JPEG", quality=90)
+    noise, file = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()

@@ -6,6 +6,7 @@ its numbers can be checked; what it flatters is listed in `REMARKS`, and `llava.
 corrected model.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from llava.analysis.shapes import SHAPES, LanguageShape, linears
@@ -60,75 +61,63 @@ REMARKS = (
 )
 
 
-def compute() -> list[Row]:
-    """The eight rows, in the paper's order."""
-    return [
-        _row(model, precision, name, length)
-        for model in ("7b", "13b")
-        for precision in ("fp16", "int4")
-        for name, length in LENGTHS.items()
-    ]
-
-
 @dataclass(frozen=True)
 class _Operator:
-    """One operation of the accounting: operations, bytes read and written, bytes of activations written."""
+    """Operations; bytes read, written as activations, and written into the KV cache."""
 
     operations: float
-    moved: float
+    read: float
     written: float
+    cached: float = 0.0
 
-    def seconds(self, rate: float) -> float:
-        return max(self.operations / rate, self.moved / BANDWIDTH)
-
-
-def _row(model: str, precision: str, name: str, length: int) -> Row:
-    language, rate, width = SHAPES[model].language, RATES[precision], BYTES[precision]
-    operators = [*_layer(language, length, width) * language.num_hidden_layers, _head(language, width)]
-    operations = sum(operator.operations for operator in operators)
-    return Row(
-        row=f"{model}-{precision}-{name}",
-        tflops=operations * width / BYTES["fp16"] / 1e12,  # the INT4 rows are printed divided by 4
-        prefill_ms=sum(operator.seconds(rate) for operator in operators) * 1e3,
-        memory_gb=sum(operator.moved for operator in operators) / 1e9,
-        activation_gb=sum(operator.written for operator in operators) / 1e9,
-    )
+    @property
+    def moved(self) -> float:
+        return self.read + self.written + self.cached
 
 
-def _layer(language: LanguageShape, length: int, width: float) -> list[_Operator]:
-    """One decoder layer at batch 1, attention over the full square."""
-    hidden_row = length * language.hidden_size * width
+def compute() -> list[Row]:
+    """The eight rows, in the paper's order."""
+    rows = []
+    for model, precision, (name, length) in itertools.product(("7b", "13b"), RATES, LENGTHS.items()):
+        operators = _operators(SHAPES[model].language, length, BYTES[precision])
+        operations = sum(each.operations for each in operators)
+        seconds = sum(max(op.operations / RATES[precision], op.moved / BANDWIDTH) for op in operators)
+        rows.append(
+            Row(
+                row=f"{model}-{precision}-{name}",
+                # the INT4 rows are printed divided by 4
+                tflops=operations * BYTES[precision] / BYTES["fp16"] / 1e12,
+                prefill_ms=seconds * 1e3,
+                memory_gb=sum(each.moved for each in operators) / 1e9,
+                activation_gb=sum(each.written for each in operators) / 1e9,
+            )
+        )
+    return rows
+
+
+def _operators(language: LanguageShape, length: int, width: float) -> list[_Operator]:
+    """All decoder layers at batch 1, attention over the full square, and lm_head of one position."""
+    hidden, hidden_row = language.hidden_size, length * language.hidden_size * width
     scores = length * length * language.num_attention_heads * width
-    attention = 2 * length * length * language.hidden_size
-
-    def operator(operations: float, *, read: float, written: float, cached: float = 0.0) -> _Operator:
-        return _Operator(operations, read + written + cached, written)
+    attention = 2 * length * length * hidden
 
     products = []
     for name, inputs, outputs in linears(language):
-        result = outputs * length * width
-        cached = result if name in ("k_proj", "v_proj") else 0.0  # the KV cache is no activation here
-        read = (inputs * outputs + inputs * length) * width
-        products.append(
-            operator(2 * inputs * outputs * length, read=read, written=result - cached, cached=cached)
-        )
-    norm = operator(7 * length * language.hidden_size, read=hidden_row, written=hidden_row)
-    add = operator(length * language.hidden_size, read=hidden_row, written=hidden_row)  # sic: one operand
-    return [
+        read, written = (inputs * outputs + inputs * length) * width, outputs * length * width
+        # The KV cache is no activation here.
+        results = (0.0, written) if name in ("k_proj", "v_proj") else (written, 0.0)
+        products.append(_Operator(2 * inputs * outputs * length, read, *results))
+    norm = _Operator(7 * length * hidden, hidden_row, hidden_row)
+    add = _Operator(length * hidden, hidden_row, hidden_row)  # sic: reads one operand
+    layer = [
         *products,
-        operator(attention, read=2 * hidden_row, written=scores),  # q k: reads K twice and no Q
-        operator(5 * length * length * language.num_attention_heads, read=scores, written=scores),
-        operator(attention, read=scores + hidden_row, written=hidden_row),
-        norm,
-        norm,
-        add,
-        add,
-        operator(2 * length * language.hidden_size, read=2 * hidden_row, written=hidden_row),
+        _Operator(attention, 2 * hidden_row, scores),  # q k: reads K twice and no Q
+        _Operator(5 * length * length * language.num_attention_heads, scores, scores),
+        _Operator(attention, scores + hidden_row, hidden_row),
+        *(norm, norm, add, add),
+        _Operator(2 * length * hidden, 2 * hidden_row, hidden_row),
     ]
-
-
-def _head(language: LanguageShape, width: float) -> _Operator:
-    """lm_head of one position. Sic: one operation per multiply-add, one byte per weight in any precision."""
-    weights = language.hidden_size * language.vocab_size
-    written = language.vocab_size * width
-    return _Operator(weights, weights + language.hidden_size * width + written, written)
+    # Sic: one operation per multiply-add, one byte per weight in any precision.
+    weights = hidden * language.vocab_size
+    head = _Operator(weights, weights + hidden * width, language.vocab_size * width)
+    return [*layer * language.num_hidden_layers, head]

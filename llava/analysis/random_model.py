@@ -4,8 +4,9 @@ How long a dense network takes does not depend on the values of its weights. Wha
 give it a fixed budget when timing these.
 """
 
-import dataclasses
 import os
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -21,26 +22,30 @@ from llava import hardware
 from llava.analysis.roofline import HALF, weight_bytes
 from llava.analysis.shapes import Shape, TowerShape
 from llava.errors import UserError
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model import language_model_of
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.vision_tower import VisionTower
 
 
-def build_model(shape: Shape, plan: hardware.Plan) -> LlavaLlamaForCausalLM:
+def build_model(shape: Shape, plan: hardware.Plan) -> LlavaMetaForCausalLM:
     """A LLaVA of this shape, in the plan's dtype, on its device, ready to answer nonsense.
 
     Raises:
         UserError: it does not fit into the device's memory.
     """
-    language, memory = shape.language, memory_of(plan.device)
+    memory = memory_of(plan.device)
     needed = weight_bytes(shape) / HALF * plan.dtype.itemsize
     if needed > 0.9 * memory:
         raise UserError(
-            f"{shape.name} with {language.num_hidden_layers} layers in {plan.dtype} needs "
+            f"{shape.language.num_hidden_layers} layers of this --shape in {plan.dtype} need "
             f"{needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB: use --layers N or a smaller --shape."
         )
-    config = LlavaConfig(
-        **dataclasses.asdict(language),
-        max_position_embeddings=8192,
+    fields = {name: value for name, value in asdict(shape.language).items() if value is not None}
+    model_class = language_model_of(fields, Path("shapes.py"))
+    del fields["model_type"]  # the language model's own, not that of LLaVA on it
+    fields["max_position_embeddings"] = 8192
+    config = model_class.config_class(
+        **fields,
         mm_projector_type="mlp2x_gelu",
         mm_hidden_size=shape.tower.hidden_size,
         image_aspect_ratio="pad",
@@ -60,7 +65,7 @@ def memory_of(device: torch.device) -> int:
 
 def build_tower(shape: TowerShape, plan: hardware.Plan) -> VisionTower:
     """A CLIP or DINOv2 tower with its processor."""
-    sizes = dataclasses.asdict(shape)
+    sizes = asdict(shape)
     config: PreTrainedConfig
     if sizes.pop("family") == "clip":
         config = CLIPVisionConfig(**sizes)
@@ -70,12 +75,3 @@ def build_tower(shape: TowerShape, plan: hardware.Plan) -> VisionTower:
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     model = AutoModel.from_config(config, dtype=plan.dtype, attn_implementation="sdpa")
     return VisionTower(model, image_processor=processor).to(plan.device)
-
-
-def with_layers(shape: Shape, layers: int | None) -> Shape:
-    """The shape with fewer decoder layers: what fits into a small machine, at a layer's real size."""
-    if layers is None:
-        return shape
-    if not 1 <= layers <= shape.language.num_hidden_layers:
-        raise UserError(f"--layers must lie between 1 and {shape.language.num_hidden_layers}, not {layers}.")
-    return dataclasses.replace(shape, language=dataclasses.replace(shape.language, num_hidden_layers=layers))

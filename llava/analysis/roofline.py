@@ -14,7 +14,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llava.analysis.gpus import Gpu
-from llava.analysis.shapes import LanguageShape, Shape, TowerShape, decoder_weights, kv_width, linears
+from llava.analysis.shapes import (
+    LanguageShape,
+    Shape,
+    TowerShape,
+    decoder_weights,
+    kv_width,
+    linears,
+    query_width,
+)
 
 QUERY_BLOCK = 128
 """Queries a fused attention kernel handles while it reads all keys and values once."""
@@ -46,14 +54,12 @@ class Estimate:
         gigabytes: bytes moved, 1e9.
         ms: the bound from below on its time.
         bytes_share: the part of that time in which memory, not arithmetic, is the bottleneck.
-        bound: what most of the time is spent on, "bytes" or "arithmetic".
     """
 
     tflops: float
     gigabytes: float
     ms: float
     bytes_share: float
-    bound: str
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,7 @@ def estimate(operators: Iterable[Operator], gpu: Gpu) -> Estimate:
         moved += operator.bytes
         seconds += max(arithmetic, memory)
         waiting += memory if memory > arithmetic else 0.0
-    share = waiting / seconds if seconds else 0.0
-    return Estimate(flops / 1e12, moved / 1e9, seconds * 1e3, share, "bytes" if share > 0.5 else "arithmetic")
+    return Estimate(flops / 1e12, moved / 1e9, seconds * 1e3, waiting / seconds if seconds else 0.0)
 
 
 def request(shape: Shape, gpu: Gpu, *, text: int, visual: int, batch: int, width: float = HALF) -> Request:
@@ -112,8 +117,8 @@ def request(shape: Shape, gpu: Gpu, *, text: int, visual: int, batch: int, width
         vision=estimate(vision, gpu),
         reduce=estimate(reduce_operators(tower, batch, visual), gpu),
         project=estimate(projector, gpu),
-        prefill=estimate(prefill_operators(language, tokens, batch, width), gpu),
-        decode=estimate(decode_operators(language, tokens, batch, width), gpu),
+        prefill=estimate(decoder_operators(language, tokens, tokens, batch, width), gpu),
+        decode=estimate(decoder_operators(language, 1, tokens, batch, width), gpu),
         kv_gb=kv_bytes(language, tokens, batch) / 1e9,
         weights_gb=weight_bytes(shape, width) / 1e9,
     )
@@ -124,33 +129,19 @@ def product(rows: float, inputs: int, outputs: int, width: float = HALF) -> Oper
     return Operator(2 * rows * inputs * outputs, inputs * outputs * width + rows * (inputs + outputs) * HALF)
 
 
-def prefill_operators(
-    language: LanguageShape, tokens: int, batch: int, width: float = HALF
+def decoder_operators(
+    language: LanguageShape, queries: int, context: int, batch: int, width: float = HALF
 ) -> list[Operator]:
-    """All layers over `tokens` positions of `batch` sequences, and lm_head of the last position of each."""
-    blocks = math.ceil(tokens / QUERY_BLOCK)
+    """All layers over `queries` new positions of each sequence, and lm_head over the last of them.
+
+    Each position looks at `context` others: n and n in prefill, 1 and n in decoding.
+    """
+    heads, rows = query_width(language), batch * queries
     attention = Operator(
-        batch * tokens**2 * (4 * language.hidden_size + 5 * language.num_attention_heads),
-        batch * tokens * (2 * language.hidden_size + blocks * 2 * kv_width(language)) * HALF,
+        rows * context * (4 * heads + 5 * language.num_attention_heads),
+        (rows * 2 * heads + batch * math.ceil(queries / QUERY_BLOCK) * 2 * context * kv_width(language))
+        * HALF,
     )
-    return _decoder(language, attention, batch * tokens, batch, width)
-
-
-def decode_operators(
-    language: LanguageShape, context: int, batch: int, width: float = HALF
-) -> list[Operator]:
-    """One more token for each of `batch` sequences whose cache holds `context` tokens."""
-    attention = Operator(
-        batch * context * (4 * language.hidden_size + 5 * language.num_attention_heads),
-        batch * (2 * context * kv_width(language) + 2 * language.hidden_size) * HALF,
-    )
-    return _decoder(language, attention, batch, batch, width)
-
-
-def _decoder(
-    language: LanguageShape, attention: Operator, rows: int, batch: int, width: float
-) -> list[Operator]:
-    """All layers over `rows` positions and lm_head over `batch` of them, given one layer's attention."""
     hidden, inner = rows * language.hidden_size, rows * language.intermediate_size
     norm = Operator(7 * hidden, 2 * hidden * HALF)
     add = Operator(hidden, 3 * hidden * HALF)  # reads two operands
@@ -158,10 +149,8 @@ def _decoder(
     products = [product(rows, inputs, outputs, width) for _, inputs, outputs in linears(language)]
     layer = [*products, attention, norm, norm, add, add, gate]
     # lm_head is quantised like the layers (bitsandbytes leaves it in 16 bits: 0.2 ms more on a V100).
-    return [
-        *layer * language.num_hidden_layers,
-        product(batch, language.hidden_size, language.vocab_size, width),
-    ]
+    head = product(batch, language.hidden_size, language.vocab_size, width)
+    return [*layer * language.num_hidden_layers, head]
 
 
 def vision_operators(tower: TowerShape, images: int, blocks: int) -> list[Operator]:

@@ -6,205 +6,122 @@ reducer, and show what it did rather than what it is said to do.
 """
 
 import argparse
-from colorsys import hls_to_rgb
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from llava import hardware
 from llava.analysis import charts
 from llava.analysis.charts import ACCENT, INK
 from llava.errors import UserError
-from llava.mm_utils import expand2square, load_image, mean_colour
+from llava.mm_utils import load_image, process_images
+from llava.model.anyres import reduce_views
 from llava.model.checkpoints import inspect_checkpoint, resolve_directory
 from llava.model.vision_tower import load_vision_tower
+from llava.pictures import CELL, Assignment, arrange, canvas, paint, squares, tiles_across
 from llava.reducers import ReducedTokens, ReducerInputError, VisionFeatures, build_reducer
+from llava.reducers.features import TEXT_FIELDS
 from llava.reducers.prumerge import outlier_fence
-from llava.reducers.scores import patch_scores
+from llava.reducers.scores import patch_scores, score_reads
 
 MINI_TOWER = Path("checkpoints/mini-base/vision_tower")
-
-CELL = 24
-"""Pixels along the edge of a patch in the pictures."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Which token each patch of one image went to.
-
-    Attributes:
-        row: [N] the output token, -1 where the patch was dropped.
-        kept: [N] bool, the token stands for this very patch.
-        tokens: how many tokens came out.
-    """
-
-    row: np.ndarray
-    kept: np.ndarray
-    tokens: int
-
-    @classmethod
-    def of(cls, reduced: ReducedTokens) -> "Assignment":
-        """The patches of a batch of one."""
-        row = reduced.source[0].cpu().numpy()
-        kept = (row >= 0) & (reduced.kept[0].cpu().numpy()[row] == np.arange(len(row)))
-        return cls(row, kept, int(reduced.lengths[0]))
-
-    @property
-    def merged(self) -> np.ndarray:
-        return ~self.kept & (self.row >= 0)
-
-
-def as_seen(image: Image.Image, aspect_ratio: str | None, background: tuple[int, ...]) -> Image.Image:
-    """The square a tower sees: the picture padded to a square, or its middle where `aspect_ratio` crops."""
-    if aspect_ratio == "pad":
-        return expand2square(image, background)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def overlay(square: Image.Image, reduced: ReducedTokens, grid: tuple[int, int]) -> Image.Image:
-    """The picture with kept patches bright and framed, merged ones tinted by the token they went to.
-
-    Args:
-        square: the picture as the tower sees it.
-        reduced: what the reducer returned for it (B = 1).
-        grid: (rows, columns) of the patches.
-
-    Returns:
-        RGB, `CELL` pixels per patch. Where all patches were kept, the plain square.
-    """
-    return paint(_canvas(square, grid), Assignment.of(reduced), grid, tint=True)
-
-
-def _canvas(square: Image.Image, grid: tuple[int, int]) -> Image.Image:
-    rows, columns = grid
-    return square.convert("RGB").resize((columns * CELL, rows * CELL), Image.Resampling.LANCZOS)
-
-
-def paint(canvas: Image.Image, patches: Assignment, grid: tuple[int, int], *, tint: bool) -> Image.Image:
-    """Kept patches as they are and framed; the others darkened, or with `tint` in their token's colour.
-
-    `canvas` has `CELL` pixels a patch. Dropped patches are dark; where all are kept, it is returned as it is.
-    """
-    if patches.kept.all():
-        return canvas
-
-    def spread(values: np.ndarray) -> np.ndarray:
-        """One value per patch -> one per pixel."""
-        return values.reshape(*grid, *values.shape[1:]).repeat(CELL, 0).repeat(CELL, 1)
-
-    pixels = np.asarray(canvas, dtype=np.float64) / 255
-    grey = pixels.mean(-1, keepdims=True)
-    colours = token_colours(patches, grid)
-    rest = 0.16 * pixels + 0.1 * grey
-    if tint:
-        merged = spread(colours[np.maximum(patches.row, 0)]) * (0.3 + 0.55 * grey)
-        rest = np.where(spread(patches.merged)[..., None], merged, 0.18 * grey)
-    painted = np.where(spread(patches.kept)[..., None], pixels, rest)
-    picture = Image.fromarray((painted * 255).round().astype(np.uint8))
-
-    draw = ImageDraw.Draw(picture)
-    if tint:  # a dark line where the token changes
-        row = patches.row.reshape(grid)
-        for y, x in CELL * np.argwhere(row[:, 1:] != row[:, :-1]):
-            draw.line([(x + CELL, y), (x + CELL, y + CELL)], fill=(20, 22, 25))
-        for y, x in CELL * np.argwhere(row[1:] != row[:-1]):
-            draw.line([(x, y + CELL), (x + CELL, y + CELL)], fill=(20, 22, 25))
-    for patch in np.flatnonzero(patches.kept):
-        y, x = (CELL * int(place) for place in divmod(patch, grid[1]))
-        edge = tuple((colours[patches.row[patch]] * 255).round().astype(int)) if tint else (255, 255, 255)
-        draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), outline=edge, width=2 if tint else 1)
-    return picture
-
-
-def token_colours(patches: Assignment, grid: tuple[int, int]) -> np.ndarray:
-    """[tokens, 3] RGB in 0..1: the hue says in which direction from the middle of the picture a token lies.
-
-    A token lies on the patch it stands for, else in the middle of the patches that went to it. Neighbours are
-    told apart by small steps of hue and lightness.
-    """
-    rows, columns = grid
-    y, x = np.divmod(np.arange(len(patches.row)), columns)
-    place = np.zeros((patches.tokens, 2))
-    for token in range(patches.tokens):
-        own = patches.row == token
-        own = own & patches.kept if (own & patches.kept).any() else own
-        if own.any():
-            place[token] = y[own].mean() - (rows - 1) / 2, x[own].mean() - (columns - 1) / 2
-    order = np.lexsort((place[:, 1], place[:, 0]))
-    step = np.empty(patches.tokens)
-    step[order] = np.arange(patches.tokens) * 0.61803398875 % 1.0 - 0.5  # golden steps: neighbours differ
-    hue = (np.arctan2(place[:, 0], place[:, 1]) + 0.9 * step) / (2 * np.pi) % 1.0
-    return np.array([hls_to_rgb(h, 0.62 + 0.2 * s, 0.65) for h, s in zip(hue, step, strict=True)])
-
 
 # The four panels -------------------------------------------------------------------------------------
 
 
 def figure(
-    square: Image.Image, features: VisionFeatures, reduced: ReducedTokens, *, title: str, out: Path
+    views: Sequence[Image.Image],
+    features: VisionFeatures,
+    reduced: Sequence[ReducedTokens],
+    across: int = 1,
+    *,
+    title: str,
+    out: Path,
 ) -> None:
     """Picture, CLS attention with its sorted curve, kept patches, merged patches; written to `out` at once.
 
     Args:
-        square: the picture as the tower sees it.
-        features, reduced: of this one picture (B = 1).
+        views: what the tower sees: the picture, and for anyres its tiles.
+        features: of all views.
+        reduced: of each view, B = 1.
+        across: tiles beside one another.
         title: stands above the panels.
         out: .png, .pdf or .svg.
     """
-    patches, grid = Assignment.of(reduced), features.grid
-    whole = _canvas(square, grid)
-    rows = [["picture", "attention", "kept", "merged"]]
-    sheet = charts.new_figure(14.6, 6.3, dpi=max(110, grid[1] * CELL / 3.5), layout="constrained")
+    grid, patches = features.grid, [Assignment.of(one) for one in reduced]
+    whole = [canvas(view, grid) for view in views]
+    grey = [Image.merge("RGB", [picture.convert("L")] * 3) for picture in whole]
+    drawn = {
+        "picture": whole,
+        "attention": grey,
+        "kept": [paint(*one, grid, tint=False) for one in zip(whole, patches, strict=True)],
+        "merged": [paint(*one, grid, tint=True) for one in zip(whole, patches, strict=True)],
+    }
+    noted = "this tower has no CLS token"
     if features.has_cls:
-        axes = sheet.subplot_mosaic([*rows, ["curve"] * 4], height_ratios=(3.5, 1.1))
-        attention = patch_scores(features)[0].double().cpu().numpy()
-        noted = _heat(axes["attention"], whole, attention, grid)
-        _curve(axes["curve"], attention, patches)
-    else:
-        axes = sheet.subplot_mosaic(rows)
-        axes["attention"].imshow(whole.convert("L"), cmap="gray", vmin=0, vmax=255)
-        noted = "this tower has no CLS token"
-
-    kept, dropped = int(patches.kept.sum()), int((patches.row < 0).sum())
-    new = f"{patches.tokens - kept} token{'s' * (patches.tokens - kept != 1)}"
+        attention = patch_scores(features).double().cpu().numpy()  # [views, N]
+        drawn["attention"], noted = _heat(grey, attention, grid)
+    total, tokens = sum(len(one.row) for one in patches), sum(one.tokens for one in patches)
+    kept = sum(int(one.kept.sum()) for one in patches)
+    dropped = sum(int((one.row < 0).sum()) for one in patches)
+    new = f"{tokens - kept} token{'s' * (tokens - kept != 1)}"
+    tiles, times = (f" and in {len(views) - 1} tiles", f"{len(views)} x ") if len(views) > 1 else ("", "")
     notes = {
-        "picture": f"as the tower sees it: {grid[0]} x {grid[1]} = {len(patches.row)} patches",
+        "picture": f"as the tower sees it{tiles}: {times}{grid[0]} x {grid[1]} = {total} patches",
         "attention": noted,
-        "kept": f"{kept} patches" + f" and {new} for the rest" * (patches.tokens > kept),
-        "merged": f"{patches.merged.sum()} patches tinted by their token"
+        "kept": f"{kept} patches" + f" and {new} for the rest" * (tokens > kept),
+        "merged": f"{total - kept - dropped} patches tinted by their token"
         + f", {dropped} dropped" * (dropped > 0),
     }
     if not kept:
         notes["kept"] = f"no single patch: {new}"
-    axes["picture"].imshow(whole)
-    axes["kept"].imshow(paint(whole, patches, grid, tint=False), interpolation="nearest")
-    axes["merged"].imshow(paint(whole, patches, grid, tint=True), interpolation="nearest")
+
+    sheets = {name: arrange(pictures, across) for name, pictures in drawn.items()}
+    width, height = sheets["picture"].size
+    rows = [list(notes)] if len(views) == 1 else [["picture", "attention"], ["kept", "merged"]]
+    inches = 14.6 / len(rows[0])  # of a panel
+    heights = [inches * height / width + 0.4] * len(rows)
+    if features.has_cls:
+        rows, heights = [*rows, ["curve"] * len(rows[0])], [*heights, 1.7]
+    dpi = min(max(110, width / inches), 190)
+    sheet = charts.new_figure(14.6, sum(heights) + 0.4, dpi=dpi, layout="constrained")
+    axes = sheet.subplot_mosaic(rows, height_ratios=heights)
     for name, note in notes.items():
+        axes[name].imshow(sheets[name])
         axes[name].set_axis_off()
         axes[name].set_title(f"{name}: {note}", loc="left", fontsize=9, color=INK)
+    if features.has_cls:
+        _curve(axes["curve"], attention[0], patches[0])
     sheet.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold", color=INK)
     charts.save(sheet, out)
 
 
-def _heat(axes: Any, whole: Image.Image, attention: np.ndarray, grid: tuple[int, int]) -> str:
-    """Attention over a grey picture, on a logarithmic scale: on a linear one only the outliers would show.
+def _heat(
+    grey: Sequence[Image.Image], attention: np.ndarray, grid: tuple[int, int]
+) -> tuple[list[Image.Image], str]:
+    """Attention [views, N] over grey pictures, on a logarithmic scale: a linear one would show outliers only.
 
-    Returns how many patches are outliers, and what part of the attention they hold.
+    Returns the pictures, and how many patches are outliers with what part of the attention they hold.
     """
-    axes.imshow(whole.convert("L"), cmap="gray", vmin=-90, vmax=330)
     level = np.log(np.maximum(attention, np.finfo(float).tiny))
     low, high = np.quantile(level, (0.02, 1.0))
-    strength = np.clip((level - low) / max(high - low, 1e-9), 0, 1).reshape(grid)
-    edges = (-0.5, whole.width - 0.5, whole.height - 0.5, -0.5)
-    axes.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=0.25 + 0.65 * strength, extent=edges)
-    outliers = attention[attention > _fence(attention)]
-    return f"{len(outliers)} outliers hold {outliers.sum() / attention.sum():.0%} of it"
+    strength = np.clip((level - low) / max(high - low, 1e-9), 0, 1)
+    painted = []
+    for picture, values in zip(grey, strength.reshape(-1, *grid, 1), strict=True):
+        values = values.repeat(CELL, 0).repeat(CELL, 1)
+        alpha = 0.25 + 0.65 * values
+        colour = 255 * matplotlib.colormaps["inferno"](values[..., 0])[..., :3]
+        faint = 55 + 0.6 * np.asarray(picture)
+        painted.append(Image.fromarray((alpha * colour + (1 - alpha) * faint).round().astype(np.uint8)))
+    above = [one[one > _fence(one)] for one in attention]
+    share = sum(one.sum() for one in above) / attention.sum()
+    return painted, f"{sum(map(len, above))} outliers hold {share:.0%} of it"
 
 
 def _fence(attention: np.ndarray) -> float:
@@ -221,7 +138,7 @@ def _curve(axes: Any, attention: np.ndarray, patches: Assignment) -> None:
     note = f"outlier fence, Q3 + 1.5 (Q3 - Q1): {(percent > fence).sum()} patches above"
     axes.axhline(fence, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label=note)
     axes.set(xlim=(0.3, len(order) + 0.7), ylim=(0.8 * np.quantile(percent, 0.02), 1.5 * percent[0]))
-    axes.set(yscale="log", xlabel="patches, by their attention", ylabel="% of attention")
+    axes.set(yscale="log", xlabel="patches of the whole picture, by their attention", ylabel="% of attention")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.legend(loc="center right", frameon=False, fontsize=9)
@@ -254,19 +171,27 @@ def run(args: argparse.Namespace) -> int:
         device = hardware.plan(args.device).device
     except ValueError as error:
         raise UserError(str(error)) from error
+    if {"projected", *TEXT_FIELDS} & set(reducer.reads):
+        raise UserError(
+            f"{reducer.name} reads the projector or a question: `llava demo` shows what it keeps."
+        )
     image = load_image(args.image)
     tower = load_vision_tower(path, select_layer=config.get("mm_vision_select_layer", -2), device=device)
-    square = as_seen(image, config.get("image_aspect_ratio"), mean_colour(tower.image_processor))
-    processor: Any = tower.image_processor
-    pixels = processor.preprocess(square, return_tensors="pt")["pixel_values"]
-    features = tower(pixels, reducer.asks)
+    names = {"image_aspect_ratio": None, "image_grid_pinpoints": None, "mm_anyres_budget": "tile"}
+    own = SimpleNamespace(**names | config)
+    pixels: Any = process_images([image], tower.image_processor, own)
+    pixels = pixels.flatten(0, -4)  # [views, 3, S, S]
+    features = tower(
+        pixels, {*reducer.asks, *(score_reads(None) if own.mm_anyres_budget == "shared" else ())}
+    )
     try:
-        reduced = reducer(features)
+        reduced = reduce_views(reducer, features, [len(pixels)], own.mm_anyres_budget)
     except ReducerInputError as error:
         raise UserError(str(error)) from error
-    tokens, patches = int(reduced.lengths[0]), reduced.source.shape[1]
+    tokens, patches = sum(int(one.lengths) for one in reduced), features.patches[..., 0].numel()
     title = f"{reducer.spec}: {tokens} of {patches} visual tokens ({tokens / patches:.0%})"
-    figure(square, features, reduced, title=title, out=args.out)
+    across = tiles_across(image.size, pixels, own) if len(pixels) > 1 else 1
+    figure(squares(pixels, tower.image_processor), features, reduced, across, title=title, out=args.out)
     print(title)
     print(args.out)
     return 0

@@ -167,17 +167,8 @@ def check_image(folder: Path, names: list[str], index: int) -> str | None:
     return None
 
 
-class _Calls:
-    """`function(0), function(1), ...` as torch's loader asks for them."""
-
-    def __init__(self, function: Callable[[int], Any], count: int):
-        self.function, self.count = function, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        return self.function(index)
+def _call_each(function: Callable[[int], Any], indices: Sequence[int]) -> list[Any]:
+    return [function(index) for index in indices]
 
 
 def _in_parallel(function: Callable[[int], Any], count: int, workers: int, what: str) -> Iterator[Any]:
@@ -186,8 +177,9 @@ def _in_parallel(function: Callable[[int], Any], count: int, workers: int, what:
     from tqdm import tqdm
 
     workers = 0 if count <= 100 else workers  # starting processes would take longer than a few calls
-    calls: Any = _Calls(function, count)
-    loader: Any = DataLoader(calls, batch_size=16, num_workers=workers, collate_fn=list)
+    indices: Any = range(count)
+    call = partial(_call_each, function)  # in the process that collates a batch
+    loader: Any = DataLoader(indices, batch_size=16, num_workers=workers, collate_fn=call)
     with tqdm(total=count, desc=f"checking {what}", unit=f" {what}", delay=1) as bar:
         for results in loader:
             yield from results

@@ -24,7 +24,7 @@ import transformers
 from tqdm import tqdm
 
 from llava import hardware
-from llava.engine import Answer, LocalEngine, ModelSource, Request, key_of
+from llava.engine import EndpointEngine, LocalEngine, ModelSource, Request, key_of
 from llava.errors import UserError
 from llava.eval.provenance import Files, fingerprint, summary
 from llava.eval.store import AnswersFile
@@ -45,7 +45,7 @@ class Job:
 
     requests: Sequence[Request]
     lines: Sequence[dict[str, Any]]
-    model: ModelSource
+    model: ModelSource | EndpointEngine
     answers: Path
     about: dict[str, Any]
     image_aspect_ratio: str | None = None  # None: the checkpoint's
@@ -72,7 +72,8 @@ def answer(job: Job, *, workers: int | None = None, overwrite: bool = False) -> 
         job.answers.touch()
         return summary(files, (), ())
     if workers is None:
-        workers = torch.cuda.device_count() if job.model.device == "cuda" else 1
+        on_gpus = isinstance(job.model, ModelSource) and job.model.device == "cuda"
+        workers = torch.cuda.device_count() if on_gpus else 1
     if world > 1:
         work(job, rank, world, int(os.environ.get("LOCAL_RANK", rank)))
     elif workers > 1:
@@ -103,7 +104,8 @@ def work(job: Job, rank: int = 0, world: int = 1, gpu: int | None = None) -> Non
             return
         files.note(session={"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine_facts(engine)})
         bar = tqdm(total=len(mine), initial=len(mine) - len(missing), unit="q", disable=rank > 0)
-        took = Took(files)
+        counted: set[Any] = set()  # images of which tokens are in the log
+        since = time.perf_counter()
         for one in engine.answer(missing):
             if one.problem:
                 question_id = job.lines[one.id]["question_id"]
@@ -112,9 +114,16 @@ def work(job: Job, rank: int = 0, world: int = 1, gpu: int | None = None) -> Non
                 answer_id = secrets.token_urlsafe(16)  # 22 characters, as LLaVA's
                 end = {"answer_id": answer_id, "model_id": job.model.name, "metadata": {}}
                 file.append({**job.lines[one.id], "text": one.text, **end})
-            took.add(one, job.requests[one.id])
+            tokens: Counter[int] = Counter()
+            for image, count in zip(
+                map(key_of, job.requests[one.id].images), one.visual_tokens, strict=False
+            ):
+                tokens[count] += image not in counted
+                counted.add(image)
+            now = time.perf_counter()
+            files.note(questions=1, visual_tokens=+tokens, seconds=round(now - since, 4))
+            since = now
             bar.update()
-        took.write()
         bar.close()
 
 
@@ -124,33 +133,6 @@ def share(requests: Sequence[Request], rank: int, world: int) -> list[Request]:
     for request in requests:
         images.setdefault(tuple(request.images) or request.id, len(images))
     return [one for one in requests if images[tuple(one.images) or one.id] % world == rank]
-
-
-class Took:
-    """What answers took, for the log, a line at most every second."""
-
-    def __init__(self, files: Files):
-        self.files = files
-        self.seen: set[Any] = set()  # images of which tokens are counted
-        self._restart()
-
-    def _restart(self) -> None:
-        self.started, self.questions = time.perf_counter(), 0
-        self.tokens: Counter[int] = Counter()
-
-    def add(self, answer: Answer, request: Request) -> None:
-        self.questions += 1
-        for image, tokens in zip(request.images, answer.visual_tokens, strict=False):
-            if key_of(image) not in self.seen:
-                self.seen.add(key_of(image))
-                self.tokens[tokens] += 1
-        if time.perf_counter() - self.started > 1:
-            self.write()
-
-    def write(self) -> None:
-        seconds = round(time.perf_counter() - self.started, 4)
-        self.files.note(questions=self.questions, visual_tokens=self.tokens, seconds=seconds)
-        self._restart()
 
 
 def work_in_processes(job: Job, workers: int) -> None:
@@ -183,8 +165,10 @@ def _process(job: Job, rank: int, world: int) -> None:
         sys.exit(2)
 
 
-def load(job: Job, gpu: int | None) -> LocalEngine:
+def load(job: Job, gpu: int | None) -> LocalEngine | EndpointEngine:
     """The model, on the gpu-th device of several where `device` names none."""
+    if isinstance(job.model, EndpointEngine):
+        return job.model
     gpus = torch.cuda.device_count()
     device = (
         f"cuda:{gpu % gpus}" if job.model.device == "cuda" and gpus and gpu is not None else job.model.device
@@ -196,14 +180,22 @@ def load(job: Job, gpu: int | None) -> LocalEngine:
     )
 
 
-def run_facts(job: Job, engine: LocalEngine) -> dict[str, Any]:
+def run_facts(job: Job, engine: LocalEngine | EndpointEngine) -> dict[str, Any]:
     """What makes the answers what they are: only a run in which all of it is the same may add to a file."""
-    source, model, first = job.model, engine.model, job.requests[0]
+    first = job.requests[0]
     names = ("max_new_tokens", "temperature", "top_p", "num_beams", "seed")
-    prompt = engine.prompt(Request(text="?", images=("",)))
-    return {
+    facts = {
         **job.about,
-        "model": source.name,
+        "model": job.model.name,
+        "generation": {name: getattr(first, name) for name in names},
+    }
+    if isinstance(job.model, EndpointEngine):
+        unknown = "the server's"
+        reducer = first.reducer or unknown
+        return facts | {"server": engine.base_url, "weights": unknown, "reducer": reducer, "dtype": unknown}
+    source, model = job.model, engine.model
+    prompt = engine.prompt(Request(text="?", images=("",)))
+    return facts | {
         "weights": fingerprint(source.path, source.base),
         "base": source.base and get_model_name_from_path(source.base),
         "vision_tower": Path(source.vision_tower or model.config.mm_vision_tower).name,
@@ -212,14 +204,15 @@ def run_facts(job: Job, engine: LocalEngine) -> dict[str, Any]:
         "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16],
         "image_aspect_ratio": engine.pixel_config.image_aspect_ratio,
         "anyres": source.anyres,
-        "generation": {name: getattr(first, name) for name in names},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": "8bit" if source.load_8bit else "4bit" if source.load_4bit else None,
     }
 
 
-def machine_facts(engine: LocalEngine) -> dict[str, Any]:
+def machine_facts(engine: LocalEngine | EndpointEngine) -> dict[str, Any]:
     """Where answers are made."""
+    if isinstance(engine, EndpointEngine):
+        return {"device": engine.base_url, "concurrency": engine.concurrency}
     device = engine.model.device
     cores = "" if device.type == "cuda" else f", {os.cpu_count()} cores"
     return {

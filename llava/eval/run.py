@@ -1,5 +1,8 @@
 """`llava eval BENCHMARK --model-path ...`: ask a benchmark's questions, write the answers file, score it.
 
+`--endpoint URL` in place of --model-path asks a server, `--concurrency N` questions at a time
+(docs/serving.md).
+
 The same command continues a run that was killed. One process per visible GPU by default, `--workers N` of
 them, or those of torchrun and accelerate share the work. `--num-chunks N --chunk-idx I` asks one of N
 contiguous parts instead, as LLaVA's scripts do, each with its own answers file.
@@ -31,7 +34,10 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmarks.BENCHMARKS))
     model = parser.add_argument_group("model")
-    model.add_argument("--model-path", required=True, help="checkpoint: directory or hub name")
+    which = model.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model-path", help="checkpoint: directory or hub name")
+    which.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server: http://host:8000/v1")
+    model.add_argument("--model", metavar="NAME", help="as the server calls it (default: its only one)")
     model.add_argument("--model-base", help="base of a LoRA or projector-only checkpoint")
     model.add_argument("--reducer", help="token reducer in place of the checkpoint's, e.g. prumerge+")
     model.add_argument("--vision-tower", help="vision tower in place of the checkpoint's")
@@ -65,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--decode-workers", type=int, metavar="N", help="processes that decode images ahead")
     how.add_argument("--workers", type=int, metavar="N", help="processes (default: one per visible GPU)")
+    how.add_argument(
+        "--concurrency", type=int, default=32, metavar="N", help="questions at a time, of a server"
+    )
     how.add_argument("--num-chunks", type=int, default=1, metavar="N")
     how.add_argument("--chunk-idx", type=int, default=0, metavar="I")
 
@@ -72,7 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     benchmark = benchmarks.get(args.benchmark)
     protocol = protocol_of(benchmark, args.protocol)
-    answers = args.answers or default_answers(benchmark, protocol, args)
+
+    from llava.engine.endpoint import source_of
+    from llava.eval.loop import Job, answer
+
+    source = source_of(args)
+    if args.endpoint and protocol.image_aspect_ratio:
+        raise UserError(f"--protocol {protocol.name} changes images, which --endpoint sends as they are.")
+    answers = args.answers or default_answers(benchmark, protocol, source.name, args)
     try:
         samples: Sequence[Sample] = benchmark.load(args.root, args.questions)[: args.limit]
         if not answers.exists():  # before the model is loaded
@@ -88,9 +104,6 @@ def run(args: argparse.Namespace) -> int:
         samples = chunk(samples, args.num_chunks, args.chunk_idx)
         about["chunk"] = f"{args.chunk_idx} of {args.num_chunks}"
 
-    from llava.engine import ModelSource
-    from llava.eval.loop import Job, answer
-
     requests, lines = requests_of(
         benchmark,
         samples,
@@ -100,11 +113,12 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         num_beams=args.num_beams,
         seed=args.seed,
+        reducer=args.reducer if args.endpoint else None,  # a model of this process is loaded with its own
     )
     job = Job(
         requests=requests,
         lines=lines,
-        model=ModelSource.of(args),
+        model=source,
         answers=answers,
         about=about,
         image_aspect_ratio=protocol.image_aspect_ratio,
@@ -173,11 +187,9 @@ def chunk(items: Sequence[Any], chunks: int, index: int) -> Sequence[Any]:
     return items[index * size : (index + 1) * size]
 
 
-def default_answers(benchmark: Benchmark, protocol: Protocol, args: argparse.Namespace) -> Path:
+def default_answers(benchmark: Benchmark, protocol: Protocol, model: str, args: argparse.Namespace) -> Path:
     """<root>/<folder>/answers/<model>[-<reducer>][-<protocol>].jsonl; chunks: .../<chunks>_<index>.jsonl."""
-    from llava.mm_utils import get_model_name_from_path
-
-    parts = [get_model_name_from_path(args.model_path)]
+    parts = [model]
     parts += [args.reducer] if args.reducer else []
     parts += [protocol.name] if protocol is not benchmark.protocols[0] else []
     name = "-".join(parts).replace("/", "_")

@@ -50,34 +50,32 @@ def read_questions(folder: Path) -> list[tuple[Path, str]]:
 
 def ask_all(folder: Path, out: Path) -> list[str]:
     """Lines of the table, a block per picture; overlays are written into `out`."""
-    from llava.analysis.show import overlay
     from llava.engine import ModelSource, Request, finish
-    from llava.mm_utils import expand2square, load_image, mean_colour, process_images
+    from llava.mm_utils import load_image
+    from llava.pictures import overlay, squares
 
     questions = read_questions(folder)
     out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     with tqdm(total=len(questions) * len(REDUCERS) + 1, desc="loading the model", file=sys.stderr) as bar:
         engine = ModelSource(MODEL, BASE, conv_mode="smollm2", reducer="none").load()
-        model, processor = engine.model, engine.image_processor
         first = Request(text=questions[0][1] + SHORT, images=[questions[0][0]], max_new_tokens=4)
         finish(engine.stream(first))  # warm-up: the first call pays for allocations
         bar.update()
         for path, question in questions:
             image = load_image(path)
-            square = expand2square(image, mean_colour(processor))
             head = f"  {'reducer':<26} {'visual tokens':>13} {'prefill ms':>11} {'total ms':>9}  answer"
             lines += [""] * bool(lines) + [f"{path.stem}: {question}", head]
             for reducer in REDUCERS:
                 bar.set_description(f"{path.stem}, {reducer}")
-                model.set_reducer(reducer)
-                request = Request(text=question + SHORT, images=[image], max_new_tokens=16)
+                request = Request(text=question + SHORT, images=[image], max_new_tokens=16, reducer=reducer)
                 answer = finish(engine.stream(request))
                 took, tokens = answer.timing, sum(answer.visual_tokens)
                 times = f"{took.prefill_ms:>11.0f} {took.total_ms:>9.0f}"
                 lines.append(f"  {reducer:<26} {tokens:>13} {times}  {answer.text}")
-                features = model.get_vision_tower()(process_images([image], processor, model.config))
-                picture = overlay(square, model.reducer(features), features.grid)
+                look = engine.look(image, request)
+                (seen,) = squares(look.pixels, engine.image_processor)
+                picture = overlay(seen, look.reduced[0], look.features.grid)
                 picture.save(out / f"{path.stem}-{reducer.replace('+', '-plus')}.png")
                 bar.update()
     return lines

@@ -1,4 +1,4 @@
-"""`llava chat`: ask any checkpoint about pictures, in the terminal.
+"""`llava chat`: ask any checkpoint, or a server (`--endpoint`), about pictures, in the terminal.
 
 With --query one answer goes to stdout; without it the conversation goes on until an empty line. What an
 answer took is told on stderr. Within a conversation:
@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,16 +23,19 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
-    from PIL import Image
     from torch import Tensor
 
-    from llava.engine import Answer, LocalEngine
+    from llava.engine import Answer
+    from llava.pixels import Source
 
 COMMANDS = "/image FILES, /reducer SPEC, /reset; an empty line ends"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-path", required=True, help="checkpoint: directory or hub name")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model-path", help="checkpoint: directory or hub name")
+    which.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server: http://host:8000/v1")
+    parser.add_argument("--model", metavar="NAME", help="as the server calls it (default: its only one)")
     parser.add_argument("--model-base", help="base of a LoRA or projector-only checkpoint")
     parser.add_argument("--image-file", default="", metavar="FILES", help="pictures, separated by commas")
     parser.add_argument("--video-file", metavar="FILE", help="a video, of which some frames are the pictures")
@@ -73,9 +76,13 @@ def run(args: argparse.Namespace) -> int:
         from llava.video import read_frames
 
         images += read_frames(args.video_file, args.frames)
-    from llava.engine import ModelSource
+    from llava.engine.endpoint import EndpointEngine, source_of
 
-    chat = Chat(ModelSource.of(args).load(), sampling)
+    source = source_of(args)
+    if isinstance(source, EndpointEngine):
+        chat = Chat(source, sampling, args.reducer)
+    else:
+        chat = Chat(source.load(), sampling)
     chat.look_at(images)
     if args.query is not None:
         report(chat.ask(args.query, say))
@@ -98,33 +105,49 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
 
 
-def load_images(files: str, *, exif: bool) -> list["Image.Image"]:
-    """The pictures of a list separated by commas."""
+def load_images(files: str, *, exif: bool) -> list["Source"]:
+    """The pictures of a list separated by commas; as files, whose bytes a server gets, unless turned.
+
+    Raises:
+        UserError: one that cannot be read.
+    """
     from llava.mm_utils import load_image
 
-    return [load_image(Path(name.strip()), exif=exif) for name in files.split(",") if name.strip()]
+    paths = [Path(name.strip()) for name in files.split(",") if name.strip()]
+    images = [load_image(path, exif=exif) for path in paths]
+    return list(images if exif else paths)
 
 
 @dataclass
 class Chat:
-    """A conversation about some pictures, which are encoded once, when they come in.
+    """A conversation about some pictures.
 
-    A turn that fails leaves everything as it was before.
+    A model of this process encodes them once, when they come in, unless its reducer reads each question. A
+    server gets them with every turn. A turn that fails leaves everything as it was before.
     """
 
-    engine: "LocalEngine"
+    engine: Any  # llava.engine.Engine; of a LocalEngine also what is its own
     sampling: dict[str, Any]
-    images: list["Image.Image"] = field(default_factory=list)
+    reducer: str | None = None  # a server's; None: its default. A model of this process has its own.
+    images: list["Source"] = field(default_factory=list)
     encoded: list["Tensor"] = field(default_factory=list)
     messages: list[dict[str, str]] = field(default_factory=list)
     vision_ms: float = 0.0  # of pictures no answer has been given about yet
 
-    def look_at(self, images: list["Image.Image"]) -> None:
-        """Encode pictures (or none) in place of those there were; a new conversation begins."""
+    @property
+    def model(self) -> Any:
+        """The model in this process; None where a server has it."""
+        from llava.engine import LocalEngine
+
+        return self.engine.model if isinstance(self.engine, LocalEngine) else None
+
+    def look_at(self, images: list["Source"]) -> None:
+        """Take pictures (or none) in place of those there were; a new conversation begins."""
         start = time.perf_counter()
-        encoded = self.engine.encode(images)
+        once = self.model is not None and not self.model.reducer.reads_question
+        encoded = self.engine.encode(images) if once else []
         self.images, self.encoded, self.messages = images, encoded, []
-        self.vision_ms = 1000 * (time.perf_counter() - start)
+        self.vision_ms = 1000 * (time.perf_counter() - start) if encoded else 0.0
 
     def use_reducer(self, spec: str) -> None:
         """Reduce visual tokens as `spec` says, those of the present pictures too; a new conversation begins.
@@ -132,7 +155,10 @@ class Chat:
         Raises:
             UserError: no such reducer, or one that does not work with this tower; the one before stays.
         """
-        model = self.engine.model
+        model = self.model
+        if model is None:
+            self.reducer = spec
+            return self.look_at(self.images)
         before = model.reducer.spec
         model.set_reducer(spec)
         try:
@@ -152,13 +178,15 @@ class Chat:
         if not self.messages and DEFAULT_IMAGE_TOKEN not in text:
             text = f"{DEFAULT_IMAGE_TOKEN}\n" * len(self.images) + text
         messages = [*self.messages, {"role": "user", "content": text}]
-        request = Request(messages=messages, images=self.encoded, **self.sampling)
+        images = self.encoded or self.images
+        request = Request(messages=messages, images=images, reducer=self.reducer, **self.sampling)
         answer = finish(self.engine.stream(request), emit)
         if answer.problem:
             raise UserError(answer.problem)
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
-        vision_ms, self.vision_ms = self.vision_ms, 0.0
-        timing = replace(answer.timing, vision_ms=vision_ms, total_ms=vision_ms + answer.timing.total_ms)
+        timing, before = answer.timing, self.vision_ms
+        self.vision_ms = 0.0
+        timing = replace(timing, vision_ms=before + timing.vision_ms, total_ms=before + timing.total_ms)
         return replace(answer, timing=timing)
 
 
@@ -202,8 +230,9 @@ def obey(chat: Chat, line: str, *, exif: bool) -> str:
             chat.messages = []
         case _:
             raise UserError(f"there is no command {command}: {COMMANDS}")
-    counts = tuple(map(len, chat.encoded))
-    return f"new conversation: {as_tokens(counts)}, reducer {chat.engine.model.reducer.spec}"
+    seen = as_tokens(map(len, chat.encoded)) or f"{len(chat.images)} pictures"
+    spec = chat.model.reducer.spec if chat.model is not None else chat.reducer or "of the server"
+    return f"new conversation: {seen}, reducer {spec}"
 
 
 def say(piece: str) -> None:
@@ -218,11 +247,13 @@ def report(answer: "Answer") -> None:
     """End the answer's line; what it took."""
     print(flush=True)
     took = answer.timing
-    note(
-        f"{as_tokens(answer.visual_tokens)}; vision {took.vision_ms:.0f} ms, "
-        f"prefill {took.prefill_ms:.0f} ms, total {took.total_ms:.0f} ms for {took.new_tokens} new tokens"
-    )
+    seen = f"{tokens}; " if (tokens := as_tokens(answer.visual_tokens)) else ""
+    vision = f"vision {took.vision_ms:.0f} ms, " if took.vision_ms else ""  # of a server: part of the prefill
+    total = f"total {took.total_ms:.0f} ms for {took.new_tokens} new tokens"
+    note(f"{seen}{vision}prefill {took.prefill_ms:.0f} ms, {total}")
 
 
-def as_tokens(counts: tuple[int, ...]) -> str:
-    return f"{' + '.join(map(str, counts))} visual tokens" if counts else "no picture"
+def as_tokens(counts: Iterable[int]) -> str:
+    """ "" where there are none, or none are known."""
+    numbers = " + ".join(map(str, counts))
+    return f"{numbers} visual tokens" if numbers else ""

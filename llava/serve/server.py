@@ -26,17 +26,16 @@ from llava.conversation import conv_templates, default_conv_mode
 from llava.engine import check_template
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path, image_tag
-from llava.model.builder import load_pretrained_model, load_tokenizer
+from llava.model.builder import load_tokenizer
 from llava.model.checkpoints import (
     KINDS,
     CheckpointInfo,
     inspect_checkpoint,
     llava_config_dict,
     read_json,
-    resolve_directory,
-    save_full,
 )
 from llava.model.load import build_config
+from llava.model.whole import load_whole, save_whole
 from llava.reducers import ReducerSpecError, build_reducer
 from llava.serve.vllm import NAME, VERSION
 from llava.serve.vllm.template import chat_template, spelled_bos
@@ -120,12 +119,8 @@ def whole_checkpoint(info: CheckpointInfo, name: str, folder: Path, dtype: str) 
         return info.path
     path = folder / get_model_name_from_path(name)
     print(f"merging {info.path} and its base into {path}", file=sys.stderr)
-    tokenizer, model, _, _ = load_pretrained_model(
-        info.path, info.require_base().path, device="cpu", device_map="cpu", dtype=dtype
-    )
-    tower = resolve_directory(model.config.mm_vision_tower, beside=info.llava_config.path)
-    model.config.mm_vision_tower = str(tower.resolve())
-    save_full(model, tokenizer, path)
+    tokenizer, model, weights = load_whole(info, dtype)
+    save_whole(model, tokenizer, info, weights, path)
     return path
 
 
@@ -139,6 +134,7 @@ def server_flags(own: argparse.Namespace, path: Path, folder: Path, dtype: str, 
     flags = ["--model", str(path), "--served-model-name", own.model_path, "--config-format", NAME]
     flags += ["--dtype", dtype, "--generation-config", str(folder)]
     flags += ["--trust-request-mm-kwargs"]  # a request may choose its reducer; the plug-in takes no more
+    flags += ["--enable-prompt-tokens-details"]  # answers tell how many visual tokens there were
     if own.reducer is not None:
         flags += ["--mm-processor-kwargs", json.dumps({"reducer": own.reducer})]
     if own.conv_mode is not None:

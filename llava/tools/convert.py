@@ -11,7 +11,8 @@ from pathlib import Path
 from llava.errors import UserError
 from llava.model.checkpoints import write_llava_hf, write_tower
 from llava.model.load import tower_of
-from llava.tools.whole import add_dtype, inspect_model, load_whole, save_whole
+from llava.model.whole import inspect_model, load_whole, save_whole
+from llava.tools import add_dtype
 
 TOWER_FOLDER = "vision_tower"
 
@@ -47,4 +48,5 @@ def run(args: argparse.Namespace) -> int:
         # With the directory's own name in front another folder called like that is not taken for it.
         model.config.mm_vision_tower = f"{args.out.absolute().name}/{TOWER_FOLDER}"
     save_whole(model, tokenizer, info, weights, args.out)
+    print(args.out)
     return 0

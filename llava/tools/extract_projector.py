@@ -15,7 +15,7 @@ from llava.model.checkpoints import (
     write_tensors,
 )
 from llava.model.llava_arch import language_model_of
-from llava.tools.whole import tower_name_from
+from llava.model.whole import tower_name_from
 
 PARTS = (PROJECTOR, "model.image_newline")
 

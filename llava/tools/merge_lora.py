@@ -8,7 +8,8 @@ from pathlib import Path
 
 from llava.errors import UserError
 from llava.model.checkpoints import KINDS
-from llava.tools.whole import add_dtype, inspect_model, load_whole, save_whole
+from llava.model.whole import inspect_model, load_whole, save_whole
+from llava.tools import add_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,4 +27,5 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{info.path} is {KINDS[info.kind]}: there is nothing to merge")
     tokenizer, model, weights = load_whole(info, args.dtype)
     save_whole(model, tokenizer, info, weights, args.save_model_path)
+    print(args.save_model_path)
     return 0

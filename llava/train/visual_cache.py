@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava.data.table import image_names
@@ -155,8 +155,10 @@ class VisualCache:
             if not digest:
                 on_error(f"{file} cannot be read")
         missing = {d: file for d, file in zip(digests, files, strict=True) if d and d not in self}
-        images = _Images(list(missing.items()), llava)
-        loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
+        items: Any = list(missing.items())
+        processor = llava.get_vision_tower().image_processor
+        read = partial(_read_images, processor=processor, config=llava.config)  # in the loader's processes
+        loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=read)
         done: list[tuple[bytes, Tensor]] = []  # not on disk yet
         count = 0
         try:
@@ -189,22 +191,17 @@ class VisualCache:
             save_file(content, partial)
 
 
-class _Images(Dataset):
+def _read_images(
+    items: Sequence[tuple[bytes, Path]], processor: Any, config: Any
+) -> list[tuple[bytes, Tensor | str]]:
     """(digest, pixels or what is wrong with the file) of image files."""
-
-    def __init__(self, items: list[tuple[bytes, Path]], llava: LlavaLlamaForCausalLM):
-        self.items = items
-        self.processor, self.config = llava.get_vision_tower().image_processor, llava.config
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, row: int) -> tuple[bytes, Tensor | str]:
-        digest, file = self.items[row]
+    found: list[tuple[bytes, Tensor | str]] = []
+    for digest, file in items:
         try:
-            return digest, process_images([load_image(file)], self.processor, self.config)[0]
+            found.append((digest, process_images([load_image(file)], processor, config)[0]))
         except UserError as error:
-            return digest, str(error)
+            found.append((digest, str(error)))
+    return found
 
 
 # In a run

@@ -32,7 +32,7 @@ setting SAVE_STEPS 500 2 "optimizer steps between checkpoints to resume from"
 setting REPORT_TO none none "tensorboard, wandb or none; log.jsonl is always written"
 setting DRY_RUN "" "" "1: print the command and stop"
 
-# launch RECIPE_FLAGS "$@": run the training with what the scripts have in common.
+# launch RECIPE_FLAGS "$@": run the training of MODEL on DATA and IMAGES into OUT, with what the scripts have in common.
 launch() {
     if asks_for_help "$@"; then
         usage "1: the small model on composed scenes, a few steps, on any machine" \
@@ -42,7 +42,11 @@ launch() {
     [[ -z $MINI || -n $DRY_RUN ]] || prepare_mini
 
     local command=("$PYTHON") common=(
+        --model_name_or_path "$MODEL"
         --vision_tower "$TOWER"
+        --data_path "$DATA"
+        --image_folder "$IMAGES"
+        --output_dir "$OUT"
         --mm_projector_type mlp2x_gelu
         --mm_vision_select_layer -2
         --mm_use_im_start_end False

@@ -15,13 +15,9 @@ setting DEEPSPEED scripts/zero3.json none "DeepSpeed's configuration; none: plai
 
 launch \
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \
-    --model_name_or_path "$MODEL" \
     --version "$VERSION" \
-    --data_path "$DATA" \
-    --image_folder "$IMAGES" \
     --pretrain_mm_mlp_adapter "$PROJECTOR" \
     --image_aspect_ratio pad \
     --group_by_modality_length True \
     --learning_rate 2e-4 \
-    --output_dir "$OUT" \
     "$@"

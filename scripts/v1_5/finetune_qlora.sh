@@ -14,13 +14,9 @@ setting DEEPSPEED scripts/zero2.json none "DeepSpeed's configuration (ZeRO-3 can
 
 launch \
     --bits 4 --lora_enable True --lora_r 64 --lora_alpha 16 \
-    --model_name_or_path "$MODEL" \
     --version "$VERSION" \
-    --data_path "$DATA" \
-    --image_folder "$IMAGES" \
     --pretrain_mm_mlp_adapter "$PROJECTOR" \
     --image_aspect_ratio pad \
     --group_by_modality_length True \
     --learning_rate 2e-5 \
-    --output_dir "$OUT" \
     "$@"

@@ -12,12 +12,8 @@ setting PER_DEVICE 16 2 "samples a GPU takes at once: lower it where memory is s
 setting DEEPSPEED scripts/zero3.json none "DeepSpeed's configuration (scripts/zero3_offload.json saves GPU memory); none: plain DDP"
 
 launch \
-    --model_name_or_path "$MODEL" \
     --version "$VERSION" \
-    --data_path "$DATA" \
-    --image_folder "$IMAGES" \
     --image_aspect_ratio pad \
     --group_by_modality_length True \
     --learning_rate 2e-5 \
-    --output_dir "$OUT" \
     "$@"

@@ -13,12 +13,8 @@ setting DEEPSPEED scripts/zero2.json none "DeepSpeed's configuration; none: plai
 
 setting ON_BAD_SAMPLE error skip "error or skip (the scenes of MINI that are no captions)"
 launch \
-    --model_name_or_path "$MODEL" \
     --version plain \
-    --data_path "$DATA" \
-    --image_folder "$IMAGES" \
     --on_bad_sample "$ON_BAD_SAMPLE" \
     --tune_mm_mlp_adapter True \
     --learning_rate 1e-3 \
-    --output_dir "$OUT" \
     "$@"

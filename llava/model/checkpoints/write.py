@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from llava.files import replacing_file, write_json
 from llava.model.checkpoints.inspect import EXTRA_FILES, PROJECTOR_FILES
-from llava.model.checkpoints.names import TOWER, canonical_name
+from llava.model.checkpoints.names import canonical_name
 
 
 @contextmanager
@@ -30,15 +29,15 @@ def replacing(out: str | Path) -> Iterator[Path]:
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    fresh = out.parent / f".{out.name}.{os.getpid()}.partial"
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process of this number that was killed
+    fresh.mkdir()
     try:
         yield fresh
-        # mkdtemp's is private, and so are safetensors' files; others may read what the user lets them.
-        umask = os.umask(0)
-        os.umask(umask)
-        fresh.chmod(0o777 & ~umask)
-        for file in fresh.iterdir():
-            file.chmod(0o666 & ~umask)
+        for (
+            file
+        ) in fresh.iterdir():  # safetensors' files are private; others may read what the user lets them
+            file.chmod(fresh.stat().st_mode & 0o666)
         if not out.exists():
             os.replace(fresh, out)
             return
@@ -110,13 +109,7 @@ def config_for_disk(config: PreTrainedConfig) -> dict[str, Any]:
     return content
 
 
-def save_full(
-    model,
-    tokenizer,
-    out: str | Path,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
+def save_full(model, tokenizer, out: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """A whole model: config.json, generation_config.json, safetensors shards and the tokenizer.
 
     The tower's weights are saved if the model has them, as LLaVA's training does. They are read back only if
@@ -142,19 +135,10 @@ def save_full(
         write_json(directory / "config.json", {**config, "architectures": [type(model).__name__]})
 
 
-def save_projector(
-    model,
-    out: str | Path,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    file: str | Path | None = None,
-) -> None:
+def save_projector(model, out: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """What adapter tuning leaves: config.json and mm_projector.bin (`model.mm_projector.*`).
 
     With `mm_use_im_start_end` the input embeddings are trained too, and are in the file.
-
-    Args:
-        file: where the weights go if not to `out`/mm_projector.bin.
     """
     state = model.state_dict() if state_dict is None else state_dict
     wanted = ("mm_projector.", "embed_tokens.") if model.config.mm_use_im_start_end else ("mm_projector.",)
@@ -164,11 +148,8 @@ def save_projector(
         if (new := canonical_name(name)) is not None and any(part in new for part in wanted)
     }
     with replacing(out) as directory:
-        if file is None:
-            write_tensors(tensors, directory / PROJECTOR_FILES[1])
+        write_tensors(tensors, directory / PROJECTOR_FILES[1])
         write_json(directory / "config.json", config_for_disk(model.config))
-    if file is not None:
-        write_tensors(tensors, file)
 
 
 def save_lora(
@@ -177,7 +158,6 @@ def save_lora(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     non_lora_state_dict: Mapping[str, Tensor] | None = None,
-    tokenizer=None,
 ) -> None:
     """What LoRA training leaves: the adapter as PEFT writes it, non_lora_trainables.bin, config.json.
 
@@ -185,17 +165,10 @@ def save_lora(
         model: the PeftModel around a LLaVA.
         state_dict: LoRA weights where they had to be gathered, named as in `model.state_dict()`.
         non_lora_state_dict: the other weights that were trained, named likewise
-            (`base_model.model.model.mm_projector.*`). Default: every parameter that requires grad and is no
-            LoRA weight, or the projector if none does.
-        tokenizer: saved as well if given (released checkpoints have none).
+            (`base_model.model.model.mm_projector.*`). Default: the projector.
     """
     if non_lora_state_dict is None:
-        others = {
-            name: p for name, p in model.named_parameters() if "lora_" not in name and TOWER not in name
-        }
-        non_lora_state_dict = {name: p for name, p in others.items() if p.requires_grad} or {
-            name: p for name, p in others.items() if "mm_projector." in name
-        }
+        non_lora_state_dict = {n: p for n, p in model.named_parameters() if "mm_projector." in n}
     with replacing(out) as directory:
         # False: trained embeddings are in non_lora_trainables.bin; "auto" would ask the Hub about the base.
         model.save_pretrained(
@@ -204,6 +177,4 @@ def save_lora(
             save_embedding_layers=False,
         )
         write_tensors(non_lora_state_dict, directory / EXTRA_FILES[1])
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, directory)
         write_json(directory / "config.json", config_for_disk(model.get_base_model().config))

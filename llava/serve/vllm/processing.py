@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BatchFeature, PreTrainedConfig
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
@@ -29,6 +30,7 @@ from llava.errors import UserError
 from llava.mm_utils import process_images, read_pinpoints, tile_side
 from llava.model.checkpoints import PROJECTOR, inspect_checkpoint, read_model_weights, resolve_directory
 from llava.model.load import tower_of
+from llava.model.question import QuestionReader
 from llava.model.vision_tower import ENCODERS
 from llava.reducers import build_reducer
 
@@ -43,7 +45,7 @@ class Encoder:
     `load_pretrained_model`.
     """
 
-    def __init__(self, path: str | Path, config: PreTrainedConfig, dtype: torch.dtype):
+    def __init__(self, path: str | Path, config: PreTrainedConfig, dtype: torch.dtype, tokenizer: Any):
         info = inspect_checkpoint(path)
         weights = read_model_weights(info)  # mapped, not read: only what is used below is
         config = copy.deepcopy(config)
@@ -56,9 +58,13 @@ class Encoder:
         )
         self.model.to(device=plan.device, dtype=dtype)
         self.model.set_vision_tower(tower_of(info, config, weights, device=plan.device, dtype=dtype))
+        # For reducers that look up the question's words: of the table only the rows they ask for are read.
+        table = nn.Embedding.from_pretrained(weights.tensors["model.embed_tokens.weight"])
+        parts = {"get_input_embeddings": lambda: table, "get_vision_tower": self.model.get_vision_tower}
+        self.read_question = QuestionReader(SimpleNamespace(**parts), tokenizer)
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image.Image], reducer: str) -> dict[str, list[Tensor]]:
+    def __call__(self, images: Sequence[Image.Image], spec: str, question: str) -> dict[str, list[Tensor]]:
         """One [K, C] block of visual tokens per picture, or, where pictures have tiles (LLaVA-1.6), one
         [K, hidden] block of embeddings.
 
@@ -66,15 +72,16 @@ class Encoder:
             UserError: a reducer that cannot work with this tower.
         """
         model, config = self.model, self.model.config
-        model.set_reducer(reducer)
+        reducer = model.make_reducer(spec, allow_files=True)
+        text = self.read_question(question, reducer)
+        how = [reducer], [{name: tensor.to(model.device, model.dtype) for name, tensor in text.items()}]
         processor = model.get_vision_tower().image_processor
         pixels = [process_images([image], processor, config)[0] for image in images]
         if config.image_aspect_ratio == "anyres":
             # Tiles may share a budget, and rows end in an embedding (image_newline).
-            return {
-                EMBEDS: [model.embed_images([p], [i.size])[0] for p, i in zip(pixels, images, strict=True)]
-            }
-        return {TOKENS: [model.encode_images(block[None])[0] for block in pixels]}
+            both = zip(pixels, images, strict=True)
+            return {EMBEDS: [model.embed_images([p], [i.size], *how)[0] for p, i in both]}
+        return {TOKENS: [model.encode_images(block[None], *how)[0] for block in pixels]}
 
 
 class LlavaProcessingInfo(BaseProcessingInfo):
@@ -106,17 +113,27 @@ class LlavaProcessingInfo(BaseProcessingInfo):
             views += max((width // side) * (height // side) for width, height in points)
         return views * (rows * rows + rows)
 
-    def reducer(self, kwargs: Mapping[str, object]) -> str:
-        """The canonical spec a request asks for: its own, else the server's, else the checkpoint's.
+    def asked(self, kwargs: Mapping[str, object]) -> dict[str, str]:
+        """What decides over a picture's tokens: the canonical `spec` of the reducer that a request asks for
+        (its own, else the server's, else the checkpoint's), the `question` or "" where that does not read it.
 
         Raises:
-            ValueError: no such reducer or option, or another keyword than `reducer`.
+            ValueError: no such reducer or option, no question where one is read, other keywords.
         """
         merged: dict[str, Any] = self.ctx.get_merged_mm_kwargs(kwargs)
         spec = merged.pop("reducer", self.get_hf_config().mm_token_reducer)
+        question = merged.pop("question", "")
         if merged:
-            raise ValueError(f"mm_processor_kwargs takes `reducer` only, not {', '.join(sorted(merged))}")
-        return build_reducer(spec, allow_files="reducer" not in kwargs).spec
+            unknown = ", ".join(sorted(merged))
+            raise ValueError(f"mm_processor_kwargs takes `reducer` and `question`, not {unknown}")
+        reducer = build_reducer(spec, allow_files="reducer" not in kwargs)
+        if not reducer.reads_question:
+            return {"spec": reducer.spec, "question": ""}
+        if not question or not isinstance(question, str):
+            raise ValueError(
+                f"reducer {spec!r} reads the question: put it into mm_processor_kwargs as `question`"
+            )
+        return {"spec": reducer.spec, "question": question}
 
 
 class LlavaDummyInputs(BaseDummyInputsBuilder[LlavaProcessingInfo]):
@@ -141,21 +158,19 @@ class LlavaProcessor(BaseMultiModalProcessor[LlavaProcessingInfo]):
     def encoder(self) -> Encoder:
         """Loaded at the first picture: only one of vLLM's processes ever sees one."""
         config = self.info.ctx.model_config
-        return Encoder(config.model, config.hf_config, config.dtype)
+        return Encoder(config.model, config.hf_config, config.dtype, self.info.get_tokenizer())
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
-        # The canonical spec is part of what vLLM's caches know a picture by: differently written specs share
-        # an entry, different reducers never do, whoever named them.
-        reducer = self.info.reducer(inputs.hf_processor_mm_kwargs)
-        return super()._get_mm_hashes(
-            dataclasses.replace(inputs, hf_processor_mm_kwargs={"reducer": reducer})
-        )
+        # What vLLM's caches know a picture by: differently written specs share an entry, different reducers
+        # never do, whoever named them, nor do questions where the reducer reads them.
+        asked = self.info.asked(inputs.hf_processor_mm_kwargs)
+        return super()._get_mm_hashes(dataclasses.replace(inputs, hf_processor_mm_kwargs=asked))
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
         try:
-            blocks = self.encoder(hf_data["images"], self.info.reducer(hf_kwargs))
+            blocks = self.encoder(hf_data["images"], **self.info.asked(hf_kwargs))
         except UserError as error:
             raise ValueError(str(error)) from error
         return BatchFeature({name: [block.cpu() for block in found] for name, found in blocks.items()})

@@ -1,6 +1,5 @@
-"""What the tools share: any checkpoint as one whole model on the CPU, and the way from it to its tower."""
+"""Any checkpoint as one whole model on the CPU, to be written again: by the tools and for the vLLM server."""
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,6 @@ from llava.model.checkpoints import (
     save_full,
 )
 from llava.model.load import apply_lora, build_config, load_language_model, load_plain, tokenizer_of
-
-
-def add_dtype(parser: argparse.ArgumentParser, default: str = "auto") -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float16", "bfloat16", "float32"),
-        default=default,
-        help=f"of the weights written; auto: as read (default: {default})",
-    )
 
 
 def inspect_model(path: str, base: str | None = None) -> CheckpointInfo:
@@ -85,7 +75,6 @@ def save_whole(model, tokenizer, info: CheckpointInfo, weights: Weights, out: Pa
             level = "vision_tower." if any(".layer." in n for n in tower) else "vision_tower.vision_model."
             state |= {TOWER + level + n.removeprefix(TOWER): t.to(model.dtype) for n, t in tower.items()}
     save_full(model, tokenizer, out, state_dict=state)
-    print(out)
 
 
 def tower_name_from(name: str | None, old: Path, new: Path) -> str | None:

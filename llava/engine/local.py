@@ -1,44 +1,25 @@
-"""The inference engine: requests in, answers out, batched (`answer`) or as a stream of text (`stream`).
-
-Evaluation, chat, the demo, the quickstart and LLaVA's scripts all ask a model through an `Engine`: a
-`LocalEngine`, or a server (`llava.endpoint`). What one call of `LocalEngine.answer` does, chunk by chunk of
-some dozens of images with all their questions:
-
-1. Each distinct image is decoded (in worker processes, ahead of time), encoded and reduced once, or once for
-   each question where the reducer reads it.
-2. The beginning that all prompts share (the system prompt) goes through the language model once, and each
-   distinct opening after it (up to and with the last image) once. The keys and values are kept
-   (llava/model/prefix.py), so a question costs its own words only.
-3. Questions of similar length are answered together, as many as fit a budget of tokens. Where memory runs out
-   the budget is halved and what is left is planned anew.
-
-None of this changes an answer: attention is causal, padding is masked, positions count from each prompt's own
-start, and in float32 the answers are those of asking one question at a time (tested).
-"""
+"""The engine that runs a model in this process. The package's head tells how it goes about it."""
 
 import threading
 import time
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import takewhile
-from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
-from llava.constants import (
-    DEFAULT_IMAGE_TOKEN,
-    IMAGE_TOKEN_INDEX,
-)
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates, default_conv_mode
+from llava.engine.batching import batches, chunked, free_memory, is_out_of_memory
+from llava.engine.requests import DEFAULT_REQUEST, Answer, ImageSource, Request, Timing, key_of, texts_of
+from llava.engine.streaming import TextStream
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path, image_tag, tokenizer_image_token
 from llava.model import prefix
@@ -48,124 +29,6 @@ from llava.reducers import ReducedTokens, Reducer, VisionFeatures
 
 CPU_BATCH_TOKENS = 8192
 IMAGES_AT_ONCE = 32
-CHUNK_IMAGES, CHUNK_QUESTIONS = 32, 128
-TOKENS_AT_ONCE = 16_384
-"""More than this in one forward pass makes no device faster, and takes memory."""
-
-ImageSource = Source | Tensor
-"""What `llava.pixels` decodes, or what `LocalEngine.encode` made of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One question.
-
-    Attributes:
-        id: comes back with the answer.
-        text: what the user says, if that is all there is.
-        messages: instead of `text`, a conversation: {"role": "user" | "assistant", "content": text} in turn,
-            the user's first and last.
-        images: for the `<image>` in the user's turns, in their order. Where no turn has one, they are put in
-            front of the first turn, a line each.
-        max_new_tokens: bound of the answer; less where the model's context ends before.
-        temperature, top_p: of sampling; temperature 0 is greedy.
-        seed: of sampling; None: another answer each time.
-        reducer: spec of the token reducer for its images; None: the model's.
-    """
-
-    id: Any = 0
-    text: str = ""
-    messages: Sequence[dict[str, str]] = ()
-    images: Sequence[ImageSource] = ()
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float | None = None
-    num_beams: int = 1
-    seed: int | None = None
-    reducer: str | None = None
-
-    @property
-    def question(self) -> str:
-        """What the user says last."""
-        return self.messages[-1]["content"] if self.messages else self.text
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one streamed answer took.
-
-    Attributes:
-        vision_ms: pixels, tower, reducer and projector; 0 for images that were already encoded.
-        prefill_ms: the language model up to the first new token.
-        total_ms: vision_ms and everything up to the last token.
-        new_tokens: length of the answer, its end included.
-    """
-
-    vision_ms: float
-    prefill_ms: float
-    total_ms: float
-    new_tokens: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to a request.
-
-    Attributes:
-        visual_tokens: tokens handed to the language model, one number per image.
-        problem: one sentence where the request could not be answered; `text` is empty then.
-        timing: of `stream` only: what is computed together has no time of its own.
-    """
-
-    id: Any
-    text: str = ""
-    visual_tokens: tuple[int, ...] = ()
-    problem: str | None = None
-    timing: Timing | None = None
-
-
-DEFAULT_REQUEST = Request()
-"""No text, no images, the model's own reducer."""
-
-
-class Engine(Protocol):
-    """Whatever answers requests."""
-
-    def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """One answer per request, in any order. What is wrong with one is its answer's `problem`."""
-        ...
-
-    def stream(self, request: Request) -> Generator[str, None, Answer]:
-        """The pieces of one answer as they come; returns the whole. A problem gives no piece at all."""
-        ...
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a model saw in one image, and what its reducer kept.
-
-    Attributes:
-        pixels: [T, 3, S, S] normalised pixels of its T views: the image itself, or with anyres its small copy
-            and its tiles.
-        size: (width, height) of the image.
-        features: of the T views.
-        reduced: of each view, B = 1.
-    """
-
-    pixels: Tensor
-    size: tuple[int, int]
-    features: VisionFeatures
-    reduced: list[ReducedTokens]
-
-
-def finish(pieces: Generator[str, None, Answer], emit: Callable[[str], None] = lambda piece: None) -> Answer:
-    """Passes every piece of a stream to `emit`; returns the whole answer."""
-    with closing(pieces):  # where `emit` raises, as Ctrl-C does, the model stops too
-        while True:
-            try:
-                emit(next(pieces))
-            except StopIteration as end:
-                return end.value
 
 
 @dataclass(frozen=True)
@@ -227,6 +90,24 @@ def check_template(conv_mode: str) -> None:
     if conv_mode not in conv_templates:
         known = ", ".join(sorted(conv_templates))
         raise UserError(f"there is no conversation template {conv_mode!r}; --conv-mode takes {known}.")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a model saw in one image, and what its reducer kept.
+
+    Attributes:
+        pixels: [T, 3, S, S] normalised pixels of its T views: the image itself, or with anyres its small copy
+            and its tiles.
+        size: (width, height) of the image.
+        features: of the T views.
+        reduced: of each view, B = 1.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    features: VisionFeatures
+    reduced: list[ReducedTokens]
 
 
 class _Key(NamedTuple):
@@ -305,6 +186,7 @@ class LocalEngine:
         self.pixel_config = SimpleNamespace(
             image_aspect_ratio=image_aspect_ratio or config.image_aspect_ratio,
             image_grid_pinpoints=config.image_grid_pinpoints,
+            mm_anyres_budget=config.mm_anyres_budget,
         )
         self.batch_tokens = batch_tokens or self._free_tokens()
         self.images_at_once = IMAGES_AT_ONCE
@@ -520,32 +402,14 @@ class LocalEngine:
     def prompt(self, request: Request) -> str:
         """The whole prompt of a request as the weights were trained on it, `<image>` where an image goes.
 
-        Raises:
-            UserError: turns out of order, another number of `<image>` than of images.
+        Raises UserError as `texts_of`.
         """
-        messages = request.messages or ({"role": "user", "content": request.text},)
-        roles = [message["role"] for message in messages]
-        if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
-            raise UserError(
-                f"a conversation takes turns of user and assistant, the user's last; here are {roles}."
-            )
-        texts = [message["content"] for message in messages]
-        if not any(DEFAULT_IMAGE_TOKEN in text for text in texts[::2]):
-            texts[0] = f"{DEFAULT_IMAGE_TOKEN}\n" * len(request.images) + texts[0]
         conversation = conv_templates[self.conv_mode].copy()
-        for place, text in enumerate([*texts, None]):
+        for place, text in enumerate([*texts_of(request), None]):
             if text:
                 text = text.replace(DEFAULT_IMAGE_TOKEN, image_tag(self.model.config.mm_use_im_start_end))
             conversation.append_message(conversation.roles[place % 2], text)
-        prompt = conversation.get_prompt()
-        places, count = prompt.count(DEFAULT_IMAGE_TOKEN), len(request.images)
-        if places != count:
-            there = "is 1 picture" if count == 1 else f"are {count or 'no'} pictures"
-            raise UserError(
-                f"the question has {places} {DEFAULT_IMAGE_TOKEN} but there {there}: write one for each, "
-                "where it belongs, or leave them out."
-            )
-        return prompt
+        return conversation.get_prompt()
 
     def _prompt(self, request: Request, keys: Sequence[_Key], visual: Mapping[_Key, Tensor | str]) -> _Prompt:
         """Raises UserError as `prompt`, for an image that cannot be read, for a prompt that is too long."""
@@ -628,7 +492,7 @@ class LocalEngine:
             return Answer(request.id, problem=str(error))
         encoded = time.perf_counter()
         pieces: SimpleQueue[str | None] = SimpleQueue()
-        stream = _TextStream(self.tokenizer, self.stop, pieces.put)
+        stream = TextStream(self.tokenizer, self.stop, pieces.put)
         closed = threading.Event()
 
         @torch.inference_mode()  # a thread's own
@@ -661,98 +525,3 @@ class LocalEngine:
             new_tokens=new.shape[1],
         )
         return Answer(request.id, stream.text, tuple(map(len, prompt.visual)), timing=timing)
-
-
-class _TextStream(BaseStreamer):
-    """The answer as it grows, without special tokens, blanks around it and the template's stop string.
-
-    Attributes:
-        text: in the end, the answer. The pieces handed to `emit` make it up, unless the model's bytes are not
-            UTF-8: then they differ in what stands for those.
-        first: `time.perf_counter()` when the first new token was there.
-    """
-
-    def __init__(self, tokenizer: Any, stop: str | None, emit: Callable[[str], None]):
-        self.tokenizer, self.stop, self.emit = tokenizer, stop or "", emit
-        self.text, self.first = "", 0.0
-        self._ids: list[int] = []
-        self._emitted = 0  # characters
-        self._prompt_is_next = True  # generate puts that out too
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt_is_next:
-            self._prompt_is_next = False
-            return
-        if not self._ids:
-            self.first = time.perf_counter()
-        self._ids += value.flatten().tolist()
-        # Half a character, and what may turn out to be the beginning of the stop string, wait.
-        text = self._decoded().rstrip("\ufffd")
-        lengths = range(min(len(text), len(self.stop)), 0, -1)
-        begun = next((n for n in lengths if text.endswith(self.stop[:n])), 0)
-        self._emit_up_to(text[: len(text) - begun].rstrip())
-
-    def end(self) -> None:
-        self.text = self._decoded().removesuffix(self.stop).rstrip()
-        self._emit_up_to(self.text)
-
-    def _decoded(self) -> str:
-        return self.tokenizer.decode(self._ids, skip_special_tokens=True).strip()
-
-    def _emit_up_to(self, text: str) -> None:
-        if piece := text[self._emitted :]:
-            self._emitted = len(text)
-            self.emit(piece)
-
-
-# --- planning ---
-
-
-def key_of(image: ImageSource) -> Hashable:
-    """Equal for images that are encoded once: the same file, or the same object."""
-    return str(image) if isinstance(image, Path | str) else id(image)
-
-
-def chunked(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    """The requests in chunks whose images are held in memory together, all questions of an image in one."""
-    groups: dict[Hashable, list[Request]] = {}
-    for number, request in enumerate(requests):
-        key = tuple(map(key_of, request.images)) or number
-        groups.setdefault(key, []).append(request)
-    chunk: list[Request] = []
-    images = 0
-    for group in groups.values():
-        chunk += group
-        images += len(group[0].images)
-        if images >= CHUNK_IMAGES or len(chunk) >= CHUNK_QUESTIONS:
-            yield chunk
-            chunk, images = [], 0
-    if chunk:
-        yield chunk
-
-
-def batches(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> Iterator[slice]:
-    """Cuts rows of these lengths, in descending order, into what is computed together.
-
-    A batch holds rows as long as `fits(rows, longest)`, TOKENS_AT_ONCE is not exceeded, and at most an eighth
-    of it is padding (32 tokens are cheaper than another pass); one row in any case.
-    """
-    start = padding = 0
-    for place, length in enumerate(lengths):
-        rows, longest = place + 1 - start, lengths[start]
-        padding += longest - length
-        too_large = not fits(rows, longest) or rows * longest > TOKENS_AT_ONCE
-        if rows > 1 and (too_large or padding > max(32, rows * longest // 8)):
-            yield slice(start, place)
-            start, padding = place, 0
-    if lengths:
-        yield slice(start, len(lengths))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-
-
-def free_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
