@@ -10,8 +10,12 @@ from llava.mini.questions import NUMBERS, REGIONS
 
 
 def type_of(question: str) -> str:
-    """Which of the six types a question is of, by its words."""
+    """Which type a question is of, by its words."""
     said = set(re.findall(r"\w+", question))
+    if re.search(r"\b(is|drawn|\w+) on the (?!left|right)", question) and said & {"shape", "color"}:
+        return "parts"
+    if "small" in said:
+        return "small"
     if said & {"word", "text"}:
         return "words"
     if "color" in said or said & set(sprites.COLORS):
@@ -38,13 +42,19 @@ def truth(question: str, scene) -> str:
     if question.split()[0] in ("Is", "Are", "Can", "Does"):
         return "Yes" if _holds(question, scene) else "No"
     kind, names = type_of(question), named(question)
+    if kind == "parts":
+        host = question.rpartition(" on the ")[2].removesuffix("?")
+        (mark,) = (thing for thing in scene.objects if thing.on == host)
+        assert "shape" in question or mark.name in names
+        return mark.name if "shape" in question else mark.color
     if kind == "words":
         return next(thing.name for thing in scene.objects if thing.written)
-    if kind == "naming":
+    if kind in ("naming", "small"):
         region = next((region for region in REGIONS if region in question), None)
-        things = [t for t in scene.objects if not t.written and region in (None, t.region)]
-        assert len(things) == 1
-        return things[0].name
+        size = next((size for size in ("small", "large") if size in question), None)
+        things = [t for t in scene.objects if not t.written and not t.on and region in (None, t.region)]
+        (name,) = {thing.name for thing in things if size in (None, thing.size)}
+        return name
     asked = [thing for thing in scene.objects if thing.name == names[0]]
     if kind == "counting":
         return str(len(asked))
@@ -56,7 +66,7 @@ def truth(question: str, scene) -> str:
 
 def _holds(question: str, scene) -> bool:
     kind, names = type_of(question), named(question)
-    count = Counter(thing.name for thing in scene.objects)
+    count = Counter(thing.name for thing in scene.objects if not thing.on)
     where = {thing.name: thing for thing in scene.objects}
     if kind == "words":
         return any(f'"{thing.name}"' in question for thing in scene.objects if thing.written)

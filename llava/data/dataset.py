@@ -19,6 +19,7 @@ from llava.data.table import open_table
 from llava.data.text import encode_conversation
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
+from llava.reducers import Reducer
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +48,15 @@ class LazySupervisedDataset(Dataset):
     image_processor: the tower's. Needed for rows with images unless `load_visual` is given.
     version, mm_use_im_start_end: see `encode_conversation`.
     image_aspect_ratio: "pad" or "square", see `process_images`.
-    load_visual: takes a name in `image` and returns that image's cached visual tokens [K, mm_hidden];
-        images are then not opened.
+    load_visual: takes a name in `image`, and a reducer or None, and returns that image's cached visual tokens
+        [K, mm_hidden]; images are then not opened.
     on_bad_sample: "error" raises `BadSample`; "skip" gives the next good sample of the same kind (with or
         without image) in its place and marks it in `bad`, a bool per row.
     cache_dir: where the copy of the file lies, see `open_table`.
 
     A sample is `input_ids`, `labels` (int64 [n]), and with images one of `images` (list of float32 [3, S, S])
-    and `visual_tokens` (list of [K, mm_hidden]), in the order of the placeholders in `input_ids`.
+    and `visual_tokens` (list of [K, mm_hidden]), in the order of the placeholders in `input_ids`. It is asked
+    for by its row, or by (row, reducer): then `reducers` has that reducer for each of `images`.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class LazySupervisedDataset(Dataset):
         version: str = "v1",
         image_aspect_ratio: str = "square",
         mm_use_im_start_end: bool = False,
-        load_visual: Callable[[str], torch.Tensor] | None = None,
+        load_visual: Callable[[str, Reducer | None], torch.Tensor] | None = None,
         on_bad_sample: str = "error",
         cache_dir: str | Path | None = None,
     ):
@@ -99,15 +101,16 @@ class LazySupervisedDataset(Dataset):
         """Words of each sample, and 128 for the image of those that have one."""
         return (self._words.abs() + 128 * (self._words > 0)).tolist()
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, Reducer]) -> dict[str, Any]:
+        index, reducer = key if isinstance(key, tuple) else (key, None)
         if self.on_bad_sample == "error":
-            return self.sample(index)
+            return self.sample(index, reducer)
         kind = self._words[index] > 0
         for candidate in itertools.chain(range(index, len(self)), range(index)):
             if self.bad[candidate] or (self._words[candidate] > 0) != kind:
                 continue
             try:
-                return self.sample(candidate)
+                return self.sample(candidate, reducer)
             except BadSample as error:
                 self.bad[candidate] = True
                 if self.bad.sum() <= SKIPS_SAID:
@@ -116,11 +119,11 @@ class LazySupervisedDataset(Dataset):
             f"{self.data_path}: no sample of the kind of row {index} is usable; `llava doctor data` says why."
         )
 
-    def sample(self, index: int) -> dict[str, Any]:
+    def sample(self, index: int, reducer: Reducer | None = None) -> dict[str, Any]:
         """Sample `index` itself, whatever `on_bad_sample` says. Raises BadSample."""
         row = self.row(index)
         try:
-            return self._encode(row)
+            return self._encode(row, reducer)
         except UserError as error:
             raise BadSample(f"{self.data_path} row {index} (id {row['id']}): {error}") from None
 
@@ -131,7 +134,7 @@ class LazySupervisedDataset(Dataset):
             self.table = type(self.table).from_file(self.table.cache_files[0]["filename"])
         return self.table[index]
 
-    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _encode(self, row: dict[str, Any], reducer: Reducer | None) -> dict[str, Any]:
         if row["problem"]:
             raise UserError(f"{row['problem']}.")
         names = row["image"]
@@ -149,9 +152,11 @@ class LazySupervisedDataset(Dataset):
         if not names:
             return sample
         if self.load_visual is not None:
-            sample["visual_tokens"] = [self.load_visual(name) for name in names]
-        else:
-            sample["images"] = [self._pixels(name) for name in names]
+            sample["visual_tokens"] = [self.load_visual(name, reducer) for name in names]
+            return sample
+        sample["images"] = [self._pixels(name) for name in names]
+        if reducer is not None:
+            sample["reducers"] = [reducer] * len(names)
         return sample
 
     def _pixels(self, name: str) -> torch.Tensor:
@@ -178,9 +183,9 @@ class DataCollatorForSupervisedDataset:
     `max_length` (default: the tokenizer's model_max_length).
 
     `attention_mask` is True up to each sample's length, not where ids differ from the pad id: the pad token
-    is often `<unk>`, which may stand in a text. `images` and `visual_tokens` are lists over the batch in the
-    order of the placeholders; those whose placeholder was cut off are left out, and a batch without any has
-    no such key.
+    is often `<unk>`, which may stand in a text. `images` with `reducers`, and `visual_tokens`, are lists over
+    the batch in the order of the placeholders; those whose placeholder was cut off are left out, and a batch
+    without any has no such key.
     """
 
     def __init__(self, tokenizer: Any, max_length: int | None = None):
@@ -201,7 +206,7 @@ class DataCollatorForSupervisedDataset:
             "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": torch.arange(int(lengths.max())) < lengths[:, None],
         }
-        for key in ("images", "visual_tokens"):
+        for key in ("images", "reducers", "visual_tokens"):
             visuals = [
                 visual
                 for sample, one in zip(samples, ids, strict=True)

@@ -51,6 +51,7 @@ from llava.mini.questions import (
     Question,
     alternatives,
     article,
+    numbers,
     options_for,
 )
 from llava.mini.sprites import COLORS, WORDS, drawings, plural
@@ -79,14 +80,15 @@ class Source:
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng([self.seed, self.first])
+        self.world = world.World("test", self.seed)
 
     def scenes(self, fit: Callable[[world.Scene], bool] = lambda scene: True) -> Iterator[world.Scene]:
         """Plans of scenes that fit, without end."""
-        return (s for i in count(self.first) if fit(s := world.plan("test", self.seed, i)))
+        return (s for i in count(self.first) if fit(s := world.plan(self.world, i)))
 
     def draw(self, scene: world.Scene, path: str) -> Image.Image:
         """The scene as the picture that is to be called `path`."""
-        picture, self.shown[path] = world.render(scene, "test", self.seed)
+        picture, self.shown[path] = world.render(scene, self.world)
         self.bar.update()
         return picture
 
@@ -97,7 +99,7 @@ class Source:
         self.draw(scene, path).save(file, quality=90)
 
     def questions(self, scene: world.Scene) -> list[Question]:
-        return world.interview("test", self.seed, scene)[0]
+        return world.interview(self.world, scene)[0]
 
 
 def _classes(scene: world.Scene) -> list[str]:
@@ -148,7 +150,7 @@ def _existence(rng: np.random.Generator, scene: world.Scene) -> Pair:
 
 def _count(rng: np.random.Generator, scene: world.Scene) -> Pair:
     right = sum(thing.name == scene.counted for thing in scene.objects)
-    wrong = int(rng.choice([number for number in NUMBERS if number != right]))
+    wrong = int(rng.choice([number for number in numbers(scene) if number != right]))
 
     def ask(number: int) -> str:
         if number == 1:

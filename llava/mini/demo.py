@@ -89,7 +89,6 @@ def mini_pope(root: Path, pictures: int) -> None:
     from llava.eval.run import requests_of
     from llava.eval.score import score
     from llava.mini.benchmarks import generate
-    from llava.mini.evaluate import with_count
 
     generate(root, seed=0, number=pictures)
     benchmark = benchmarks.get("pope")
@@ -100,7 +99,7 @@ def mini_pope(root: Path, pictures: int) -> None:
     print(f"  {'reducer':<26} {'visual tokens':>13} {'F1':>6} {'95 %':>13} {'questions/s':>12}")
     tokens: dict[str, float] = {}
     for reducer in ("none", "prumerge+", "prumerge", "random"):
-        spec = with_count(reducer, tokens)
+        spec = reducer if reducer != "random" else f"random(tokens={round(tokens['prumerge'])})"
         file = root / "pope" / "answers" / f"{spec}.jsonl"
         source = ModelSource(MODEL, BASE, conv_mode="smollm2", reducer=spec)
         took = answer(Job(requests, lines, source, answers=file, about={}))

@@ -1,8 +1,9 @@
 """What can be asked about a scene: questions with one short answer, and conversations made of them.
 
-Six types -- presence, naming, colour, counting, position, words -- in three forms: `open` (a word or phrase),
-`yesno`, and `choice` (the option's letter). Each ends with LLaVA's own prompt for short answers, so that the
-benchmarks' prompts are nothing new to a model trained on these.
+Six types -- presence, naming, colour, counting, position, words --, in dense scenes also `small` (naming of
+small things) and `parts` (shapes drawn on things), in three forms: `open` (a word or phrase), `yesno`, and
+`choice` (the option's letter). Each ends with LLaVA's own prompt for short answers, so that the benchmarks'
+prompts are nothing new to a model trained on these.
 
 `ask` gives all questions of a scene: for evaluation, one at a time. `converse` picks from them the turns of
 one training conversation, leaving out what earlier turns have given away, so that answers must be looked up
@@ -10,15 +11,22 @@ in the picture and not in the text before.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from llava.eval.benchmarks.base import LETTER, SHORT
-from llava.mini.sprites import COLORS, WORDS, article, colored_classes, drawings, plural
+from llava.mini.sprites import COLORS, SHAPES, WORDS, article, colored_classes, drawings, plural
 
 REGIONS = ("top left", "top right", "bottom left", "bottom right")
-NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+NUMBERS = {
+    1: "one",
+    2: "two",
+    3: "three",
+    4: "four",
+    5: "five",
+    6: "six",
+}  # from five on in dense scenes only
 LETTERS = "ABCD"
 NO_OCR_TOKENS = "\nReference OCR token: "
 """TextVQA's prompt where its reader found nothing; some questions about words carry it in training."""
@@ -38,6 +46,16 @@ TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
         "What is in the picture?",
         "What is the object in the image?",
         "What is shown in this picture?",
+    ),
+    ("naming", "sized"): (
+        "What {size} object is in the {region} of the picture?",
+        "What is the {size} thing in the {region} of the image?",
+        "What {size} object can you see in the {region} corner?",
+    ),
+    ("parts", "shape"): ("What shape is on the {name}?", "Which shape is drawn on the {name}?"),
+    ("parts", "color"): (
+        "What color is the {shape} on the {name}?",
+        "What is the color of the {shape} on the {name}?",
     ),
     ("color", "open"): (
         "What color is the {name}?",
@@ -110,15 +128,21 @@ def _form(rng: np.random.Generator) -> str:
 
 def alternatives(kind: str, scene) -> list[str]:
     """Everything an open question of a type may be answered with, but for what else is in the scene."""
-    if kind == "naming":
+    if kind in ("naming", "small"):
         here = {thing.name for thing in scene.objects}
         return [name for name in drawings() if name not in here]
     return {
         "color": list(COLORS),
-        "counting": [str(number) for number in NUMBERS],
+        "counting": [str(number) for number in numbers(scene)],
         "position": list(REGIONS),
         "words": list(WORDS),
+        "parts": list(SHAPES),
     }[kind]
+
+
+def numbers(scene) -> list[int]:
+    """How many things of a class there may be in a scene."""
+    return list(NUMBERS) if scene.dense else list(NUMBERS)[:4]
 
 
 def options_for(rng: np.random.Generator, kind: str, scene, right: str) -> tuple[str, ...]:
@@ -148,7 +172,7 @@ def presence(rng, scene, coins: Sequence[bool]) -> list[Question]:
     """One question per coin: about a class in the scene (True) or about one that is absent (False)."""
     weights = class_weights()
     here = list(rng.permutation(sorted({o.name for o in scene.things})))
-    absent = [name for name in weights if name not in here]
+    absent = [name for name in weights if name not in {o.name for o in scene.objects}]
     odds = np.array([weights[name] for name in absent])
     gone = list(rng.choice(absent, len(coins), replace=False, p=odds / odds.sum()))
     questions = []
@@ -165,23 +189,30 @@ def class_weights() -> dict[str, float]:
 
 
 def naming(rng, scene) -> list[Question]:
-    """What is in a region; in a scene of one object, what the object is."""
+    """What is in a region; in a scene of one object, what that is; in a dense one, what of one size is there,
+    where that is of one class."""
     alone = len(scene.objects) == 1
     questions = []
+    shown: dict[tuple[str, str | None], set[str]] = {}
+    for thing in scene.things:
+        shown.setdefault((thing.region, thing.size), set()).add(thing.name)
     for index in rng.permutation(len(scene.things)):
         thing = scene.things[index]
-        template = "alone" if alone and rng.random() < 0.7 else "open"
-        text = _pick(rng, TEMPLATES["naming", template]).format(region=thing.region)
+        if len(shown.pop((thing.region, thing.size), ())) != 1:  # several classes, or asked already
+            continue
+        template = "sized" if scene.dense else "alone" if alone and rng.random() < 0.7 else "open"
+        text = _pick(rng, TEMPLATES["naming", template]).format(region=thing.region, size=thing.size)
         about = "" if template == "alone" else thing.region
         form = "open" if rng.random() < 0.85 else "choice"
-        questions.append(_asked(rng, "naming", form, scene, text, thing.name, about, (thing.name,)))
+        kind = "small" if thing.size == "small" else "naming"
+        questions.append(_asked(rng, kind, form, scene, text, thing.name, about, (thing.name,)))
     return questions
 
 
 def color(rng, scene) -> list[Question]:
     """The colour of each class that has one (objects of one class share it)."""
     questions = []
-    for name in sorted({o.name for o in scene.objects if o.color}):
+    for name in sorted({o.name for o in scene.things if o.color}):
         group = [o for o in scene.objects if o.name == name]
         right, form = group[0].color, _form(rng)
         if form == "yesno" and len(group) == 1:
@@ -198,19 +229,24 @@ def color(rng, scene) -> list[Question]:
 
 
 def counting(rng, scene) -> list[Question]:
-    """How many there are of the class that the scene was laid out to count, if any."""
-    if scene.counted is None:
-        return []
-    name = scene.counted
-    right, form = sum(o.name == name for o in scene.objects), _form(rng)
-    if form == "yesno":
-        truth = bool(rng.random() < 0.5)
-        said = right if truth else int(rng.choice([n for n in NUMBERS if n != right]))
-        template = TEMPLATES["counting", "one" if said == 1 else "yesno"]
-        text = _pick(rng, template).format(number=NUMBERS[said], name=name, names=plural(name))
-        return [Question("counting", "yesno", text + SHORT, _yes(truth), (), name, (name,))]
-    text = _pick(rng, TEMPLATES["counting", "open"]).format(names=plural(name))
-    return [_asked(rng, "counting", form, scene, text, str(right), name, (name,))]
+    """How many there are of the class that the scene was laid out to count, if any; in a dense scene also of
+    each other class with several things."""
+    names = [scene.counted] if scene.counted else []
+    if scene.dense:
+        names += sorted({o.name for o in scene.things} - {o.name for o in scene.single} - set(names))
+    questions = []
+    for name in names:
+        right, form = sum(o.name == name for o in scene.objects), _form(rng)
+        if form == "yesno":
+            truth = bool(rng.random() < 0.5)
+            said = right if truth else int(rng.choice([n for n in numbers(scene) if n != right]))
+            template = TEMPLATES["counting", "one" if said == 1 else "yesno"]
+            text = _pick(rng, template).format(number=NUMBERS[said], name=name, names=plural(name))
+            questions.append(Question("counting", "yesno", text + SHORT, _yes(truth), (), name, (name,)))
+            continue
+        text = _pick(rng, TEMPLATES["counting", "open"]).format(names=plural(name))
+        questions.append(_asked(rng, "counting", form, scene, text, str(right), name, (name,)))
+    return questions
 
 
 def position(rng, scene) -> list[Question]:
@@ -260,11 +296,24 @@ def words(rng, scene) -> list[Question]:
     return [_asked(rng, "words", form, scene, text, right, "word")]
 
 
+def parts(rng, scene) -> list[Question]:
+    """Of each mark its shape or its colour: asking the colour names the shape."""
+    questions = []
+    for mark in (thing for thing in scene.objects if thing.on):
+        form = "open" if rng.random() < 0.85 else "choice"
+        kind, right = ("parts", mark.name) if rng.random() < 0.5 else ("color", mark.color)
+        template = TEMPLATES["parts", "shape" if kind == "parts" else "color"]
+        text = _pick(rng, template).format(name=mark.on, shape=mark.name)
+        asked = _asked(rng, kind, form, scene, text, right, mark.on, (mark.on,))
+        questions.append(replace(asked, type="parts"))
+    return questions
+
+
 def caption(rng, scene) -> Question:
     """All things in reading order, as one short sentence without verb: "A red star, two dogs and a cat."."""
     parts, seen = [], set()
     for thing in sorted(scene.objects, key=lambda o: REGIONS.index(o.region)):
-        if thing.name in seen:
+        if thing.name in seen or thing.on:
             continue
         seen.add(thing.name)
         count = sum(o.name == thing.name for o in scene.objects)
@@ -288,6 +337,7 @@ def ask(rng: np.random.Generator, scene, coins: Sequence[bool]) -> list[Question
         *counting(rng, scene),
         *position(rng, scene),
         *words(rng, scene),
+        *parts(rng, scene),
     ]
 
 
@@ -303,10 +353,10 @@ def converse(rng: np.random.Generator, questions: Sequence[Question]) -> list[Qu
     turns: list[Question] = []
     mentioned: set[str] = set()
     for question in ordered:
-        known = question.type == "naming" and mentioned.intersection(question.mentions)
+        known = question.type in ("naming", "small") and mentioned.intersection(question.mentions)
         # "What is in the top left?" has been answered with this class: its place is known.
         placed = question.type == "position" and any(
-            q.type == "naming" and q.about and question.about in q.mentions for q in turns
+            q.type in ("naming", "small") and q.about and question.about in q.mentions for q in turns
         )
         if known or placed:
             continue

@@ -442,6 +442,7 @@ class LlavaMetaForCausalLM(_Model):
         visual_tokens: Sequence[Tensor] | None,
         padding_side: str,
         visual_embeds: Sequence[Tensor] | None = None,
+        reducers: Sequence[Reducer] | None = None,
     ) -> tuple[Tensor, Layout]:
         """The spliced batch: its embeddings [B, L, hidden] and its Layout."""
         if sum(given is not None for given in (images, visual_tokens, visual_embeds)) > 1:
@@ -451,7 +452,7 @@ class LlavaMetaForCausalLM(_Model):
         elif visual_tokens is not None:
             visual = self.project(visual_tokens)
         elif images is not None and len(images) > 0:
-            visual = self.embed_images(images, image_sizes)
+            visual = self.embed_images(images, image_sizes, reducers)
         else:
             visual = []
 
@@ -498,6 +499,7 @@ class LlavaMetaForCausalLM(_Model):
         images: Images | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         visual_tokens: Sequence[Tensor] | None = None,
+        reducers: Sequence[Reducer] | None = None,
         logits_to_keep: int | Tensor = 0,
         loss_only: bool = False,
         cache: Cache | None = None,
@@ -514,6 +516,7 @@ class LlavaMetaForCausalLM(_Model):
             images: pixels of the images, in the order of the placeholders, see `Images`.
             image_sizes: (width, height) of each picture, for the spatial merge types.
             visual_tokens: instead of images, what `encode_images` returned for them.
+            reducers: one a picture; None: the model's own.
             cache, past_key_values: keys and values of earlier positions, by its new and its old name.
             loss_only: compute the loss (same value) and no logits: the head runs on the positions that are
                 scored, which for a small model with a large vocabulary saves a good part of a step.
@@ -531,6 +534,7 @@ class LlavaMetaForCausalLM(_Model):
                 image_sizes,
                 visual_tokens,
                 self.config.tokenizer_padding_side,
+                reducers=reducers,
             )
             device = inputs_embeds.device
             input_ids = None

@@ -58,8 +58,8 @@ class ModelArguments:
     )
     mm_token_reducer: str | None = flag(
         None,
-        "visual token reduction, such as prumerge+ or prumerge(ratio=0.125); "
-        "default: what the checkpoint records, else none",
+        "visual token reduction, such as prumerge+ or prumerge(ratio=0.125); several, separated by `;`: each "
+        "sample draws one, and inference takes the first; default: what the checkpoint records, else none",
         aliases="--reducer",
     )
 
@@ -134,6 +134,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "warmup_ratio": (0, 1),
 }
 """Least and largest values of flags that libraries would refuse only after the model is loaded, or never."""
+
+REDUCERS_APART = ";"
+"""Between the specs of `mm_token_reducer`."""
 
 EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
     ("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "nothing would train"),
@@ -227,7 +230,8 @@ def _refuse(values: argparse.Namespace) -> None:
         if values.mm_projector_type is not None:
             build_projector(values.mm_projector_type, 1, 1)
         if values.mm_token_reducer is not None:
-            values.mm_token_reducer = build_reducer(values.mm_token_reducer).spec
+            specs = values.mm_token_reducer.split(REDUCERS_APART)
+            values.mm_token_reducer = REDUCERS_APART.join(build_reducer(spec).spec for spec in specs)
     except ValueError as error:
         raise UserError(f"--mm_token_reducer: {error}") from error
 

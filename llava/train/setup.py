@@ -12,7 +12,7 @@ compute in.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +36,17 @@ from llava.model.checkpoints import (
 )
 from llava.model.llava_arch import LlavaMetaConfig, LlavaMetaForCausalLM
 from llava.model.load import build_config, load_language_model, quantization, tokenizer_of, tower_of
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.reducers import Reducer
+from llava.train.arguments import REDUCERS_APART, DataArguments, ModelArguments, TrainingArguments
 
 if TYPE_CHECKING:
     from peft import PeftModel  # imported where it is needed: it takes seconds
 
 Stage = Literal["projector", "full", "lora"]
 Say = Callable[[str], None]
+
+REDUCER_CHOICES = "mm_token_reducer_choices"
+"""Field of the config of a model that was trained with several reducers; `mm_token_reducer` is the first."""
 
 NOT_LANGUAGE_MODEL = r".*(vision_tower|mm_projector|image_newline).*"
 """Names LoRA stays away from."""
@@ -59,11 +63,16 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model ready to train, with what goes with it."""
+    """A model ready to train, with what goes with it.
+
+    Attributes:
+        reducers: each sample draws one of them; the more often one is named, the likelier it is.
+    """
 
     model: LlavaMetaForCausalLM | PeftModel
     tokenizer: PreTrainedTokenizerFast
     stage: Stage
+    reducers: Sequence[Reducer]
 
     @property
     def llava(self) -> LlavaMetaForCausalLM:
@@ -100,8 +109,17 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
         )
         options["device_map"] = {"": training.device}  # quantized weights cannot be moved later
     llava = load_language_model(info, config, weights, num_tokens=len(tokenizer), **options)
-    if model.mm_token_reducer is not None:
-        llava.set_reducer(model.mm_token_reducer)
+    named = model.mm_token_reducer
+    specs = (
+        named.split(REDUCERS_APART)
+        if named
+        else getattr(config, REDUCER_CHOICES, None) or [llava.reducer.spec]
+    )
+    reducers = [llava.make_reducer(spec, allow_files=named is not None) for spec in specs]
+    if named is not None:
+        llava.set_reducer(specs[0])
+    if len(specs) > 1:
+        setattr(llava.config, REDUCER_CHOICES, specs)
     tower = tower_of(info, config, weights, model.vision_tower, device=llava.device, dtype=dtype)
     set_seed(training.seed)  # a new projector's start; how many numbers loading drew depends on sharding
     llava.set_vision_tower(tower)
@@ -113,7 +131,7 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
     _cast(trainable, training)
     for line in describe(trainable):
         say(line)
-    return Prepared(trainable, tokenizer, stage)
+    return Prepared(trainable, tokenizer, stage, reducers)
 
 
 def open_dataset(
@@ -185,6 +203,7 @@ def _config(
     kept = {name: value for name, value in recorded.items() if name not in dropped}
     if model.mm_token_reducer is not None:
         chosen["mm_token_reducer"] = "none"  # what the user names is set later: it may be in a file
+        kept.pop(REDUCER_CHOICES, None)
     config = build_config({**kept, **chosen}, info)
     config._name_or_path = model.model_name_or_path
     return config

@@ -86,7 +86,7 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
     tower = prepared.llava.get_vision_tower()
     dataset = open_dataset(prepared, model_args, data_args, on_bad_sample=data_args.on_bad_sample)
     longest = training_args.model_max_length
-    if prepared.llava.reducer.spec == "none" and tower.num_patches >= longest:
+    if any(reducer.name == "none" for reducer in prepared.reducers) and tower.num_patches >= longest:
         say(
             f"warning: --model_max_length {longest} cuts off all text behind an image, which alone takes "
             f"{tower.num_patches} tokens: give 2048 (LLaVA-1.5), or a --mm_token_reducer"

@@ -5,10 +5,11 @@ how the loss is averaged, what a checkpoint holds, and what is logged.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -17,6 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data import length_grouped_order
+from llava.reducers import Reducer
 from llava.train import save
 from llava.train.arguments import TrainingArguments
 from llava.train.log import JsonlLog, peak_memory
@@ -37,16 +39,22 @@ def epoch_order(size: int, seed: int, lengths: list[int] | None = None, **groupi
         return length_grouped_order(lengths, **grouping)
 
 
-class OrderedSampler(Sampler[int]):
-    """Samples in the order that `order()` returns when an epoch begins."""
+def draw_reducers(choices: Sequence[Reducer], size: int, seed: int, epoch: int) -> list[Reducer]:
+    """One of `choices` for each sample of an epoch: the same on every rank, and in a resumed run."""
+    draws = np.random.default_rng([seed, epoch]).integers(len(choices), size=size)
+    return [choices[draw] for draw in draws]
 
-    def __init__(self, size: int, order: Callable[[], list[int]]):
+
+class OrderedSampler(Sampler[Any]):
+    """The keys of the samples in the order that `order()` returns when an epoch begins."""
+
+    def __init__(self, size: int, order: Callable[[], Sequence[Any]]):
         self.size, self.order = size, order
 
     def __len__(self) -> int:
         return self.size
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.order())
 
 
@@ -94,19 +102,26 @@ class LlavaTrainer(Trainer):
         elif args.train_sampling_strategy == "group_by_length":
             lengths = dataset.lengths
 
-        def order() -> list[int]:
-            if lengths is None and args.train_sampling_strategy == "sequential":
-                return list(range(size))
+        def order() -> list[int] | list[tuple[int, Reducer]]:
             # After a resumption in the middle of an epoch `state.epoch` is a fraction.
             epoch = int((self.state.epoch or 0) + 1e-6)
-            return epoch_order(
-                size,
-                (args.seed if args.data_seed is None else args.data_seed) + epoch,
-                lengths,
-                batch_size=args.train_batch_size,
-                world_size=args.world_size * args.gradient_accumulation_steps,
-                by_modality=args.group_by_modality_length,
-            )
+            seed = args.seed if args.data_seed is None else args.data_seed
+            if lengths is None and args.train_sampling_strategy == "sequential":
+                rows = list(range(size))
+            else:
+                rows = epoch_order(
+                    size,
+                    seed + epoch,
+                    lengths,
+                    batch_size=args.train_batch_size,
+                    world_size=args.world_size * args.gradient_accumulation_steps,
+                    by_modality=args.group_by_modality_length,
+                )
+            choices = self.prepared.reducers
+            if len(choices) == 1:
+                return rows
+            drawn = draw_reducers(choices, size, seed, epoch)
+            return [(row, drawn[row]) for row in rows]
 
         return OrderedSampler(size, order)
 

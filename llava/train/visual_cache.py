@@ -38,6 +38,7 @@ from llava.errors import UserError
 from llava.files import replacing_file, write_json
 from llava.mm_utils import load_image, process_images
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.reducers import Reducer
 from llava.train.setup import Prepared, gathered
 
 if TYPE_CHECKING:
@@ -212,11 +213,13 @@ def cached_tokens(
     data: DataArguments,
     training: TrainingArguments,
     say: Callable[[str], None],
-) -> Callable[[str], Tensor]:
-    """Encode every image of the data that is not in the cache yet; each process takes its share.
+) -> Callable[[str, Reducer | None], Tensor]:
+    """Encode every image of the data that is not in the cache yet, with every reducer that a sample may draw;
+    each process takes its share.
 
     Returns:
-        The dataset's `load_visual`: the name of an image -> its visual tokens [K, C], float32.
+        The dataset's `load_visual`: the name of an image and the reducer that its sample drew (None: there is
+        only one) -> its visual tokens [K, C], float32.
     """
     llava = prepared.llava
     folder = Path(data.image_folder or "")
@@ -229,24 +232,32 @@ def cached_tokens(
 
     with gathered(list(llava.get_vision_tower().parameters())):
         llava.get_vision_tower().to(training.device)
-        cache = VisualCache(data.visual_cache, recipe_of(llava))
-        encoded = cache.fill(
-            [folder / name for name in names[training.process_index :: training.world_size]],
-            llava,
-            workers=training.dataloader_num_workers,
-            on_error=on_error,
-            show=training.process_index == 0,
-        )
+        caches: dict[Reducer, VisualCache] = {}
+        for reducer in prepared.reducers:
+            llava.set_reducer(reducer.spec)
+            caches[reducer] = cache = VisualCache(data.visual_cache, recipe_of(llava))
+            encoded = cache.fill(
+                [folder / name for name in names[training.process_index :: training.world_size]],
+                llava,
+                workers=training.dataloader_num_workers,
+                on_error=on_error,
+                show=training.process_index == 0,
+            )
+            say(f"visual cache {cache.folder}: {encoded:,} images encoded for {reducer.spec}")
+        llava.set_reducer(prepared.reducers[0].spec)
     if training.world_size > 1:
         torch.distributed.barrier()
-        cache.reload()
-    say(f"visual cache {cache.folder}: {encoded:,} images encoded, {len(cache):,} there")
-    return partial(load_cached, cache, folder)
+        for cache in caches.values():
+            cache.reload()
+    return partial(load_cached, caches, folder)
 
 
-def load_cached(cache: VisualCache, folder: Path, name: str) -> Tensor:
+def load_cached(
+    caches: dict[Reducer, VisualCache], folder: Path, name: str, reducer: Reducer | None = None
+) -> Tensor:
     """The visual tokens [K, C] of an image, by its file's content: they are never stale."""
     file = folder / name
+    cache = caches[reducer] if reducer else next(iter(caches.values()))
     try:
         return cache[digest_of(file)].float()  # a CPU's autocast does not know float16
     except KeyError:
