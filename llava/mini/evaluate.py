@@ -160,7 +160,7 @@ def ask(engine: Any, data: Path, questions: Sequence[dict], files: Mapping[str, 
             reducer = reducers[spec]
             # A reducer that reads the question keeps other tokens for each.
             groups = [[question] for question in asked] if reducer.reads_question else [asked]
-            answers = {}
+            answers: dict[str, dict] = {}
             for group in groups:
                 read = reader(group[0]["text"], reducer) if reducer.reads_question else {}
                 seen = replace(features, **{name: [value] for name, value in read.items()})
