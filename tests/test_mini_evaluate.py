@@ -11,8 +11,8 @@ import torch
 
 from llava.cli import main
 from llava.data import encode_conversation
-from llava.mini import evaluate
-from llava.mini.evaluate import Pair, holm, weighted_auc
+from llava.mini import comparison, evaluate
+from llava.mini.comparison import Pair, holm, weighted_auc
 from llava.mini.world import World, generate
 
 
@@ -125,7 +125,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         ]
         right = np.repeat(random.random(80) < 0.3, 10)
         answers = [{"right": bool(one), "logprob": -1.0, "margin": 0.0} for one in right]
-        figure = evaluate.figures(questions, answers, evaluate.resample(questions, random))["naming"]
+        figure = comparison.figures(questions, answers, comparison.resample(questions, random))["naming"]
         assert figure.value == pytest.approx(100 * right.mean())
         held += figure.low <= 30 <= figure.high
     assert 0.85 < held / 60 <= 1
@@ -135,5 +135,5 @@ def test_the_constant_answer_is_the_most_frequent_right_one() -> None:
     questions = [
         {"image": "a", "type": "color", "form": "open", "answer": answer} for answer in ("red", "blue", "red")
     ]
-    said = evaluate.constants(questions)
+    said = comparison.constants(questions)
     assert [one["right"] for one in said] == [True, False, True] and math.isnan(said[0]["logprob"])
