@@ -145,6 +145,19 @@ def test_a_checkpoint_brings_its_tower_and_its_reducer(tiny, picture, tmp_path, 
     assert capsys.readouterr().out.startswith("grid(tokens=4): 4 of 16")
 
 
+def test_reducers_that_read_projector_or_question(tiny, picture, tmp_path, capsys):
+    picture.save(tmp_path / "in.png")
+    common = "--out", tmp_path / "o.png", "--reducer"
+    model = "--model-path", tiny.full
+    assert run(tmp_path / "in.png", *model, *common, "divprune(tokens=5)") == 0
+    assert run(tmp_path / "in.png", *model, *common, "mmtok(tokens=6)", "--question", "A red car?") == 0
+    said = capsys.readouterr().out
+    assert "5 of 16" in said and "6 of 16" in said
+    for more, words in ((["divprune"], "--model-path"), (["mmtok", *model], "--question")):
+        with pytest.raises(UserError, match=words):
+            run(tmp_path / "in.png", "--vision-tower", tiny.tower, *common, *more)
+
+
 @pytest.mark.parametrize("budget", ["tile", "shared", "papers"])
 def test_the_tiles_of_an_anyres_checkpoint(budget, tiny, picture, tmp_path, capsys):
     picture.save(tmp_path / "in.png")

@@ -19,13 +19,14 @@ from PIL import Image
 from llava import hardware
 from llava.analysis import charts
 from llava.analysis.charts import ACCENT, INK
+from llava.engine import Look, ModelSource, Request
 from llava.errors import UserError
 from llava.mm_utils import load_image, process_images
 from llava.model.anyres import reduce_views
 from llava.model.checkpoints import inspect_checkpoint, resolve_directory
-from llava.model.vision_tower import load_vision_tower
+from llava.model.vision_tower import VisionTower, load_vision_tower
 from llava.pictures import CELL, Assignment, arrange, canvas, paint, squares, tiles_across
-from llava.reducers import ReducedTokens, ReducerInputError, VisionFeatures, build_reducer
+from llava.reducers import ReducedTokens, Reducer, ReducerInputError, VisionFeatures, build_reducer
 from llava.reducers.features import TEXT_FIELDS
 from llava.reducers.prumerge import outlier_fence
 from llava.reducers.scores import patch_scores, score_reads
@@ -158,6 +159,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-path", help="a LLaVA checkpoint: its tower, its way to square a picture, its reducer"
     )
+    parser.add_argument("--model-base", help="base of a LoRA; read only for reducers that need the projector")
+    parser.add_argument("--question", help="for reducers that read it")
     parser.add_argument("--vision-tower", help="directory of a CLIP or DINOv2 tower (default: the small one)")
     parser.add_argument("--device", help="default: the best there is")
 
@@ -171,30 +174,50 @@ def run(args: argparse.Namespace) -> int:
         device = hardware.plan(args.device).device
     except ValueError as error:
         raise UserError(str(error)) from error
-    if {"projected", *TEXT_FIELDS} & set(reducer.reads):
-        raise UserError(
-            f"{reducer.name} reads the projector or a question: `llava demo` shows what it keeps."
-        )
-    image = load_image(args.image)
-    tower = load_vision_tower(path, select_layer=config.get("mm_vision_select_layer", -2), device=device)
     names = {"image_aspect_ratio": None, "image_grid_pinpoints": None, "mm_anyres_budget": "tile"}
     own = SimpleNamespace(**names | config)
-    pixels: Any = process_images([image], tower.image_processor, own)
-    pixels = pixels.flatten(0, -4)  # [views, 3, S, S]
-    features = tower(
-        pixels, {*reducer.asks, *(score_reads(None) if own.mm_anyres_budget == "shared" else ())}
-    )
-    try:
-        reduced = reduce_views(reducer, features, [len(pixels)], own.mm_anyres_budget)
-    except ReducerInputError as error:
-        raise UserError(str(error)) from error
-    tokens, patches = sum(int(one.lengths) for one in reduced), features.patches[..., 0].numel()
+    if {"projected", *TEXT_FIELDS} & set(reducer.reads):
+        look, processor = _through_the_model(args, reducer)
+    else:
+        tower = load_vision_tower(path, select_layer=config.get("mm_vision_select_layer", -2), device=device)
+        look, processor = _through_the_tower(args.image, tower, reducer, own), tower.image_processor
+    tokens, patches = sum(int(one.lengths) for one in look.reduced), look.features.patches[..., 0].numel()
     title = f"{reducer.spec}: {tokens} of {patches} visual tokens ({tokens / patches:.0%})"
-    across = tiles_across(image.size, pixels, own) if len(pixels) > 1 else 1
-    figure(squares(pixels, tower.image_processor), features, reduced, across, title=title, out=args.out)
+    across = tiles_across(look.size, look.pixels, own) if len(look.pixels) > 1 else 1
+    figure(squares(look.pixels, processor), look.features, look.reduced, across, title=title, out=args.out)
     print(title)
     print(args.out)
     return 0
+
+
+def _through_the_tower(file: Path, tower: VisionTower, reducer: Reducer, config: Any) -> Look:
+    """What the reducer keeps, with no more than the vision tower in memory."""
+    image = load_image(file)
+    pixels: Any = process_images([image], tower.image_processor, config)
+    pixels = pixels.flatten(0, -4)  # [views, 3, S, S]
+    shared = score_reads(None) if config.mm_anyres_budget == "shared" else ()
+    features = tower(pixels, {*reducer.asks, *shared})
+    try:
+        reduced = reduce_views(reducer, features, [len(pixels)], config.mm_anyres_budget)
+    except ReducerInputError as error:
+        raise UserError(str(error)) from error
+    return Look(pixels, image.size, features, reduced)
+
+
+def _through_the_model(args: argparse.Namespace, reducer: Reducer) -> tuple[Look, Any]:
+    """The same for reducers that read projected patches or the question; the image processor."""
+    if args.model_path is None:
+        raise UserError(f"{reducer.name} reads more than a vision tower tells: give --model-path.")
+    if reducer.reads_question and args.question is None:
+        raise UserError(f"{reducer.name} reads the question: give --question.")
+    engine = ModelSource(
+        args.model_path,
+        args.model_base,
+        reducer=args.reducer,
+        vision_tower=args.vision_tower,
+        device=args.device or "cuda",
+    ).load()
+    return engine.look(args.image, Request(text=args.question or "")), engine.image_processor
 
 
 def _tower_and_config(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
