@@ -63,6 +63,7 @@ class ScriptedModel:
     config = SimpleNamespace(
         image_aspect_ratio=None,
         image_grid_pinpoints=None,
+        mm_anyres_budget="tile",
         mm_use_im_start_end=False,
         tokenizer_model_max_length=None,
         max_position_embeddings=4096,

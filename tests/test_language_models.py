@@ -206,7 +206,7 @@ def test_llava_next_of_transformers(tmp_path, text_type):
     shared = load_pretrained_model(tmp_path, **options)[1]
     assert shared.config.mm_anyres_budget == "shared"
     (joined,) = shared.embed_images([crops], [(width, height)])
-    kept = sum(len(tokens) for tokens, _ in shared._encode(crops, [3]))
+    kept = sum(int(view.lengths) for view in shared.reduce_images(crops, [3], [shared.reducer])[1])
     assert kept == 9 and kept < len(joined) <= kept + side  # ends of the rows that have a patch
     shared.save_pretrained(tmp_path / "saved")
     assert AutoConfig.from_pretrained(tmp_path / "saved").mm_anyres_budget == "shared"
