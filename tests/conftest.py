@@ -83,3 +83,12 @@ def tiny_once(tmp_path_factory: pytest.TempPathFactory) -> "Family":
 def tiny(tiny_once: "Family", tmp_path: Path) -> "Family":
     """A copy that the test may change."""
     return tiny_once.copied_to(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def mini(root: Path) -> tuple[Path, Path]:
+    """The small model, (checkpoint, base); skips where `llava mini prepare` has not been run."""
+    base = root / "checkpoints" / "mini-base"
+    if not (base / "config.json").is_file():
+        pytest.skip(f"{base} is missing: `llava mini prepare` builds it (scripts/test.sh does)")
+    return root / "checkpoints" / "mini-lora", base

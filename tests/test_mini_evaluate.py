@@ -17,15 +17,6 @@ from llava.mini.world import World, generate
 
 
 @pytest.fixture(scope="module")
-def mini(root: Path) -> tuple[Path, Path]:
-    """(checkpoint, base); skips where `llava mini prepare` has not been run."""
-    base = root / "checkpoints" / "mini-base"
-    if not (base / "config.json").is_file():
-        pytest.skip(f"{base} is missing: `llava mini prepare` builds it (scripts/test.sh does)")
-    return root / "checkpoints" / "mini-lora", base
-
-
-@pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     generate(World("dev", 0, edition=2), 3, folder)

@@ -1,20 +1,10 @@
 """The shipped small checkpoint, end to end: scenes it never saw, real commands, what it must still know."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from llava import cli
-
-
-@pytest.fixture(scope="module")
-def mini(root: Path) -> tuple[Path, Path]:
-    """(checkpoint, base); skips where `llava mini prepare` has not been run."""
-    base = root / "checkpoints" / "mini-base"
-    if not (base / "config.json").is_file():
-        pytest.skip(f"{base} is missing: `llava mini prepare` builds it (scripts/test.sh does)")
-    return root / "checkpoints" / "mini-lora", base
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_tour_runs(monkeypatch, tmp_path):
+def test_the_tour_runs(mini, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = json.loads((ROOT / "docs/tour.ipynb").read_text(encoding="utf-8"))

@@ -125,10 +125,10 @@ def run_once(model: LlavaMetaForCausalLM, reducer: Reducer, work: Workload, cloc
         with watch.stage("vision"):
             features = tower(pixels, reducer.asks)
         with watch.stage("reduce"):  # with what it reads beside the tower
-            if "projected" in reducer.reads:
-                features = replace(features, projected=torch.stack(model.project(features.patches.unbind())))
+            features = model.with_projected(features, reducer.reads)
             if reducer.reads_question and work.read_question is not None:
-                features = replace(features, **work.read_question(reducer))
+                read: Any = work.read_question(reducer)
+                features = replace(features, **read)
             visual = reducer(features).unbind()
     with watch.stage("project"):
         embedded = model.project(visual)

@@ -230,7 +230,7 @@ class LocalEngine:
     ) -> Iterator[Answer]:
         asked: list[tuple[Request, list[_Key]]] = []
         visual: dict[_Key, Tensor | str] = {}
-        wanted: dict[_Key, tuple[Pixels, Request]] = {}
+        wanted: dict[_Key, Pixels] = {}
         for request in requests:
             try:
                 keys = [self._key(image, request) for image in request.images]
@@ -243,8 +243,8 @@ class LocalEngine:
                 if isinstance(pixels, str):
                     visual[key] = pixels
                 elif pixels is not None:
-                    wanted[key] = pixels, request
-        visual |= zip(wanted, self._embed(list(wanted.values())), strict=True)
+                    wanted[key] = pixels
+        visual |= zip(wanted, self._embed(list(wanted.items())), strict=True)
         prompts = []
         for request, keys in asked:
             try:
@@ -341,23 +341,20 @@ class LocalEngine:
         return _Key(key_of(image), reducer, request.question if reducer.reads_question else None)
 
     @torch.inference_mode()
-    def _embed(self, wanted: Sequence[tuple[Pixels, Request]]) -> list[Tensor]:
-        """[K_i, hidden] of each image as its request asks: tower, reducer, projector, tiles joined."""
+    def _embed(self, wanted: Sequence[tuple[_Key, Pixels]]) -> list[Tensor]:
+        """[K_i, hidden] of each image as its key says: tower, reducer, projector, tiles joined."""
         blocks: list[Tensor] = []
         while len(blocks) < len(wanted):
-            first = wanted[len(blocks)][0].values
+            first = wanted[len(blocks)][1].values
             tiles = len(first) if first.ndim == 4 else 1
             part = wanted[len(blocks) : len(blocks) + max(1, self.images_at_once // tiles)]
-            values = [torch.from_numpy(pixels.values) for pixels, _ in part]
-            reducers = [self._reducer(request) for _, request in part]
-            texts = [
-                self.read_question(request.question, reducer)
-                for (_, request), reducer in zip(part, reducers, strict=True)
-            ]
+            values = [torch.from_numpy(pixels.values) for _, pixels in part]
+            reducers = [key.reducer for key, _ in part]
+            texts = [self.read_question(key.question or "", key.reducer) for key, _ in part]
             try:
                 # Plain images as one tensor; for anyres a list of [tiles, 3, S, S], whose tiles differ.
                 images = torch.stack(values) if first.ndim == 3 else values
-                sizes = [pixels.size for pixels, _ in part]
+                sizes = [pixels.size for _, pixels in part]
                 blocks += self.model.embed_images(images, sizes, reducers, texts)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(part) == 1:
@@ -472,7 +469,7 @@ class LocalEngine:
         Raises:
             UserError: an image that cannot be read, a reducer that this model cannot use.
         """
-        blocks = self._embed([(self._decode(image), request) for image in images])
+        blocks = self._embed([(self._key(image, request), self._decode(image)) for image in images])
         if self.model.device.type == "cuda":  # kernels run on after their call returns; a clock must not
             torch.cuda.synchronize(self.model.device)
         return blocks

@@ -129,10 +129,9 @@ class AnswersFile:
 def ask(engine: Any, data: Path, questions: Sequence[dict], files: Mapping[str, AnswersFile]) -> None:
     """Scene by scene, so that at any moment all reducers have answered about the same ones."""
     from llava.mm_utils import load_image, process_images
-    from llava.model.question import QuestionReader
     from llava.reducers import build_reducer
 
-    model, reader = engine.model, QuestionReader(engine.model, engine.tokenizer)
+    model = engine.model
     tower = model.get_vision_tower()
     reducers = {spec: build_reducer(spec) for spec in files}
     reads = {name for reducer in reducers.values() for name in reducer.asks}
@@ -144,16 +143,14 @@ def ask(engine: Any, data: Path, questions: Sequence[dict], files: Mapping[str, 
         if not missing:
             continue
         pixels = process_images([load_image(data / image)], engine.image_processor, model.config)
-        features = tower(pixels, reads)  # once for all reducers
-        if "projected" in reads:
-            features = replace(features, projected=torch.stack(model.project(features.patches.unbind())))
+        features = model.with_projected(tower(pixels, reads), reads)  # once for all reducers
         for spec in missing:
             reducer = reducers[spec]
             # A reducer that reads the question keeps other tokens for each.
             groups = [[question] for question in asked] if reducer.reads_question else [asked]
             answers: dict[str, dict] = {}
             for group in groups:
-                read = reader(group[0]["text"], reducer) if reducer.reads_question else {}
+                read = engine.read_question(group[0]["text"], reducer)
                 seen = replace(features, **{name: [value] for name, value in read.items()})
                 (visual,) = model.project(reducer(seen).unbind())
                 scored = score(model, engine.tokenizer, visual, group)

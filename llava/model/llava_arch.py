@@ -12,7 +12,7 @@ model:
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -308,9 +308,7 @@ class LlavaMetaForCausalLM(_Model):
         if budget == "shared":
             reads.update(score_reads(None))
         # The tower runs once, whatever the reducers: under ZeRO-3 every rank must call it equally often.
-        features = tower(pixel_values, reads)
-        if "projected" in reads:
-            features = replace(features, projected=torch.stack(self.project(features.patches.unbind())))
+        features = self.with_projected(tower(pixel_values, reads), reads)
 
         owner = torch.tensor([row for row, count in enumerate(pictures) for _ in range(count)])
         reduced: list[Any] = [None] * len(owner)
@@ -336,6 +334,12 @@ class LlavaMetaForCausalLM(_Model):
             for view, one in zip(views.tolist(), found, strict=True):
                 reduced[view] = one
         return features, reduced
+
+    def with_projected(self, features: VisionFeatures, reads: Collection[str]) -> VisionFeatures:
+        """The features with their patches projected too, where a reducer reads that."""
+        if "projected" not in reads:
+            return features
+        return replace(features, projected=torch.stack(self.project(features.patches.unbind())))
 
     def project(self, visual_tokens: Sequence[Tensor]) -> list[Tensor]:
         """The embeddings of visual tokens: [K_i, mm_hidden_size] each -> [K_i, hidden_size] each."""
