@@ -323,7 +323,7 @@ class LlavaMetaForCausalLM(_Model):
                         "llava chat, llava eval or llava.engine, or give embed_images texts="
                     )
                 of_views = [texts[int(owner[view])] for view in views]
-                asked = {
+                asked: Any = {
                     name: [text[name] for text in of_views] for name in TEXT_FIELDS if name in reducer.reads
                 }
                 own = replace(own, **asked)
