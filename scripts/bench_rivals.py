@@ -1,11 +1,12 @@
-"""How long the rivals take beside the one product that each cannot avoid, and beside the step as released.
+"""How long the rivals take beside the product that each cannot avoid, and beside the step as released.
 
     python scripts/bench_rivals.py [--rounds 15] [--batch 1 8] [--tokens 64] [--json out.json]
 
 One process, one CPU thread, float32, N = 576 patches, C = 1024 channels, D = 4096 after the projector. The
 product is that of all patches with all patches, in C channels or, where the method compares projected
-patches, in D. The things compared take turns in each round; printed are medians of the thread's own clock,
-which stops while others run (they still take cache and memory bandwidth: measure on an idle machine).
+patches, in D; for mmtok also that of all projected patches with the question's words. The things compared take
+turns in each round; printed are medians of the thread's own clock, which stops while others run (they still
+take cache and memory bandwidth: measure on an idle machine).
 
 The last column is the greedy step as released, one image after another, written here from its description:
 a full pass for each choice (scope, mmtok), products anew in each round (vispruner), all chosen rows looked
@@ -142,7 +143,10 @@ def measure(name: str, features: VisionFeatures, tokens: int, rounds: int) -> di
     row: dict[str, object] = {"reducer": reducer.spec, "batch": batch}
     if name in GREEDY:
         step = globals()[f"released_{name}"]
-        functions["product"] = lambda: torch.bmm(x, x.transpose(1, 2))
+        products = [(x, x)]
+        if name == "mmtok":
+            products.append((features.projected, torch.stack(list(features.text_tokens))))
+        functions["product"] = lambda: [torch.bmm(a, b.transpose(1, 2)) for a, b in products]
         functions["released"] = lambda: [step(features, i, tokens) for i in range(batch)]
         same = [
             len({*step(features, i, tokens)} & {*reducer(features).kept[i].tolist()}) for i in range(batch)
