@@ -4,9 +4,9 @@
 
 One process, one CPU thread, float32, N = 576 patches, C = 1024 channels, D = 4096 after the projector. The
 product is that of all patches with all patches, in C channels or, where the method compares projected
-patches, in D; for mmtok also that of all projected patches with the question's words. The things compared take
-turns in each round; printed are medians of the thread's own clock, which stops while others run (they still
-take cache and memory bandwidth: measure on an idle machine).
+patches, in D; for mmtok also that of all projected patches with the question's words. The things compared
+take turns in each round; printed are medians of the thread's own clock, which stops while others run (they
+still take cache and memory bandwidth: measure on an idle machine).
 
 The last column is the greedy step as released, one image after another, written here from its description:
 a full pass for each choice (scope, mmtok), products anew in each round (vispruner), all chosen rows looked
