@@ -346,6 +346,12 @@ def test_eval_asks_a_server_scores_and_resumes(server, root, questions, capsys, 
     assert "prumerge" in capsys.readouterr().err
 
 
+def test_answers_of_a_server_and_of_a_model_here_have_different_default_names(server, root, capsys):
+    assert cli.main(command(server, root, "--reducer", "prumerge", "--limit", "2")) == 0
+    name = f"small@127.0.0.1-{server.server_port}-prumerge.jsonl"  # of a model here: small-prumerge.jsonl
+    assert len(rows(root / "pope/answers" / name)) == 2
+
+
 def test_a_server_that_dies_midway_and_comes_back_loses_and_doubles_nothing(
     server, root, questions, capsys, tmp_path, monkeypatch
 ):

@@ -6,6 +6,7 @@ conversation, the pictures as `data:` URLs, how to sample, and a request's reduc
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import time
@@ -69,7 +70,7 @@ class EndpointEngine:
             ) from None
         if concurrency < 1:
             raise UserError(f"--concurrency {concurrency}: give 1 or more.")
-        self.base_url, self.concurrency = base_url, concurrency
+        self.base_url, self.concurrency, self._openai = base_url, concurrency, openai
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self._options: dict[str, Any] = {"base_url": base_url, "api_key": key}
         try:
@@ -112,11 +113,9 @@ class EndpointEngine:
             running.difference_update(done)
             return done
 
-        import openai
-
         # The loop runs only while this generator is asked for more; closing the runner cancels what is left.
         with asyncio.Runner() as runner:
-            client = openai.AsyncOpenAI(**self._options, max_retries=RETRIES)
+            client = self._openai.AsyncOpenAI(**self._options, max_retries=RETRIES)
             try:
                 while done := runner.run(next_done(client)):
                     for task in done:
@@ -129,13 +128,11 @@ class EndpointEngine:
 
     async def _ask(self, client: "openai.AsyncOpenAI", request: Request) -> Answer | UserError:
         """The error is returned: raised in a task that nobody waits for any more, it would be printed."""
-        import openai
-
         try:
             reply = await client.chat.completions.create(**self._body(request))
         except UserError as error:
             return Answer(request.id, problem=str(error))
-        except openai.OpenAIError as error:
+        except self._openai.OpenAIError as error:
             return self._failure(request, error)
         if not reply.choices:
             return Answer(request.id, problem=f"the server replies without an answer: {reply}")
@@ -148,13 +145,11 @@ class EndpointEngine:
         Where the generator is closed before its end the connection is closed, which stops the server. Of the
         timing, `vision_ms` is 0: the server does not tell it apart from the rest before the first piece.
         """
-        import openai
-
         start = time.perf_counter()
         first, text, usage = 0.0, "", None
         try:
             with (
-                openai.OpenAI(**self._options) as client,
+                self._openai.OpenAI(**self._options) as client,
                 client.chat.completions.create(
                     **self._body(request), stream=True, stream_options={"include_usage": True}
                 ) as chunks,
@@ -169,7 +164,7 @@ class EndpointEngine:
                         yield piece
         except UserError as error:
             return Answer(request.id, problem=str(error))
-        except openai.OpenAIError as error:
+        except self._openai.OpenAIError as error:
             failure = self._failure(request, error)
             if isinstance(failure, UserError):
                 raise failure from error
@@ -203,16 +198,13 @@ class EndpointEngine:
 
     def _failure(self, request: Request, error: "openai.OpenAIError") -> Answer | UserError:
         """What an error means: this request has a problem, or no request can be answered."""
-        import openai
-
         problem = self._problem(error)
-        of_all = isinstance(error, openai.APIConnectionError) or getattr(error, "status_code", 0) in OF_ALL
+        unreachable = isinstance(error, self._openai.APIConnectionError)
+        of_all = unreachable or getattr(error, "status_code", 0) in OF_ALL
         return UserError(problem) if of_all else Answer(request.id, problem=problem)
 
     def _problem(self, error: "openai.OpenAIError") -> str:
-        import openai
-
-        where = f"the server at {self.base_url}"
+        openai, where = self._openai, f"the server at {self.base_url}"
         match error:
             case openai.APIConnectionError():
                 return f"{where} does not answer ({error.__cause__ or error}): check that it runs there."
@@ -252,10 +244,12 @@ def data_url(image: ImageSource) -> str:
     """A picture as a `data:` URL: the very bytes of its file, or, of one that is no file, a PNG. (Not what
     LocalEngine made of one.)
 
+    What is broken is found here, as by the local engine, whatever the server would do with it.
+
     Raises:
         UserError: it cannot be read.
     """
-    source = str(image)
+    source, data = str(image), b""
     if isinstance(image, Image.Image) or source.startswith(("http://", "https://")):
         picture = image if isinstance(image, Image.Image) else load_image(source)
         file = io.BytesIO()
@@ -265,8 +259,9 @@ def data_url(image: ImageSource) -> str:
         load_image_from_base64(source.partition(",")[2])
         data = base64.b64decode(source.partition(",")[2])
     else:
-        load_image(source)  # what is broken is found here, as by the local engine, whatever the server does
-        data = Path(source).read_bytes()
+        with contextlib.suppress(OSError):  # load_image says what it is
+            data = Path(source).read_bytes()
+        load_image(data or source, name=source)
     kind = Image.open(io.BytesIO(data)).get_format_mimetype()
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from llava.errors import UserError
 from llava.eval import benchmarks
@@ -188,8 +189,10 @@ def chunk(items: Sequence[Any], chunks: int, index: int) -> Sequence[Any]:
 
 
 def default_answers(benchmark: Benchmark, protocol: Protocol, model: str, args: argparse.Namespace) -> Path:
-    """<root>/<folder>/answers/<model>[-<reducer>][-<protocol>].jsonl; chunks: .../<chunks>_<index>.jsonl."""
-    parts = [model]
+    """<root>/<folder>/answers/<model>[@<host>-<port>][-<reducer>][-<protocol>].jsonl, of chunks
+    .../<chunks>_<index>.jsonl. The address: a server's answers are another run than those of a model here."""
+    server = urlsplit(args.endpoint or "").netloc.rpartition("@")[2].replace(":", "-")
+    parts = [f"{model}@{server}" if server else model]
     parts += [args.reducer] if args.reducer else []
     parts += [protocol.name] if protocol is not benchmark.protocols[0] else []
     name = "-".join(parts).replace("/", "_")
