@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from llava.model.vision_tower import ENCODERS
+from llava.model.encoders import ENCODERS
 from llava.plug.families import family_of, pixels_of
 from llava.plug.model import ReducedModel, reduced_class
 from llava.reducers import Reducer, build_reducer

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from llava.model.vision_tower import ENCODERS
+from llava.model.encoders import ENCODERS
 from llava.reducers import Reducer, VisionFeatures
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
