@@ -4,6 +4,7 @@ A process that imports torch, transformers and deepspeed for itself needs ten se
 Functions to run in one have to be importable, and their arguments picklable.
 """
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -32,3 +35,19 @@ def in_two_processes(function: Callable[..., None], *args: Any, **environment: s
 def _as_rank(rank: int, environment: dict[str, str], function: Callable[..., None], args: tuple) -> None:
     os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     function(*args)
+
+
+def shard_on_cpus(*, fsdp: bool, deepspeed: bool) -> None:
+    """In a process of its own: what the libraries do for GPUs alone, without what they do for CPUs alone."""
+    if fsdp:  # accelerate shards over GPUs only, torch's FSDP2 on CPUs as well
+        plain = AcceleratorState.__init__
+
+        def as_on_gpus(self, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+            plain(self, *args, fsdp_plugin=fsdp_plugin, **options)
+            if fsdp_plugin is not None:
+                self.fsdp_plugin = fsdp_plugin
+                self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+        AcceleratorState.__init__ = as_on_gpus
+    if deepspeed:  # sums in shared memory: compiled, under a lock that a killed run leaves behind
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None

@@ -129,6 +129,13 @@ def batch(kind: str, rows: list[Row], side: str = "left") -> dict[str, torch.Ten
     }
 
 
+def labelled(kind: str, rows: list[Row], side: str = "right") -> dict[str, torch.Tensor]:
+    """A batch with the text behind each picture as labels, and the first ids, which count when not padded."""
+    inputs = batch(kind, rows, side)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    return inputs | {"labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
 def processor() -> tf.LlavaProcessor:
     """A LlavaProcessor with a tokenizer of words w3 ... w109."""
     words = {"<pad>": PAD, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, IMAGE)}, "<image>": IMAGE}

@@ -5,18 +5,11 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from plug_models import IMAGE, KINDS, Row, batch, build, processor
+from plug_models import IMAGE, KINDS, Row, batch, build, labelled, processor
 
 from llava.plug import reduce_tokens
 
 ROWS = [Row(1, 5, 4), Row(2, 3, 9, size=(100, 200))]
-
-
-def labelled(kind: str, rows: list[Row], side: str = "right") -> dict[str, torch.Tensor]:
-    """A batch with the text behind each picture as labels, and the first ids, which count when not padded."""
-    inputs = batch(kind, rows, side)
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
-    return inputs | {"labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}
 
 
 @pytest.mark.parametrize("kind", KINDS)

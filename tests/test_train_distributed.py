@@ -1,19 +1,15 @@
 """Two processes on the CPU take the steps one process takes with the same global batch: DDP, ZeRO, FSDP."""
 
-import importlib
 import os
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
-from forked import in_two_processes
+from forked import in_two_processes, shard_on_cpus
 from tiny_training import STAGES, Tiny, losses, make
 
 from llava.model.checkpoints import read_tensors
@@ -53,19 +49,7 @@ def flags_of(stage: str) -> str:
 
 
 def train_on_cpus(argv: list[str]) -> None:
-    """`train` with what its libraries do for GPUs alone, and without what they do for CPUs alone."""
-    if "ACCELERATE_USE_FSDP" in os.environ:  # accelerate shards over GPUs only, torch's FSDP2 on CPUs as well
-        plain = AcceleratorState.__init__
-
-        def as_on_gpus(self, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
-            plain(self, *args, fsdp_plugin=fsdp_plugin, **options)
-            if fsdp_plugin is not None:
-                self.fsdp_plugin = fsdp_plugin
-                self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-        AcceleratorState.__init__ = as_on_gpus
-    if "--deepspeed" in argv:  # sums in shared memory: compiled, under a lock that a killed run leaves behind
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    shard_on_cpus(fsdp="ACCELERATE_USE_FSDP" in os.environ, deepspeed="--deepspeed" in argv)
     train(argv=argv)
 
 

@@ -26,7 +26,8 @@ from transformers import (
 
 from llava.errors import UserError
 from llava.mm_utils import process_images
-from llava.model.vision_tower import ENCODERS, VisionTower, load_vision_tower
+from llava.model.encoders import ENCODERS
+from llava.model.vision_tower import VisionTower, load_vision_tower
 from llava.reducers import build_reducer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 14}

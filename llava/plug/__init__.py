@@ -9,9 +9,10 @@ The model changes its class in place for a subclass of the same name (`model.py`
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from llava.model.vision_tower import ENCODERS
+from llava.model.encoders import ENCODERS
 from llava.plug.families import family_of, pixels_of
 from llava.plug.model import ReducedModel, reduced_class
 from llava.reducers import Reducer, build_reducer
@@ -30,9 +31,10 @@ def reduce_tokens(model: PreTrainedModel, spec: str | Reducer | None = None) -> 
         The same model; `model.reducer` is the reducer.
 
     Raises:
-        ValueError: another class, an unknown spec, a reducer that does not work with this model's tower. The
-            model is left as it was.
+        ValueError: another class, an unknown spec, a reducer that does not work with this model's tower, a
+            model sharded by FSDP. The model is left as it was.
     """
+    _require_unsharded(model)
     untouched: Any = type(model).untouched if isinstance(model, ReducedModel) else type(model)
     family = family_of(untouched)
     recorded = spec is None
@@ -62,8 +64,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes `reduce_tokens`: the model is of its own class again. Returns the same model.
 
     Raises:
-        ValueError: the model was not reduced.
+        ValueError: the model was not reduced, or FSDP has sharded it since.
     """
+    _require_unsharded(model)
     if not isinstance(model, ReducedModel):
         raise ValueError(f"this {type(model).__name__} was not reduced: there is nothing to restore")
     _drop_hook(model)
@@ -71,6 +74,13 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     del reduced.reducer
     reduced.__class__ = type(model).untouched
     return model
+
+
+def _require_unsharded(model: nn.Module) -> None:
+    if isinstance(model, FSDPModule):  # which is a change of its class as well
+        raise ValueError(
+            "this model is sharded (FSDP): call reduce_tokens and restore before that, or save and load it"
+        )
 
 
 def _refuse_pixels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from llava.model.vision_tower import ENCODERS
+from llava.model.encoders import ENCODERS
 from llava.reducers import Reducer, VisionFeatures
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
@@ -109,6 +111,12 @@ class Llava:
         tower = getattr(self.model, self.image_tower) if tower is None else tower
         keeps_cls = self.keeps_cls(inputs) if keeps_cls is None else keeps_cls
         encoder = ENCODERS[tower.config.model_type](tower)
+        if isinstance(encoder.blocks[-1], FSDPModule):  # its weights are whole only while it runs
+            raise ValueError(
+                "the layers of the vision tower are sharded one by one (FSDP), but reducers read the keys of "
+                "the last without running it: shard the language model's layers alone "
+                "(transformer_layer_cls_to_wrap in fsdp_config)"
+            )
         reads = {*self.reducer.asks, *(["cls"] if keeps_cls else [])}
         features = encoder.features(pixels.to(_device(tower)), self.layers(inputs), reads)
         # The untouched class drops the first row where it does not keep CLS, even where there is none.
@@ -134,6 +142,8 @@ class Llava:
 
     def try_out(self) -> None:
         """Reduces an image of noise by each tower, so that a reducer that cannot work raises here and now."""
+        if is_deepspeed_zero3_enabled():  # which gathers the weights from its ranks for a training step only
+            return
         side = self.config.vision_config.image_size
         noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():

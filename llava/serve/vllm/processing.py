@@ -29,9 +29,9 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError
 from llava.mm_utils import process_images, read_pinpoints, tile_side
 from llava.model.checkpoints import PROJECTOR, inspect_checkpoint, read_model_weights, resolve_directory
+from llava.model.encoders import ENCODERS
 from llava.model.load import tower_of
 from llava.model.question import QuestionReader
-from llava.model.vision_tower import ENCODERS
 from llava.reducers import build_reducer
 
 TOKENS, EMBEDS = "visual_tokens", "image_embeds"
