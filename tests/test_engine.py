@@ -118,7 +118,7 @@ def test_batches_answer_as_one_at_a_time(engine, pictures):
 @pytest.mark.parametrize("conv_mode", ["v1_mmtag", "llava_llama_2", "mpt"])
 def test_templates_of_every_kind(engine, pictures, conv_mode):
     engine = with_options(engine, conv_mode)
-    requests = questions(pictures)
+    requests = questions(pictures, 12)
     assert texts(engine.answer(requests)) == one_at_a_time(engine, requests)
 
 
@@ -137,7 +137,7 @@ def test_joined_tiles(tiny, pictures, tmp_path, anyres, reducer):
     single_safetensors(path, tiny.language_model | tiny.projector_weights | newline)
     options = {"conv_mode": "vicuna_v1", "device": "cpu", "anyres": anyres, "reducer": reducer}
     engine = ModelSource(str(path), **options).load()
-    requests = questions(pictures, 20)
+    requests = questions(pictures, 12)
     slow = one_at_a_time(engine, requests)
     answers = list(engine.answer(requests))
     assert texts(answers) == slow and len(set(slow.values())) > 5

@@ -1,11 +1,9 @@
 """Answers files under fire: kills at any byte, several processes, torn lines, other runs."""
 
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ LINES = [
 ]
 """Ids that repeat, of two types, prompts that repeat; some questions differ only in their order."""
 
+FORK = multiprocessing.get_context("fork")
 RUN = {"model": "m", "reducer": "prumerge+", "generation": {"temperature": 0.0}}
 
 
@@ -57,7 +56,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_thousand_kills(tmp_path, monkeypatch):
+def test_hundreds_of_kills(tmp_path, monkeypatch):
     """The process dies after any number of bytes it wrote, or before a file is deleted; then starts again, as
     one of one, two or three processes."""
     generator = random.Random(1)
@@ -82,7 +81,7 @@ def test_a_thousand_kills(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", dying_write)
     monkeypatch.setattr(os, "unlink", dying_unlink)
     answers = tmp_path / "0" / "a.jsonl"
-    while kills < 1000:
+    while kills < 300:
         left = generator.choice([1, 20, 200, 2000, 9000]) + generator.randrange(300)
         world = generator.choice([1, 2, 3])
         try:
@@ -94,20 +93,7 @@ def test_a_thousand_kills(tmp_path, monkeypatch):
             answers = tmp_path / str(finished) / "a.jsonl"
         except Killed:
             kills += 1
-    assert finished > 20
-
-
-WORKER = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from test_eval_store import work
-work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), pause=0.03)
-"""
-
-
-def start(answers: Path, rank: int, world: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(answers), str(rank), str(world)])
+    assert finished > 5
 
 
 def test_real_kills_of_processes_that_share_the_work(tmp_path):
@@ -120,16 +106,19 @@ def test_real_kills_of_processes_that_share_the_work(tmp_path):
         finished = False
         while not finished:
             world = generator.choice([1, 2, 3])
-            running = [start(answers, rank, world) for rank in range(world)]
-            before = lines_of(answers)
-            until = before + generator.randrange(3, 40)
-            while lines_of(answers) < until and any(process.poll() is None for process in running):
-                time.sleep(0.01)
+            running = [FORK.Process(target=work, args=(answers, n, world, 0.01)) for n in range(world)]
+            for process in running:
+                process.start()
+            until = lines_of(answers) + generator.randrange(3, 40)
+            while lines_of(answers) < until and any(process.is_alive() for process in running):
+                time.sleep(0.001)
             if kills < 12:
                 for victim in running[: generator.randrange(1, world + 1)]:
-                    kills += victim.poll() is None
-                    victim.send_signal(signal.SIGKILL)
-            finished = [process.wait() for process in running] == [0] * world
+                    kills += victim.is_alive()
+                    victim.kill()
+            for process in running:
+                process.join()
+            finished = all(process.exitcode == 0 for process in running)
         merge(answers)
         check(answers)
 
@@ -158,20 +147,12 @@ def test_a_file_that_another_process_writes_is_refused(tmp_path, monkeypatch):
             assert file.answered() == {}
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"reducer": "none"}, "reducer: 'prumerge+' there, 'none' now"),
-        ({"generation": {"temperature": 0.2}}, "generation.temperature: 0.0 there, 0.2 now"),
-        ({"protocol": "crop"}, "protocol: None there, 'crop' now"),
-    ],
-)
-def test_another_run_is_refused_with_the_difference(tmp_path, change, words):
+@pytest.mark.parametrize("change", [{"reducer": "none"}, {"generation": {"seed": 1}}, {"protocol": "crop"}])
+def test_another_run_is_refused_and_what_differs_is_named(tmp_path, change):
     files = Files(tmp_path / "a.jsonl")
     files.agree(RUN)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=next(iter(change))):
         files.agree(RUN | change)
-    assert words in str(error.value)
     files.agree(dict(reversed(RUN.items())))
 
 

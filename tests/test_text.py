@@ -168,12 +168,6 @@ def test_keywords_win():
     assert legacy != tokenizer(text).input_ids
 
 
-def test_legacy_where_only_the_model_is_there(tmp_path):
-    """transformers 4 took `legacy` for True when no file said anything."""
-    shutil.copy(COPY / "tokenizers" / "tok_legacy" / "tokenizer.model", tmp_path)
-    agree(load_tokenizer(tmp_path), json.loads((COPY / "raw_tokenize.json").read_text())["legacy"])
-
-
 def test_other_kinds_are_read_as_they_are(chatml):
     assert chatml("").input_ids == []
     text = "<|im_start|>user\n Hé 日本?<|im_end|>"

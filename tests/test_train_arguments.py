@@ -304,27 +304,3 @@ def test_gpus_are_counted_as_cuda_does(visible, count, root):
         assert command[command.index("--nproc_per_node") + 1] == str(count)
     else:
         assert command[:2] == ["python", "llava/train/train_mem.py"]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_setting(script, root):
-    path = root / "scripts/v1_5" / f"{script}.sh"
-    shown = subprocess.run(["bash", str(path), "--help"], capture_output=True, text=True, check=True).stdout
-    text = path.read_text() + (path.parent / "common.sh").read_text()
-    names = [line.split()[1] for line in text.splitlines() if line.startswith("setting ")]
-    assert len(names) > 15
-    for name in [*names, "MINI"]:
-        assert f"  {name} " in shown
-    assert "$" not in shown.replace("$0", "")
-
-
-def test_the_shipped_deepspeed_configs_gather_and_leave_the_schedule(root):
-    for name, stage in (("zero2", 2), ("zero3", 3), ("zero3_offload", 3)):
-        config = json.loads((root / "scripts" / f"{name}.json").read_text())
-        zero = config["zero_optimization"]
-        assert zero["stage"] == stage
-        assert "scheduler" not in config  # it would replace the cosine of the recipes
-        assert "optimizer" not in config  # it would replace the parameter groups
-        if stage == 3:
-            assert zero["stage3_gather_16bit_weights_on_model_save"] is True
-    assert {"offload_optimizer", "offload_param"} <= zero.keys()
