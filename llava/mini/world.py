@@ -379,15 +379,12 @@ def to_llava(name: str, image: str, turns: list[Question]) -> dict:
     return {"id": name, "image": image, "conversations": talk}
 
 
-def _write_scene(world: World, index: int, out: Path) -> tuple[dict, dict, list[dict]]:
-    """Write one picture; return its rows of conversations.json, objects.jsonl and questions.jsonl."""
-    picture, scene = compose(world, index)
-    picture.save(out / scene.image, quality=90)
-    questions, turns = interview(world, scene)
-    rows = [
+def question_rows(questions: list[Question], image: str, index: int) -> list[dict]:
+    """The rows of questions.jsonl about picture `index` of a world."""
+    return [
         {
             "question_id": index * 100 + number,
-            "image": scene.image,
+            "image": image,
             "type": question.type,
             "form": question.form,
             "text": question.text,
@@ -396,6 +393,14 @@ def _write_scene(world: World, index: int, out: Path) -> tuple[dict, dict, list[
         }
         for number, question in enumerate(questions)
     ]
+
+
+def _write_scene(world: World, index: int, out: Path) -> tuple[dict, dict, list[dict]]:
+    """Write one picture; return its rows of conversations.json, objects.jsonl and questions.jsonl."""
+    picture, scene = compose(world, index)
+    picture.save(out / scene.image, quality=90)
+    questions, turns = interview(world, scene)
+    rows = question_rows(questions, scene.image, index)
     name = f"{world.split}-{world.seed}-{index:06d}"
     return to_llava(name, scene.image, turns), describe(scene, scene.image), rows
 
