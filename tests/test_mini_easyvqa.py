@@ -9,7 +9,7 @@ from PIL import Image
 from llava.cli import main
 from llava.mini import easyvqa
 from llava.mini.comparison import kind_of
-from llava.mini.evaluate import read_questions
+from llava.mini.evaluate import read_scenes
 
 QUESTIONS = [
     ("what is the red shape?", "triangle", "shape", "triangle"),
@@ -36,7 +36,7 @@ def data(tmp_path: Path) -> Path:
 def read(data: Path, split: str, *more: str) -> list[dict]:
     out = data.parent / split
     assert main(["mini", "easy-vqa", "--data", str(data), "--split", split, "--out", str(out), *more]) == 0
-    rows = read_questions(out, None)
+    rows = [row for asked in read_scenes(out).values() for row in asked]
     for row in rows:  # the picture that the question is about, not another with its number
         with Image.open(out / row["image"]) as picture:
             assert picture.getpixel((0, 0)) == (row["question_id"] // 100, 0, 0)

@@ -22,6 +22,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -331,7 +332,7 @@ def interview(world: World, scene: Scene) -> tuple[list[Question], list[Question
     # picture costs the same however much is asked about it, and yes or no is what is learnt last.
     here = min(
         len({thing.name for thing in scene.things}), 4
-    )  # a dense scene is asked about other things too
+    )  # dense: other things too
     asked = presence(rng, scene, rng.permutation([True] * here + [False] * here).tolist())
     asked += [q for q in questions if q.type != "presence"]
     fit = "naming" if shape.asks_presence else "presence"
@@ -427,7 +428,7 @@ def manifest(world: World, count: int) -> dict:
     }
 
 
-def constant_answers(questions: list[dict]) -> dict[str, dict]:
+def constant_answers(questions: Sequence[dict]) -> dict[str, dict]:
     """Per "type/form": number of questions, the most frequent answer and its share (a blind model's)."""
     groups: dict[str, Counter] = {}
     for row in questions:
