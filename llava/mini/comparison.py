@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llava.files import write_json, write_text
+from llava.mini.world import constant_answers
 
 REFERENCES = ("prumerge+", "random")
 """Every reducer is tested against these where they keep as many tokens (within one: PruMerge appends one)."""
@@ -117,14 +118,10 @@ def resample(questions: Sequence[dict], rng: np.random.Generator) -> np.ndarray:
 
 def constants(questions: Sequence[dict]) -> list[dict]:
     """The answers of a model that always says the most frequent right answer of a type and form."""
-    said: dict[tuple[str, str], list[str]] = {}
-    for question in questions:
-        said.setdefault((question["type"], question["form"]), []).append(question["answer"])
-    best = {kind: max(sorted(set(given)), key=given.count) for kind, given in said.items()}
-    return [
-        {"right": best[q["type"], q["form"]] == q["answer"], "logprob": math.nan, "margin": 0.0}
-        for q in questions
-    ]
+    best = constant_answers(questions)
+    said = [best[f"{question['type']}/{question['form']}"]["constant"] for question in questions]
+    right = [question["answer"] == answer for question, answer in zip(questions, said, strict=True)]
+    return [{"right": one, "logprob": math.nan, "margin": 0.0} for one in right]
 
 
 def write_report(out: Path, questions: Sequence[dict], rows: Mapping[str, Mapping[str, dict]]) -> None:
@@ -134,7 +131,8 @@ def write_report(out: Path, questions: Sequence[dict], rows: Mapping[str, Mappin
         spec: [of[question["image"]]["answers"][str(question["question_id"])] for question in questions]
         for spec, of in rows.items()
     }
-    tokens = {spec: float(np.mean([row["tokens"] for row in of.values()])) for spec, of in rows.items()}
+    images = {question["image"] for question in questions}
+    tokens = {spec: float(np.mean([of[image]["tokens"] for image in images])) for spec, of in rows.items()}
     table = {"constant answer": figures(questions, constants(questions), draws)}
     table |= {spec: figures(questions, given, draws) for spec, given in answers.items()}
     pairs = [

@@ -6,14 +6,13 @@ about composed scenes, in the benchmark's own file formats, by the commands the 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from llava.errors import UserError
 from llava.eval.benchmarks.base import SHORT
+from llava.files import read_json
 
 MODEL, BASE = "checkpoints/mini-lora", "checkpoints/mini-base"
 PICTURES = Path("playground/pictures")
@@ -38,23 +37,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_questions(folder: Path) -> list[tuple[Path, str]]:
-    """(picture, question) pairs of a folder's questions.json: {file name: question}."""
-    index = folder / "questions.json"
-    if not index.is_file():
-        raise UserError(
-            f"{index} is missing; it maps picture names to questions. Run this from the project's root."
-        )
-    return [(folder / name, question) for name, question in json.loads(index.read_text()).items()]
-
-
 def ask_all(folder: Path, out: Path) -> list[str]:
     """Lines of the table, a block per picture; overlays are written into `out`."""
     from llava.engine import ModelSource, Request, finish
     from llava.mm_utils import load_image
     from llava.pictures import overlay, squares
 
-    questions = read_questions(folder)
+    asked = read_json(folder / "questions.json")  # file name -> question
+    questions = [(folder / name, question) for name, question in asked.items()]
     out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     with tqdm(total=len(questions) * len(REDUCERS) + 1, desc="loading the model", file=sys.stderr) as bar:

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from tqdm import tqdm
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
-from llava.files import read_json, write_json, write_text
+from llava.eval.reading import read_rows
+from llava.eval.store import AnswersFile
+from llava.files import read_json, write_json
 from llava.mini.comparison import write_report
 
 REDUCERS = (
@@ -58,31 +61,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from llava.engine import ModelSource
 
-    questions = read_questions(args.data, args.scenes)
     specs = args.reducers
     if args.tokens or not args.reducers:
         names, counts = args.reducers or REDUCERS, args.tokens or COUNTS
         specs = ["none", *(f"{name}(tokens={count})" for count in counts for name in names)]
+    scenes = read_scenes(args.data)
+    chosen = list(scenes)[: args.scenes]
     check_settings(args)
-    files = {spec: AnswersFile(args.out / f"{file_name(spec)}.jsonl") for spec in specs}
-    if any(question["image"] not in file.rows for file in files.values() for question in questions):
-        source = ModelSource(args.model_path, args.model_base, conv_mode=VERSION, device=args.device)
-        ask(source.load(), args.data, questions, files)
-    write_report(args.out, questions, {spec: file.rows for spec, file in files.items()})
+    with ExitStack() as opened:
+        files: dict[str, AnswersFile] = {}
+        rows: dict[str, dict[str, dict]] = {}  # of each reducer, by picture
+        for spec in specs:
+            name = re.sub(r"[^A-Za-z0-9=]+", "-", spec.replace("+", "-plus")).strip("-")
+            lines = [{"question_id": image, "prompt": spec} for image in scenes]
+            files[spec] = opened.enter_context(AnswersFile(args.out / f"{name}.jsonl", lines))
+            there = (json.loads(line) for _, line in files[spec].answered().values())
+            rows[spec] = {row["question_id"]: row for row in there}
+        if any(image not in there for there in rows.values() for image in chosen):
+            source = ModelSource(args.model_path, args.model_base, conv_mode=VERSION, device=args.device)
+            ask(source.load(), args.data, {image: scenes[image] for image in chosen}, files, rows)
+    write_report(args.out, [question for image in chosen for question in scenes[image]], rows)
     print((args.out / "table.md").read_text(encoding="utf-8"), end="")
     return 0
 
 
-def read_questions(folder: Path, scenes: int | None) -> list[dict]:
-    """The rows of questions.jsonl, those of the first `scenes` pictures."""
+def read_scenes(folder: Path) -> dict[str, list[dict]]:
+    """The rows of questions.jsonl by picture."""
     index = folder / "questions.jsonl"
     if not index.is_file():
         raise UserError(
             f"{index} is missing; `llava mini world --edition 2 --split dev --n 300 --out {folder}` makes it."
         )
-    rows = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
-    chosen = set(list(dict.fromkeys(row["image"] for row in rows))[:scenes])
-    return [row for row in rows if row["image"] in chosen]
+    scenes: dict[str, list[dict]] = {}
+    for _, row in read_rows(index, dict):
+        scenes.setdefault(row["image"], []).append(row)
+    return scenes
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -99,35 +112,19 @@ def check_settings(args: argparse.Namespace) -> None:
     write_json(file, wanted)
 
 
-def file_name(spec: str) -> str:
-    return re.sub(r"[^A-Za-z0-9=]+", "-", spec.replace("+", "-plus")).strip("-")
-
-
-class AnswersFile:
-    """What one reducer did, a line a scene: {"image", "tokens", "answers": {question_id: answer}}.
-
-    Attributes:
-        rows: the lines that are there, by image. One that a killed process left half written is cut off.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(path, whole)
-        self.rows: dict[str, dict] = {row["image"]: row for row in map(json.loads, whole.splitlines())}
-
-    def append(self, row: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.rows[row["image"]] = row
-
-
 @torch.inference_mode()
-def ask(engine: Any, data: Path, questions: Sequence[dict], files: Mapping[str, AnswersFile]) -> None:
-    """Scene by scene, so that at any moment all reducers have answered about the same ones."""
+def ask(
+    engine: Any,
+    data: Path,
+    scenes: Mapping[str, Sequence[dict]],
+    files: Mapping[str, AnswersFile],
+    rows: Mapping[str, dict[str, dict]],
+) -> None:
+    """Adds what is missing to `files` and `rows`, a row a scene and reducer: {"question_id": the picture,
+    "prompt": the reducer, "tokens", "answers": {question_id: answer}}.
+
+    Scene by scene, so that at any moment all reducers have answered about the same ones.
+    """
     from llava.mm_utils import load_image, process_images
     from llava.reducers import build_reducer
 
@@ -135,11 +132,8 @@ def ask(engine: Any, data: Path, questions: Sequence[dict], files: Mapping[str, 
     tower = model.get_vision_tower()
     reducers = {spec: build_reducer(spec) for spec in files}
     reads = {name for reducer in reducers.values() for name in reducer.asks}
-    scenes: dict[str, list[dict]] = {}
-    for question in questions:
-        scenes.setdefault(question["image"], []).append(question)
     for image, asked in tqdm(scenes.items(), "scenes", file=sys.stderr):
-        missing = [spec for spec, file in files.items() if image not in file.rows]
+        missing = [spec for spec in files if image not in rows[spec]]
         if not missing:
             continue
         pixels = process_images([load_image(data / image)], engine.image_processor, model.config)
@@ -155,7 +149,9 @@ def ask(engine: Any, data: Path, questions: Sequence[dict], files: Mapping[str, 
                 (visual,) = model.project(reducer(seen).unbind())
                 scored = score(model, engine.tokenizer, visual, group)
                 answers |= {str(q["question_id"]): one for q, one in zip(group, scored, strict=True)}
-            files[spec].append({"image": image, "tokens": len(visual), "answers": answers})
+            row = {"question_id": image, "prompt": spec, "tokens": len(visual), "answers": answers}
+            files[spec].append(row)
+            rows[spec][image] = row
 
 
 def score(model: Any, tokenizer: Any, visual: Tensor, questions: Sequence[dict]) -> list[dict]:

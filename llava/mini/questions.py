@@ -10,23 +10,18 @@ one training conversation, leaving out what earlier turns have given away, so th
 in the picture and not in the text before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from llava.eval.benchmarks.base import LETTER, SHORT
 from llava.mini.sprites import COLORS, SHAPES, WORDS, article, colored_classes, drawings, plural
 
+T = TypeVar("T")
 REGIONS = ("top left", "top right", "bottom left", "bottom right")
-NUMBERS = {
-    1: "one",
-    2: "two",
-    3: "three",
-    4: "four",
-    5: "five",
-    6: "six",
-}  # from five on in dense scenes only
+NUMBERS = dict(enumerate(("one", "two", "three", "four", "five", "six"), 1))  # the last two: dense scenes
 LETTERS = "ABCD"
 NO_OCR_TOKENS = "\nReference OCR token: "
 """TextVQA's prompt where its reader found nothing; some questions about words carry it in training."""
@@ -62,14 +57,8 @@ TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the color of the {name} in the image?",
         "Which color does the {name} have?",
     ),
-    ("color", "group"): (
-        "What color are the {names}?",
-        "What is the color of the {names} in the image?",
-    ),
-    ("color", "yesno"): (
-        "Is the {name} {color}?",
-        "Is there a {color} {name} in the image?",
-    ),
+    ("color", "group"): ("What color are the {names}?", "What is the color of the {names} in the image?"),
+    ("color", "yesno"): ("Is the {name} {color}?", "Is there a {color} {name} in the image?"),
     ("counting", "open"): (
         "How many {names} are there in the picture?",
         "How many {names} are in the image?",
@@ -97,10 +86,7 @@ TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
         "What does the text in the image say?",
         "What is the word in the image?",
     ),
-    ("words", "yesno"): (
-        'Is the word in the image "{text}"?',
-        'Does the text in the picture say "{text}"?',
-    ),
+    ("words", "yesno"): ('Is the word in the image "{text}"?', 'Does the text in the picture say "{text}"?'),
     ("caption", "open"): ("Describe the picture.", "What objects are in the picture?", "What do you see?"),
 }
 
@@ -118,7 +104,7 @@ class Question:
     mentions: tuple[str, ...] = ()
 
 
-def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
@@ -162,6 +148,13 @@ def _asked(
     listing = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     letter = LETTERS[options.index(right)]
     return Question(kind, "choice", text + listing + LETTER, letter, options, about, mentions)
+
+
+def _claim(rng: np.random.Generator, right: T, options: Iterable[T]) -> tuple[bool, T]:
+    """(True, the right option) or (False, a wrong one), each half of the time."""
+    if rng.random() < 0.5:
+        return True, right
+    return False, _pick(rng, [option for option in options if option != right])
 
 
 def _yes(flag: bool) -> str:
@@ -216,8 +209,7 @@ def color(rng, scene) -> list[Question]:
         group = [o for o in scene.objects if o.name == name]
         right, form = group[0].color, _form(rng)
         if form == "yesno" and len(group) == 1:
-            truth = bool(rng.random() < 0.5)
-            said = right if truth else _pick(rng, [c for c in COLORS if c != right])
+            truth, said = _claim(rng, right, COLORS)
             text = _pick(rng, TEMPLATES["color", "yesno"]).format(name=name, color=said)
             text = text.replace("a orange", "an orange")
             questions.append(Question("color", "yesno", text + SHORT, _yes(truth), (), name, (name,)))
@@ -238,8 +230,7 @@ def counting(rng, scene) -> list[Question]:
     for name in names:
         right, form = sum(o.name == name for o in scene.objects), _form(rng)
         if form == "yesno":
-            truth = bool(rng.random() < 0.5)
-            said = right if truth else int(rng.choice([n for n in numbers(scene) if n != right]))
+            truth, said = _claim(rng, right, numbers(scene))
             template = TEMPLATES["counting", "one" if said == 1 else "yesno"]
             text = _pick(rng, template).format(number=NUMBERS[said], name=name, names=plural(name))
             questions.append(Question("counting", "yesno", text + SHORT, _yes(truth), (), name, (name,)))
@@ -286,8 +277,7 @@ def words(rng, scene) -> list[Question]:
         return []
     form = _form(rng)
     if form == "yesno":
-        truth = bool(rng.random() < 0.5)
-        said = right if truth else _pick(rng, [w for w in WORDS if w != right])
+        truth, said = _claim(rng, right, WORDS)
         text = _pick(rng, TEMPLATES["words", "yesno"]).format(text=said)
         return [Question("words", "yesno", text + SHORT, _yes(truth), (), "word")]
     text = _pick(rng, TEMPLATES["words", "open"])

@@ -22,6 +22,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -331,7 +332,7 @@ def interview(world: World, scene: Scene) -> tuple[list[Question], list[Question
     # picture costs the same however much is asked about it, and yes or no is what is learnt last.
     here = min(
         len({thing.name for thing in scene.things}), 4
-    )  # a dense scene is asked about other things too
+    )  # dense: other things too
     asked = presence(rng, scene, rng.permutation([True] * here + [False] * here).tolist())
     asked += [q for q in questions if q.type != "presence"]
     fit = "naming" if shape.asks_presence else "presence"
@@ -379,15 +380,12 @@ def to_llava(name: str, image: str, turns: list[Question]) -> dict:
     return {"id": name, "image": image, "conversations": talk}
 
 
-def _write_scene(world: World, index: int, out: Path) -> tuple[dict, dict, list[dict]]:
-    """Write one picture; return its rows of conversations.json, objects.jsonl and questions.jsonl."""
-    picture, scene = compose(world, index)
-    picture.save(out / scene.image, quality=90)
-    questions, turns = interview(world, scene)
-    rows = [
+def question_rows(questions: list[Question], image: str, index: int) -> list[dict]:
+    """The rows of questions.jsonl about picture `index` of a world."""
+    return [
         {
             "question_id": index * 100 + number,
-            "image": scene.image,
+            "image": image,
             "type": question.type,
             "form": question.form,
             "text": question.text,
@@ -396,6 +394,14 @@ def _write_scene(world: World, index: int, out: Path) -> tuple[dict, dict, list[
         }
         for number, question in enumerate(questions)
     ]
+
+
+def _write_scene(world: World, index: int, out: Path) -> tuple[dict, dict, list[dict]]:
+    """Write one picture; return its rows of conversations.json, objects.jsonl and questions.jsonl."""
+    picture, scene = compose(world, index)
+    picture.save(out / scene.image, quality=90)
+    questions, turns = interview(world, scene)
+    rows = question_rows(questions, scene.image, index)
     name = f"{world.split}-{world.seed}-{index:06d}"
     return to_llava(name, scene.image, turns), describe(scene, scene.image), rows
 
@@ -422,7 +428,7 @@ def manifest(world: World, count: int) -> dict:
     }
 
 
-def constant_answers(questions: list[dict]) -> dict[str, dict]:
+def constant_answers(questions: Sequence[dict]) -> dict[str, dict]:
     """Per "type/form": number of questions, the most frequent answer and its share (a blind model's)."""
     groups: dict[str, Counter] = {}
     for row in questions:
