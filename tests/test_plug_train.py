@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from plug_models import IMAGE, KINDS, Row, batch, build, labelled, processor
+from plug_models import IMAGE, KINDS, Row, batch, build, labelled, lengths_seen, processor
 
 from llava.plug import reduce_tokens
 
@@ -93,14 +93,6 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.rows[index]
-
-
-def lengths_seen(model) -> list[int]:
-    seen: list[int] = []
-    model.model.language_model.register_forward_hook(
-        lambda _m, _a, kwargs, _o: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    return seen
 
 
 def trainer_for(model, tmp_path, **options):

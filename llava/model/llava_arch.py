@@ -1,9 +1,9 @@
 """Everything LLaVA adds to a decoder language model: tower, reducer, projector, splice.
 
-Three mixins, for a language model's config, body and causal model; `llava.model.language_model` has one file
-for each language model that combines them. The result is a transformers model like any other
-(save_pretrained, from_pretrained, device_map, quantization_config, Trainer). Two things differ from a text
-model:
+Three mixins, for a language model's config, body and causal model (whose way with pictures is told in
+`llava.model.pictures`); `llava.model.language_model` has one file for each language model that combines them.
+The result is a transformers model like any other (save_pretrained, from_pretrained, device_map,
+quantization_config, Trainer). Two things differ from a text model:
 
 - `input_ids` hold IMAGE_TOKEN_INDEX (-200) where an image goes; `images=` (pixels) or `visual_tokens=`
   (already reduced, before the projector) are consumed in the order of these placeholders over the batch.
@@ -38,9 +38,7 @@ from llava.model.pictures import Images, PictureMixin
 from llava.model.projector import build_projector
 from llava.model.splice import Layout, gather, lay_out, split_padding
 from llava.model.vision_tower import VisionTower
-from llava.reducers import (
-    Reducer,
-)
+from llava.reducers import Reducer
 
 logger = logging.get_logger(__name__)
 
