@@ -136,6 +136,15 @@ def labelled(kind: str, rows: list[Row], side: str = "right") -> dict[str, torch
     return inputs | {"labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}
 
 
+def lengths_seen(model) -> list[int]:
+    """How many positions each call of the language model gets from now on."""
+    seen: list[int] = []
+    model.model.language_model.register_forward_hook(
+        lambda _m, _a, kwargs, _o: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    return seen
+
+
 def processor() -> tf.LlavaProcessor:
     """A LlavaProcessor with a tokenizer of words w3 ... w109."""
     words = {"<pad>": PAD, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, IMAGE)}, "<image>": IMAGE}

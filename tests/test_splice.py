@@ -138,8 +138,8 @@ def test_two_layer_projector_is_linear_gelu_linear():
 def test_identity_and_unknown_projectors():
     tokens = torch.randn(2, 6)
     assert build_projector("identity", 6, 6)(tokens) is tokens
-    with pytest.raises(UserError, match="6 and the language model 8"):
+    with pytest.raises(UserError, match=r"6.*8"):
         build_projector("identity", 6, 8)
     for kind in ("mlp", "mlp0x_gelu", "mlp2x_relu", "qformer"):
-        with pytest.raises(UserError, match=f"unknown mm_projector_type '{kind}'"):
+        with pytest.raises(UserError, match=f"'{kind}'"):
             build_projector(kind, 6, 8)

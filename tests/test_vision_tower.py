@@ -1,6 +1,7 @@
 """The vision towers against transformers' full models, and against the reference's features."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -329,7 +330,7 @@ def test_missing_weights_and_processor(tmp_path):
         load_vision_tower(tmp_path)
     state = {name: value for name, value in model.state_dict().items() if "layers.3" not in name}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"model\.safetensors.* lacks 16 weights"):
+    with pytest.raises(UserError, match=r"model\.safetensors.*16"):
         load_vision_tower(tmp_path)
 
 
@@ -344,7 +345,7 @@ def test_impossible_selections():
 
 @pytest.mark.parametrize("shape", [(3, 56, 56), (1, 4, 56, 56), (1, 3, 56, 13)])
 def test_pixels_of_another_shape(shape):
-    with pytest.raises(UserError, match=r"\[images, 3, height, width\]"):
+    with pytest.raises(UserError, match=re.escape(str(list(shape)))):
         VisionTower(clip())(torch.zeros(shape))
 
 

@@ -16,8 +16,7 @@ from llava import hardware
 from llava.errors import UserError
 from llava.model.anyres import BUDGETS
 from llava.model.checkpoints import (
-    KINDS,
-    inspect_checkpoint,
+    inspect_model,
     llava_config_dict,
     read_json,
     read_model_weights,
@@ -104,13 +103,7 @@ def load_pretrained_model(
             build_reducer(reducer)  # before minutes of loading
         except ReducerSpecError as error:
             raise UserError(str(error)) from error
-    info = inspect_checkpoint(model_path, model_base)
-    if info.kind == "vision_tower":
-        raise UserError(
-            f"{info.path} is {KINDS[info.kind]}, not a model that answers: pass it as vision_tower"
-        )
-    if info.needs_base:
-        info.require_base()
+    info = inspect_model(model_path, model_base)
 
     if use_flash_attn or use_flash_attention_2:
         attn_implementation = attn_implementation or "flash_attention_2"

@@ -1,38 +1,20 @@
 """Any checkpoint as one whole model on the CPU, to be written again: by the tools and for the vLLM server."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava.errors import UserError
 from llava.model.checkpoints import (
-    KINDS,
     TOWER,
     CheckpointInfo,
     Weights,
-    inspect_checkpoint,
     llava_config_dict,
     read_model_weights,
     resolve_beside,
     save_full,
 )
 from llava.model.load import apply_lora, build_config, load_language_model, load_plain, tokenizer_of
-
-
-def inspect_model(path: str, base: str | None = None) -> CheckpointInfo:
-    """A checkpoint that is, perhaps with its base, a LLaVA or a language model.
-
-    Raises:
-        UserError: it is a tower, or its base is not known.
-    """
-    info = inspect_checkpoint(path, base)
-    if info.kind == "vision_tower":
-        raise UserError(f"{info.path} is {KINDS[info.kind]}, not a model")
-    if info.needs_base:
-        info.require_base()
-    return info
 
 
 def load_whole(info: CheckpointInfo, dtype: str):
@@ -80,12 +62,10 @@ def save_whole(model, tokenizer, info: CheckpointInfo, weights: Weights, out: Pa
 def tower_name_from(name: str | None, old: Path, new: Path) -> str | None:
     """What `mm_vision_tower` must say in `new` to mean what `name` means in `old`.
 
-    Hub names and absolute paths stay. A relative path that a checkpoint at `new` would not find becomes one
-    that it does.
+    A relative path that a checkpoint at `new` would not find becomes absolute; all else stays.
     """
-    if not name or Path(name).is_absolute() or (here := resolve_beside(name, old)) is None:
+    here = resolve_beside(name, old) if name else None
+    there = resolve_beside(name, new.absolute()) if name else None
+    if here is None or (there is not None and there.resolve() == here.resolve()):
         return name
-    there = resolve_beside(name, new.absolute())
-    if there is not None and there.resolve() == here.resolve():
-        return name
-    return os.path.relpath(here.resolve(), new.resolve())
+    return str(here.resolve())

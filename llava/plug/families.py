@@ -197,6 +197,9 @@ class LlavaNext(Llava):
         packed, _ = self.model.pack_image_features(blank, sizes, image_newline=torch.zeros(1), **option)
         parts = iter(tokens)
         joined = [torch.cat([next(parts) for _ in range(count)]) for count in tiles]
+        newline = self.model.image_newline
+        if newline.requires_grad and torch.is_grad_enabled():
+            joined[0] = joined[0] + 0 * newline  # unused, but DDP waits for the gradient of all that trains
         return [Visual(image, len(places)) for image, places in zip(joined, packed, strict=True)]
 
     def tiles(self, sizes: Tensor, inputs: Mapping[str, Any]) -> list[int]:

@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 from llava.errors import UserError
-from llava.model.checkpoints import write_llava_hf, write_tower
+from llava.model.checkpoints import inspect_model, write_llava_hf, write_tower
 from llava.model.load import tower_of
-from llava.model.whole import inspect_model, load_whole, save_whole
+from llava.model.whole import load_whole, save_whole
 from llava.tools import add_dtype
 
 TOWER_FOLDER = "vision_tower"

@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 
 from llava.errors import UserError
-from llava.model.checkpoints import KINDS
-from llava.model.whole import inspect_model, load_whole, save_whole
+from llava.model.checkpoints import KINDS, inspect_model
+from llava.model.whole import load_whole, save_whole
 from llava.tools import add_dtype
 
 

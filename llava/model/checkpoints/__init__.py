@@ -6,7 +6,13 @@ llava_hf: the format of transformers' own LLaVA classes.
 
 # ruff: noqa: F401
 from llava.files import write_json
-from llava.model.checkpoints.inspect import KINDS, CheckpointInfo, inspect_checkpoint, read_json
+from llava.model.checkpoints.inspect import (
+    KINDS,
+    CheckpointInfo,
+    inspect_checkpoint,
+    inspect_model,
+    read_json,
+)
 from llava.model.checkpoints.llava_hf import hf_vocabulary, llava_config_dict, write_llava_hf, write_tower
 from llava.model.checkpoints.locate import resolve_beside, resolve_directory
 from llava.model.checkpoints.names import EMBEDDINGS, PROJECTOR, TOWER, canonical_name, llava_hf_name

@@ -174,6 +174,20 @@ def inspect_checkpoint(path: str | Path, base: str | Path | None = None) -> Chec
     return replace(info, base=base_info)
 
 
+def inspect_model(path: str | Path, base: str | Path | None = None) -> CheckpointInfo:
+    """A checkpoint that is, perhaps with its base, a LLaVA or a language model.
+
+    Raises:
+        UserError: as `inspect_checkpoint`; it is a tower, or its base is not known.
+    """
+    info = inspect_checkpoint(path, base)
+    if info.kind == "vision_tower":
+        raise UserError(f"{info.path} is {KINDS[info.kind]}, not a model that answers")
+    if info.needs_base:
+        info.require_base()
+    return info
+
+
 def _inspect_one(directory: Path) -> CheckpointInfo:
     config_file, adapter_config_file = directory / "config.json", directory / "adapter_config.json"
     config = read_json(config_file) if config_file.exists() else {}

@@ -133,7 +133,7 @@ def write_llava_hf(model: LlavaMetaForCausalLM, tokenizer, tower: VisionTower, o
     tensors = dict(model.state_dict())
     tensors.setdefault("lm_head.weight", model.get_output_embeddings().weight)
     for name in EMBEDDINGS:
-        tensors[name] = _with_rows(tensors[name], rows)
+        tensors[name] = with_rows(tensors[name], rows)
     tensors |= {TOWER + name: tensor for name, tensor in tower.backbone.state_dict().items()}
 
     # The ids behind the model's own, also where its vocabulary is larger than its tokenizer.
@@ -193,7 +193,7 @@ def hf_config(config: LlavaMetaConfig, tower: VisionTower, rows: int, strategy: 
     }
 
 
-def _with_rows(table: Tensor, rows: int) -> Tensor:
-    """The table, filled up with the mean of its rows."""
+def with_rows(table: Tensor, rows: int) -> Tensor:
+    """[rows, D] the table, filled up with the mean of its rows, as LLaVA starts those of tokens it adds."""
     mean = table.float().mean(0, keepdim=True).to(table.dtype)
     return torch.cat([table, mean.expand(rows - table.shape[0], -1)])

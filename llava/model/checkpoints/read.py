@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llava.errors import UserError, first_line
 from llava.model.checkpoints.inspect import CheckpointInfo, describes_llava, read_json, shards_of
-from llava.model.checkpoints.llava_hf import hf_vocabulary
+from llava.model.checkpoints.llava_hf import hf_vocabulary, with_rows
 from llava.model.checkpoints.names import EMBEDDINGS, PROJECTOR, canonical_name
 
 logger = logging.getLogger(__name__)
@@ -153,8 +153,7 @@ def read_model_weights(info: CheckpointInfo) -> Weights:
 def fit_vocabulary(found: Weights, rows: int) -> Weights:
     """Embeddings and head with `rows` rows; up to MAX_ADDED_TOKENS new ones are the mean of the old.
 
-    That is how LLaVA starts the rows of the tokens it adds. Weights that have enough rows are returned as
-    they are: a vocabulary padded beyond the tokenizer is common.
+    Weights that have enough rows stay as they are: a vocabulary padded beyond the tokenizer is common.
     """
     grown = Weights(dict(found.tensors), dict(found.source))
     for name in EMBEDDINGS:
@@ -162,8 +161,7 @@ def fit_vocabulary(found: Weights, rows: int) -> Weights:
         if table is None or not 0 < rows - table.shape[0] <= MAX_ADDED_TOKENS:
             continue
         logger.info("%d rows of %s are new (mean of the others)", rows - table.shape[0], name)
-        mean = table.float().mean(0, keepdim=True).to(table.dtype)
-        grown.set(name, torch.cat([table, mean.expand(rows - table.shape[0], -1)]), found.source[name])
+        grown.set(name, with_rows(table, rows), found.source[name])
     return grown
 
 
