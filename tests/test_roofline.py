@@ -139,10 +139,6 @@ def test_decoding_reads_every_weight_and_the_cache_once():
     assert found.bytes_share == pytest.approx(1.0)
 
 
-def test_nothing_is_reduced_when_all_patches_stay():
-    assert request("V100", 576).reduce.ms == 0 < request("V100", 144).reduce.ms
-
-
 def test_gpu_json(capsys):
     assert run("--gpu", "v100", "--visual", "144", "32", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
