@@ -146,20 +146,13 @@ def test_a_reducer_that_does_not_work_leaves_the_one_before(session, images, mon
 
 
 def test_default_template_by_name(loaded):
-    modes = {
-        "llava-v1.5-7b": "vicuna_v1",
-        "my-run": "vicuna_v1",
-        "mini-lora": "smollm2",
-        "llava-mpt-7b": "mpt",
-    }
+    modes = {"llava-v1.5-7b": "vicuna_v1", "my-run": "vicuna_v1", "llava-mpt-7b": "mpt"}
     assert {name: default_conv_mode(name, loaded.tokenizer) for name in modes} == modes
 
 
-def test_default_template_by_tokenizer(root):
+def test_default_template_by_tokenizer(mini):
     """A run of ours under any name: its tokenizer knows."""
-    base = root / "checkpoints/mini-base"
-    if not base.is_dir():
-        pytest.skip("checkpoints/mini-base is not built (llava mini prepare)")
+    _, base = mini
     tokenizer = load_tokenizer(base)
     assert default_conv_mode("my-run", tokenizer) == "smollm2"
     conversation = conv_templates["smollm2"].copy()

@@ -3,7 +3,6 @@
 import importlib
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 

@@ -170,27 +170,6 @@ def test_rows_have_one_schema(write):
     assert data["problem"][:] == [None] * 5
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        (["a"], "object"),
-        ({"conversations": []}, "conversations"),
-        (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 3}]},
-            r"conversations\[1\]",
-        ),
-        (sample("a", "b", image=["x", None]), "image"),
-    ],
-)
-def test_rows_that_are_no_samples_are_kept_with_the_reason(row, says, make):
-    dataset = make([sample("a", "b"), row])
-    assert len(dataset) == 2 and 0 not in dataset.modality_lengths
-    assert len(dataset[0]["input_ids"]) > 2
-    with pytest.raises(BadSample, match=says) as caught:
-        dataset[1]
-    assert f"{dataset.data_path} row 1" in str(caught.value)
-
-
 # ------------------------------------------------------------------------------------------ copy on disk
 
 
@@ -287,10 +266,15 @@ def test_images_come_in_the_order_of_their_placeholders(make, tokenizer):
         (sample("<image>", "x", image=["a.png", "b.png"]), "images: 2"),
         (sample("<image>", "x", image="gone.png"), "gone.png: no such image file"),
         ({"conversations": sample("a", "x", "b")["conversations"] * 2}, "turn 4 is from human"),
+        (["a"], "object"),
+        ({"conversations": []}, "conversations"),
+        ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\]"),
+        (sample("a", "b", image=["x", None]), "image"),
     ],
 )
 def test_bad_samples_name_file_row_and_reason(row, says, make):
     dataset = make([sample("a", "b"), row])
+    assert 0 not in dataset.modality_lengths
     with pytest.raises(BadSample, match=says) as caught:
         dataset[1]
     assert f"{dataset.data_path} row 1 (id " in str(caught.value)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_data import sample
 
 from llava import cli
 from llava.data import doctor
@@ -12,11 +13,6 @@ from llava.data import doctor
 pytest.importorskip("datasets")
 
 TOKENIZER = str(Path(__file__).parent / "data" / "text" / "tokenizers" / "tok_nonlegacy")
-
-
-def sample(*texts: str, **fields: object) -> dict:
-    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return {**fields, "conversations": turns}
 
 
 FLAWED: list[tuple[object, str | None, str]] = [
@@ -51,8 +47,7 @@ FLAWED: list[tuple[object, str | None, str]] = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LLAVA_CACHE", str(tmp_path / "cache"))
+def folder(tmp_path: Path) -> Path:
     for name in ("a.png", "b.png"):
         Image.effect_noise((40, 30), 50).save(tmp_path / name)
     (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])

@@ -2,12 +2,15 @@
 
 import base64
 import io
+import multiprocessing
+import os
+import select
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +22,7 @@ from llava.engine import local as engine_module
 from llava.engine.streaming import TextStream
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model import prefix
-from llava.pixels import decode
+from llava.pixels import decode, in_workers
 
 NEW = 6
 
@@ -107,7 +110,7 @@ def texts(answers) -> dict:
 
 
 def test_batches_answer_as_one_at_a_time(engine, pictures):
-    requests = questions(pictures)
+    requests = questions(pictures, 24)
     slow = one_at_a_time(engine, requests)
     assert len(set(slow.values())) > 10  # the answers tell the questions apart
     for tokens, workers in ((1, 0), (1200, 0), (100_000, 2)):
@@ -255,34 +258,39 @@ def test_what_is_wrong_with_one_request_ends_no_other(engine, pictures, tmp_path
     assert finish(engine.stream(requests[0])).problem == answers["broken"].problem
 
 
-ORPHANS = """
-import signal
-import numpy as np
-from llava.pixels import in_workers
+class Large:
+    """Items of more than a pipe holds."""
 
-class Large:  # more than a pipe holds
     def __len__(self):
         return 100
+
     def __getitem__(self, item):
         return np.zeros(1 << 20)
 
-results = iter(in_workers(Large(), workers=3))
-next(results)
-print("ready", flush=True)
-signal.pause()
-"""
+
+def decode_and_wait(pipe: int) -> None:
+    results = iter(in_workers(Large(), workers=3))
+    next(results)
+    os.write(pipe, b"ready")
+    signal.pause()
 
 
 def test_decoders_die_with_a_killed_process():
     """They would hold its memory for ever: stuck at a pipe that nobody reads."""
-    process = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
+    read, write = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=decode_and_wait, args=(write,))
+    process.start()
+    os.close(write)
+    assert os.read(read, 5) == b"ready"
     process.kill()
-    process.communicate(timeout=60)  # to the end of the pipe, which every decoder holds open
+    process.join()
+    # To the end of the pipe, which every decoder holds open.
+    assert select.select([read], [], [], 60)[0] and os.read(read, 1) == b""
+    os.close(read)
 
 
 def test_sampling_is_seeded(engine, pictures):
-    hot = [replace(one, temperature=1.0, seed=3) for one in questions(pictures)]
+    hot = [replace(one, temperature=1.0, seed=3) for one in questions(pictures, 12)]
     first, second = texts(engine.answer(hot)), texts(engine.answer(hot))
     assert first == second != texts(engine.answer([replace(one, seed=4) for one in hot]))
     assert finish(engine.stream(hot[0])).text == finish(engine.stream(hot[0])).text

@@ -26,27 +26,6 @@ def provenance(folder, name, reducer, benchmark="pope", value=80.0, tokens=144.0
     (folder / f"{name}.provenance.json").write_text(json.dumps(content))
 
 
-def shown(axes):
-    """{color: (x, y)} of the runs."""
-    lines = [bars.lines[0] for bars in axes.containers]
-    return {line.get_color(): (line.get_xdata()[0], line.get_ydata()[0]) for line in lines}
-
-
-def test_a_run_has_its_place_and_one_colour_in_every_plot(tmp_path):
-    """Published scores stand beside runs of the whole set only."""
-    for name in ("pope", "scienceqa"):
-        whole = {"questions": 8910, "answered": 8910, "questions_per_second": 4.0}
-        whole["visual_tokens"] = {"mean": 576}
-        provenance(tmp_path, name, "none", name, 85.0, summary=whole)
-        provenance(tmp_path, f"{name}+", "prumerge+", name, 84.0)
-    figure = report.plot(report.collect([tmp_path]))
-    pope, pope_time, science, _ = map(shown, figure.axes)
-    assert sorted(pope.values()) == [(144, 84), (576, 85)] and set(pope) == set(science)
-    assert set(pope_time.values()) == {(0.25, 84), (0.25, 85)}
-    crosses = [[x.get_ydata()[0] for x in axes.lines if x.get_marker() == "x"] for axes in figure.axes]
-    assert crosses == [list(benchmarks.get("pope").published), [], [], []]
-
-
 @pytest.fixture
 def runs(tmp_path):
     provenance(tmp_path / "pope", "a", "none", value=85.9, tokens=576)

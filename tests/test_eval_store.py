@@ -131,7 +131,8 @@ def test_a_question_two_processes_answered_counts_once(tmp_path):
     answers = tmp_path / "a.jsonl"
     work(answers, 0, 2)
     with AnswersFile(answers, LINES, 7) as other:  # of another command, at the same time
-        other.append(*map(row, range(20)))
+        for index in range(20):
+            other.append(row(index))
     work(answers, 1, 2)
     merge(answers)
     check(answers)

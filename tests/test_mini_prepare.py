@@ -166,15 +166,8 @@ def test_what_is_there_stays(tmp_path, capsys):
 # What was built
 
 
-@pytest.fixture(scope="module")
-def base(root: Path) -> Path:
-    path = root / prepare.DEFAULT_OUT
-    if not path.is_dir():
-        pytest.skip(f"{prepare.DEFAULT_OUT} is not built (llava mini prepare)")
-    return path
-
-
-def test_the_tokenizer_of_the_language_model(base):
+def test_the_tokenizer_of_the_language_model(mini):
+    _, base = mini
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = "In 1976 she paid 25 €, äöü.\n\tEnd"
     ids = tokenizer(text).input_ids

@@ -19,7 +19,6 @@ from llava.reducers import (
     available_reducers,
     build_reducer,
 )
-from llava.reducers.baselines import grid_shape
 from llava.reducers.scores import patch_scores
 
 HERE = Path(__file__).parent

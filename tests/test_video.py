@@ -1,6 +1,5 @@
 """Frames of a video, against one whose every frame is known."""
 
-import builtins
 from pathlib import Path
 
 import numpy as np

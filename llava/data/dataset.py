@@ -52,7 +52,6 @@ class LazySupervisedDataset(Dataset):
         [K, mm_hidden]; images are then not opened.
     on_bad_sample: "error" raises `BadSample`; "skip" gives the next good sample of the same kind (with or
         without image) in its place and marks it in `bad`, a bool per row.
-    cache_dir: where the copy of the file lies, see `open_table`.
 
     A sample is `input_ids`, `labels` (int64 [n]), and with images one of `images` (list of float32 [3, S, S])
     and `visual_tokens` (list of [K, mm_hidden]), in the order of the placeholders in `input_ids`. It is asked
@@ -71,10 +70,9 @@ class LazySupervisedDataset(Dataset):
         mm_use_im_start_end: bool = False,
         load_visual: Callable[[str, Reducer | None], torch.Tensor] | None = None,
         on_bad_sample: str = "error",
-        cache_dir: str | Path | None = None,
     ):
         self.data_path = Path(data_path)
-        self.table = open_table(data_path, cache_dir)
+        self.table = open_table(data_path)
         self._rows_read = 0
         self.tokenizer = tokenizer
         self.image_processor = image_processor

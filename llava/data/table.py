@@ -98,12 +98,11 @@ def read_rows(path: Path) -> Iterator[Any]:
             ) from None
 
 
-def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Dataset":
+def open_table(path: str | Path) -> "Dataset":
     """The file as a memory-mapped `datasets.Dataset` with the columns of `table_row`.
 
-    The first call copies the file (a progress bar on stderr shows it) to `cache_dir`, by default
-    $LLAVA_CACHE/data or ~/.cache/llava/data; others, also from other processes, open the copy, which appears
-    by a rename.
+    The first call copies the file (a progress bar on stderr shows it) to $LLAVA_CACHE/data or
+    ~/.cache/llava/data; others, also from other processes, open the copy, which appears by a rename.
     """
     try:
         from datasets import Dataset
@@ -116,7 +115,7 @@ def open_table(path: str | Path, cache_dir: str | Path | None = None) -> "Datase
     state = path.stat()
     key = f"{FORMAT} {path.resolve()} {state.st_size} {state.st_mtime_ns}"
     cache = Path(os.environ.get("LLAVA_CACHE") or Path.home() / ".cache" / "llava")
-    copy = Path(cache_dir or cache / "data") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
+    copy = cache / "data" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
     try:
         if not copy.is_file():
             with replacing_file(copy) as partial:

@@ -136,10 +136,7 @@ def as_text(benchmark: Benchmark, report: dict[str, Any]) -> str:
             f"{benchmark.title}: no score. {report['answered']:,} of {report['expected']:,} questions "
             "have an answer, and this is wrong (--partial scores what there is):"
         )
-    shown = report["problems"][:SHOWN_PROBLEMS]
-    lines += [f"  {problem}" for problem in shown]
-    if len(report["problems"]) > len(shown):
-        lines.append(f"  ... and {len(report['problems']) - len(shown):,} more (--json lists all)")
+    lines += problem_lines(report["problems"])
     lines += [f"  note: {note}" for note in report["notes"]]
     return "\n".join(lines)
 
@@ -162,9 +159,13 @@ def _number(value: float | None) -> str:
     return f"{value:.{4 if abs(value) < 1 else 2}f}".rstrip("0").rstrip(".")
 
 
+def problem_lines(problems: Sequence[str]) -> list[str]:
+    """The first ones and the number of the others."""
+    more = len(problems) - SHOWN_PROBLEMS
+    lines = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    return [*lines, f"  ... and {more:,} more"] if more > 0 else lines
+
+
 def report_problems(problems: Sequence[str]) -> None:
-    """To stderr, the first ones and the number of the others."""
-    for problem in problems[:SHOWN_PROBLEMS]:
-        print(f"  {problem}", file=sys.stderr)
-    if len(problems) > SHOWN_PROBLEMS:
-        print(f"  ... and {len(problems) - SHOWN_PROBLEMS:,} more", file=sys.stderr)
+    for line in problem_lines(problems):
+        print(line, file=sys.stderr)

@@ -54,8 +54,8 @@ class AnswersFile:
         finally:
             os.close(self._descriptor)
 
-    def append(self, *rows: dict[str, Any]) -> None:
-        self._write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    def append(self, row: dict[str, Any]) -> None:
+        self._write(f"{json.dumps(row)}\n".encode())
 
     def _write(self, data: bytes) -> None:
         left = memoryview(data)
