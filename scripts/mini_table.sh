@@ -1,15 +1,24 @@
 #!/usr/bin/env bash
-# The tables of docs/mini.md: every reducer at every number of tokens on composed scenes (BED=outputs/mini-table gets
-# table.md and a plot), then the small model on its six benchmarks.
+# The tables of docs/mini.md: every reducer at every number of tokens on two worlds, composed scenes and easy-vqa
+# (table.md and a plot in BED/scenes and BED/easy-vqa), then the small model on its six benchmarks.
 #   bash scripts/mini_table.sh [flags of `llava eval`]
-# About 6 hours on one core and 20 minutes on two. A run that was stopped goes on where it was when the same command
+# DATA/test may hold another world, of the second edition for instance; SCENES=N takes the first N pictures of each.
+# TIME A run that was stopped goes on where it was when the same command
 # is given again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -n "${VIRTUAL_ENV:-}" ] || source scripts/setup.sh mini,eval
-DATA="${DATA:-playground/data/mini2}"
-llava mini world --edition 2 --split test --n 300 --seed 0 --out "$DATA/test" > /dev/null
-llava mini evaluate --model-path "${MODEL:-checkpoints/mini-lora}" --data "$DATA/test" --out "${BED:-outputs/mini-table}"
+DATA="${DATA:-playground/data/mini}"
+bed() {
+    OMP_NUM_THREADS=1 llava mini evaluate --model-path "${MODEL:-checkpoints/mini-lora}" --data "$1" \
+        --scenes "${SCENES:-400}" --out "${BED:-outputs/mini-table}/$2" > /dev/null
+}
+llava mini prepare > /dev/null
+[ -e "$DATA/test/world.json" ] || llava mini world --split test --n 400 --seed 1 --out "$DATA/test" > /dev/null
+llava mini easy-vqa --split test --out "$DATA/easy-vqa" > /dev/null
+bed "$DATA/test" scenes &
+bed "$DATA/easy-vqa" easy-vqa
+wait $!
 
 export MINI=1 ROOT="${ROOT:-playground/data/eval-mini-table}"
 [ -e "$ROOT/mini.json" ] || llava mini benchmarks --n "${PICTURES:-30}" --out "$ROOT" > /dev/null

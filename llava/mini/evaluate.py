@@ -44,16 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-base", default="checkpoints/mini-base")
     parser.add_argument("--data", type=Path, required=True, help="folder made by `llava mini world`")
     parser.add_argument("--out", type=Path, required=True, help="folder for answers, table and plot")
-    parser.add_argument(
-        "--reducers", nargs="+", metavar="SPEC", help="default: all that do not read the question"
-    )
-    parser.add_argument(
-        "--tokens",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="try each reducer with each number (default: 16 32 64 144)",
-    )
+    parser.add_argument("--reducers", nargs="+", metavar="SPEC", help="default: all that read no question")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="of each (default: 16 32 64 144)")
     parser.add_argument("--scenes", type=int, default=None, help="only the first so many scenes")
     parser.add_argument("--device", default="cuda", help="default: cuda, or the CPU where there is none")
 
@@ -100,11 +92,8 @@ def read_scenes(folder: Path) -> dict[str, list[dict]]:
 
 def check_settings(args: argparse.Namespace) -> None:
     """Answers of another model or another world must not mix with these."""
-    world = {
-        key: value
-        for key, value in read_json(args.data / "world.json").items()
-        if not isinstance(value, dict)
-    }
+    about = read_json(args.data / "world.json")
+    world = {key: value for key, value in about.items() if not isinstance(value, dict)}
     wanted = {"model": args.model_path, "base": args.model_base, "world": world}
     file = args.out / "settings.json"
     if file.exists() and read_json(file) != wanted:

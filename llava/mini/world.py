@@ -330,9 +330,7 @@ def interview(world: World, scene: Scene) -> tuple[list[Question], list[Question
         return questions, [caption(rng, scene)]
     # A conversation asks about the presence of every class that is there and of as many that are not: one
     # picture costs the same however much is asked about it, and yes or no is what is learnt last.
-    here = min(
-        len({thing.name for thing in scene.things}), 4
-    )  # dense: other things too
+    here = min(len({thing.name for thing in scene.things}), 4)  # dense: other things too
     asked = presence(rng, scene, rng.permutation([True] * here + [False] * here).tolist())
     asked += [q for q in questions if q.type != "presence"]
     fit = "naming" if shape.asks_presence else "presence"
