@@ -282,9 +282,10 @@ def test_what_makes_every_request_fail_is_one_sentence(server, monkeypatch):
     ]:
         with pytest.raises(UserError, match=named):
             EndpointEngine(url, model)
-    with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        EndpointEngine(server.url, api_key="another")
     engine = EndpointEngine(server.url)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="OPENAI_API_KEY"):
+        patch.setenv("OPENAI_API_KEY", "another")
+        EndpointEngine(server.url)
     monkeypatch.setattr(endpoint, "RETRIES", 0)
     for fault in (401, 404, "die"):
         server.fault = lambda number, fault=fault: fault
@@ -370,6 +371,7 @@ def test_a_server_that_dies_midway_and_comes_back_loses_and_doubles_nothing(
     assert after[: len(before)] == before and len(again.bodies) == 36 - len(before)
     assert sorted(row["question_id"] for row in after) == sorted(wanted(root, questions))
     assert {row["question_id"]: row["text"] for row in after} == wanted(root, questions)
+    assert json.loads((tmp_path / "a.provenance.json").read_text())["summary"]["images"] == 2
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_start_up_needs_no_tower(processor):
 def test_caches_know_a_picture_by_its_canonical_reducer_and_the_question_that_reads(processor, pictures):
     def digest(**kwargs) -> str:
         prompt = processor.info.get_tokenizer()("a <image>").input_ids
-        items = processor.info.parse_mm_data({"image": [pictures["coffee.jpg"][0]]})
+        items = processor.info.parse_mm_data({"image": [pictures["coffee.jpg"]]})
         return processor(prompt, mm_items=items, hf_processor_mm_kwargs=kwargs)["mm_hashes"]["image"][0]
 
     default = digest()  # the server's: prumerge

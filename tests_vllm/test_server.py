@@ -5,65 +5,35 @@ import base64
 import contextlib
 import io
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
-from conftest import BASE, LORA, ROOT
+from conftest import DEFAULT, KEY, LORA, PICTURES, SMALL
 from PIL import Image
-from reference import greedy_ids, prompt_of
+from reference import SPECS, greedy_ids, prompt_of
 
 from llava.cli import main
 from llava.mini.benchmarks import generate
+from llava.mm_utils import load_image
 
-DEFAULT = "prumerge+(max_tokens=144)"
-SPECS = ("none", "prumerge", DEFAULT, "topk(tokens=97)")
-KEY = "of-the-tests"
+NEW = 8
+QUESTION = "What do you see?"
 
 
 @pytest.fixture(scope="module")
-def url(mini, tmp_path_factory):
-    """The address of a server of the small model, a LoRA checkpoint; ended after the tests."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        sys.executable,
-        "-m",
-        "llava.cli",
-        "serve",
-        "--model-path",
-        str(LORA),
-        "--model-base",
-        str(BASE),
-    ]
-    command += ["--reducer", DEFAULT, "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--api-key", KEY, "--max-model-len", "2048", "--gpu-memory-utilization", "0.05"]
-    environment = {
-        n: v for n, v in os.environ.items() if n not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS")
-    }
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while not alive(address):
-            assert server.poll() is None, log.read_text()[-4000:]
-            time.sleep(0.5)
-        yield address
-        assert server.poll() is None, log.read_text()[-4000:]
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=60)
+def url(server, mini):
+    """The server's address, from when it answers."""
+    while not alive(server.url):
+        assert server.process.poll() is None, server.log.read_text()[-4000:]
+        time.sleep(0.5)
+    yield server.url
+    assert server.process.poll() is None, server.log.read_text()[-4000:]
 
 
 def alive(url: str) -> bool:
@@ -82,10 +52,6 @@ def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=2, timeout=600)
 
 
-def picture(file: Path) -> str:
-    return data_url(file.read_bytes())
-
-
 def data_url(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
@@ -101,38 +67,33 @@ def message(text: str, *urls: str) -> dict:
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
-def ask(client, *messages: dict, reducer: str | None = None, tokens: int = 8, **options):
+def ask(client, *messages: dict, reducer: str | None = None, **options):
     body = {} if reducer is None else {"mm_processor_kwargs": {"reducer": reducer}}
     return client.chat.completions.create(
-        model=str(LORA), messages=messages, temperature=0, max_tokens=tokens, extra_body=body | options
+        model=str(LORA),
+        messages=messages,
+        temperature=0,
+        max_tokens=NEW,
+        extra_body={"return_token_ids": True, **body, **options},
     )
 
 
-def text_of(mini, prompt: str, images=(), *, reducer: str = DEFAULT, tokens: int = 8) -> str:
-    ids = greedy_ids(mini, prompt, images, reducer=reducer, new=tokens)
-    return mini[0].decode(ids, skip_special_tokens=True)
+def ask_about(client, name: str, reducer: str):
+    return ask(client, message(QUESTION, data_url((PICTURES / name).read_bytes())), reducer=reducer)
 
 
-COFFEE = picture(ROOT / "playground/pictures/coffee.jpg")
+def ids(reply) -> list[int]:
+    return reply.choices[0].token_ids
+
+
+COFFEE = data_url((PICTURES / "coffee.jpg").read_bytes())
 
 
 def test_the_small_pope_through_eval_has_the_local_answers_and_visual_tokens(url, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     root = tmp_path / "mini"
     generate(root, seed=0, number=8)
-    where = {
-        "served": ["--endpoint", f"{url}/v1"],
-        "local": [
-            "--model-path",
-            str(LORA),
-            "--model-base",
-            str(BASE),
-            "--dtype",
-            "float32",
-            "--device",
-            "cpu",
-        ],
-    }
+    where = {"served": ["--endpoint", f"{url}/v1"], "local": [*SMALL, "--device", "cpu"]}
     texts, facts = {}, {}
     for name, flags in where.items():
         answers = tmp_path / f"{name}.jsonl"
@@ -148,62 +109,79 @@ def test_the_small_pope_through_eval_has_the_local_answers_and_visual_tokens(url
     assert facts["served"]["score"] == facts["local"]["score"]
 
 
+@pytest.fixture(scope="module")
+def alone(client, pictures) -> dict[tuple[str, str], Future]:
+    """The replies about each picture with each reducer, which are on their way."""
+    pool = ThreadPoolExecutor()
+    return {(name, spec): pool.submit(ask_about, client, name, spec) for spec in SPECS for name in pictures}
+
+
+def test_ids_are_those_of_our_own_loader_and_generate(alone, client, mini, pictures):
+    """Five pictures with five reducers; two pictures and two turns; text alone."""
+    prompt = prompt_of("smollm2", f"<image>\n{QUESTION}")
+    wanted = {job: greedy_ids(mini, prompt, [pictures[job[0]]], reducer=job[1], new=NEW) for job in alone}
+    assert {job: ids(reply.result()) for job, reply in alone.items()} == wanted
+    assert len(set(map(tuple, wanted.values()))) > len(pictures)
+    cup, cat = pictures["coffee.jpg"], pictures["chelsea.jpg"]
+    talk = [
+        message(QUESTION, COFFEE, data_url(encoded(cat))),
+        {"role": "assistant", "content": "A cup."},
+        {"role": "user", "content": "And beside it?"},
+    ]
+    prompt = prompt_of("smollm2", f"<image>\n<image>\n{QUESTION}", "A cup.", "And beside it?")
+    assert ids(ask(client, *talk)) == greedy_ids(mini, prompt, [cup, cat], reducer=DEFAULT, new=NEW)
+    prompt = prompt_of("smollm2", "Name a fruit.")
+    assert ids(ask(client, message("Name a fruit."))) == greedy_ids(mini, prompt, new=NEW)
+
+
 def test_streamed_pieces_make_up_the_answer(client):
-    whole = ask(client, message("What is this?", COFFEE)).choices[0].message.content
+    turn = message("What is this?", COFFEE)
+    whole = ask(client, turn).choices[0].message.content
     pieces = client.chat.completions.create(
-        model=str(LORA), messages=[message("What is this?", COFFEE)], temperature=0, max_tokens=8, stream=True
+        model=str(LORA), messages=[turn], temperature=0, max_tokens=NEW, stream=True
     )
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole
 
 
-def test_turns_and_several_pictures(client, mini, pictures):
-    cup, cat = pictures["coffee.jpg"][0], pictures["chelsea.jpg"][0]
-    turns = [
-        message("What do you see?", COFFEE, data_url(encoded(cat))),
-        {"role": "assistant", "content": "A cup."},
-        {"role": "user", "content": "And beside it?"},
-    ]
-    prompt = prompt_of("smollm2", "<image>\n<image>\nWhat do you see?", "A cup.", "And beside it?")
-    assert ask(client, *turns).choices[0].message.content == text_of(mini, prompt, [cup, cat])
-
-
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # orientation: turn by 90 degrees
-ODD = {
-    "one pixel": encoded(Image.new("RGB", (1, 1), "red")),
-    "3000 x 2": encoded(Image.linear_gradient("L").resize((3000, 2))),
-    "transparent": encoded(Image.merge("RGBA", (Image.linear_gradient("L"),) * 4)),
-    "turned by EXIF": encoded(Image.open(ROOT / "playground/pictures/chelsea.jpg"), "JPEG", exif=TURNED),
-}
+TURNED_CAT = encoded(Image.open(PICTURES / "chelsea.jpg"), "JPEG", exif=TURNED)
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_pictures_are_decoded_as_by_our_own_loader(client, mini, name):
-    from llava.mm_utils import load_image
-
-    reply = ask(client, message("What is this?", data_url(ODD[name])))
-    wanted = text_of(mini, prompt_of("smollm2", "<image>\nWhat is this?"), [load_image(ODD[name])])
-    assert reply.choices[0].message.content == wanted
+def test_odd_pictures_are_decoded_as_by_our_own_loader(client, mini):
+    """One pixel, 3000 x 2, transparent, turned by EXIF data."""
+    files = [
+        encoded(Image.new("RGB", (1, 1), "red")),
+        encoded(Image.linear_gradient("L").resize((3000, 2))),
+        encoded(Image.merge("RGBA", (Image.linear_gradient("L"),) * 4)),
+        TURNED_CAT,
+    ]
+    reply = ask(client, message("What is this?", *map(data_url, files)))
+    prompt = prompt_of("smollm2", "<image>\n" * len(files) + "What is this?")
+    assert ids(reply) == greedy_ids(mini, prompt, list(map(load_image, files)), reducer=DEFAULT, new=NEW)
 
 
 def noise(*shape: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8))
 
 
+def part(**content) -> dict:
+    return {"role": "user", "content": [content]}
+
+
 NAN = encoded(Image.fromarray(np.full((32, 32), np.nan, np.float32)), "TIFF")
 BAD = {
-    "truncated": (message("?", data_url(ODD["turned by EXIF"][:3000])), {}, "cut short"),
+    "truncated": (message("?", data_url(TURNED_CAT[:3000])), {}, "cut short"),
     "empty": (message("?", data_url(b"")), {}, "picture"),
-    "50 MB of no picture": (message("?", data_url(b"x" * 50_000_000)), {}, "picture"),
     "NaN": (message("?", data_url(NAN)), {}, "not numbers"),
     "no base64": (message("?", "data:image/png;base64,@@@@"), {}, "base64"),
     "plain data": (message("?", "data:image/png,abc"), {}, "base64"),
     "too many pixels": (
         message("?", data_url(encoded(Image.new("1", (14000, 14000))))),
         {},
-        "too many pixels",
+        "pixels",
     ),
-    "forty pictures": (message("?", *[COFFEE] * 40), {"reducer": "none"}, "length"),
+    "forty pictures": (message("?", *[COFFEE] * 40), {}, "length"),
     "unknown reducer": (message("?", COFFEE), {"reducer": "prumergr"}, "prumergr"),
     "no tokens": (message("?", COFFEE), {"reducer": "topk(tokens=0)"}, "tokens"),
     "a number as reducer": (message("?", COFFEE), {"reducer": 5}, "reducer"),
@@ -212,13 +190,14 @@ BAD = {
     "device": (message("?", COFFEE), {"mm_processor_kwargs": {"device": "cuda"}}, "device"),
     "more <image> than pictures": (message("<image> <image>", COFFEE), {}, "<image>"),
     "address": (message("?", "http://127.0.0.1:1/x.png"), {}, "--allowed-media-domains"),
+    "video": (
+        {"role": "user", "content": [{"type": "video_url", "video_url": {"url": COFFEE}}]},
+        {},
+        "video",
+    ),
     "file": (message("?", "file:///etc/hostname"), {}, "--allowed-local-media-path"),
     "too long": (message("word " * 5000), {}, "length"),
-    "embeddings": (
-        {"role": "user", "content": [{"type": "image_embeds", "image_embeds": "AAAA"}]},
-        {},
-        "embeds",
-    ),
+    "embeddings": (part(type="image_embeds", image_embeds="AAAA"), {}, "embeds"),
 }
 
 
@@ -258,28 +237,20 @@ def test_a_wrong_key_is_refused(client):
         ask(client.with_options(api_key="another"), message("?", COFFEE))
 
 
-def test_two_hundred_requests_at_once_with_twenty_clients_gone_midway(client, url, pictures):
-    jobs = [(name, spec) for name in pictures for spec in SPECS]
-    alone = {
-        (name, spec): outcome(ask(client, *turns(name, pictures), reducer=spec, tokens=4))
-        for name, spec in jobs
-    }
-    counts = {spec: {alone[name, spec][1] for name in pictures} for spec in SPECS}
-    assert all(
-        len(counts["prumerge"]) > len(counts[spec]) for spec in ("none", "topk(tokens=97)")
-    )  # adaptive
-    before = memory(url)
+def test_two_hundred_requests_at_once_with_twenty_clients_gone_midway(alone, client, url, server, pictures):
+    alone = {job: reply.result() for job, reply in alone.items()}
+    counts = {spec: {alone[name, spec].usage.prompt_tokens for name in pictures} for spec in SPECS}
+    assert len(counts["prumerge"]) > max(len(counts["none"]), len(counts["random(tokens=97)"]))  # adaptive
+    before = memory(server)
     draw = random.Random(0)
-    todo = [draw.choice(jobs) for _ in range(220)]
+    todo = draw.choices(list(alone), k=220)
     leaves = {place: draw.uniform(0.05, 2) for place in draw.sample(range(220), 20)}
 
     async def one(many, place: int):
-        name, spec = todo[place]
-        request = ask(many, *turns(name, pictures), reducer=spec, tokens=4)
         try:
-            return outcome(await asyncio.wait_for(request, leaves.get(place)))
+            return await asyncio.wait_for(ask_about(many, *todo[place]), leaves.get(place))
         except TimeoutError:
-            return "gone"
+            return None
 
     async def storm() -> list:
         async with openai.AsyncOpenAI(
@@ -288,21 +259,17 @@ def test_two_hundred_requests_at_once_with_twenty_clients_gone_midway(client, ur
             return await asyncio.gather(*(one(many, place) for place in range(220)))
 
     found = asyncio.run(storm())
-    assert "gone" in found
-    for place, job in enumerate(todo):
-        assert found[place] == alone[job] or (place in leaves and found[place] == "gone")
+    assert None in found
+    for place, reply in enumerate(found):
+        if reply is None:
+            assert place in leaves
+        else:
+            wanted = alone[todo[place]]
+            assert ids(reply) == ids(wanted) and reply.usage.prompt_tokens == wanted.usage.prompt_tokens
     while any(value for name, value in metrics(url).items() if name.startswith("vllm:num_requests_")):
         time.sleep(0.1)
     assert metrics(url)["vllm:kv_cache_usage_perc"] == 0  # what the clients who left had taken is back
-    assert memory(url) < before * 1.15
-
-
-def turns(name: str, pictures) -> list[dict]:
-    return [message(pictures[name][1], picture(ROOT / "playground/pictures" / name))]
-
-
-def outcome(reply) -> tuple[str, int]:
-    return reply.choices[0].message.content, reply.usage.prompt_tokens
+    assert memory(server) < before * 1.15
 
 
 def metrics(url: str) -> dict[str, float]:
@@ -311,16 +278,7 @@ def metrics(url: str) -> dict[str, float]:
     return {name.partition("{")[0]: float(value) for name, value in pairs}
 
 
-def memory(url: str) -> int:
+def memory(server) -> int:
     """Bytes in use by all processes of the server."""
-    port = url.rpartition(":")[2]
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            found[int(folder.name)] = int(status["PPid"]), int(status.get("VmRSS", "0 kB").split()[0]), words
-    tree = {pid for pid, (_, _, words) in found.items() if port.encode() in words}
-    while more := {pid for pid, (parent, _, _) in found.items() if parent in tree} - tree:
-        tree |= more
-    return 1024 * sum(found[pid][1] for pid in tree)
+    process = psutil.Process(server.process.pid)
+    return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))

@@ -53,15 +53,14 @@ class EndpointEngine:
         base_url: address of the API, up to and with `/v1`.
         model: what the server calls it; None: the only one it has.
         concurrency: requests in flight at a time.
-        api_key: None: OPENAI_API_KEY of the environment, if any.
+
+    The key is OPENAI_API_KEY of the environment, if any.
 
     Raises:
         UserError: the server cannot be reached, refuses the key, or has no such model.
     """
 
-    def __init__(
-        self, base_url: str, model: str | None = None, *, concurrency: int = 32, api_key: str | None = None
-    ):
+    def __init__(self, base_url: str, model: str | None = None, *, concurrency: int = 32):
         try:
             import openai
         except ImportError:
@@ -71,7 +70,7 @@ class EndpointEngine:
         if concurrency < 1:
             raise UserError(f"--concurrency {concurrency}: give 1 or more.")
         self.base_url, self.concurrency, self._openai = base_url, concurrency, openai
-        key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # the client insists on one
         self._options: dict[str, Any] = {"base_url": base_url, "api_key": key}
         try:
             with openai.OpenAI(**self._options) as client:
@@ -256,8 +255,8 @@ def data_url(image: ImageSource) -> str:
         picture.save(file, "PNG")
         data = file.getvalue()
     elif source.startswith("data:"):
-        load_image_from_base64(source.partition(",")[2])
-        data = base64.b64decode(source.partition(",")[2])
+        load_image_from_base64(text := source.partition(",")[2])
+        data = base64.b64decode(text)
     else:
         with contextlib.suppress(OSError):  # load_image says what it is
             data = Path(source).read_bytes()

@@ -104,7 +104,8 @@ def work(job: Job, rank: int = 0, world: int = 1, gpu: int | None = None) -> Non
             return
         files.note(session={"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine_facts(engine)})
         bar = tqdm(total=len(mine), initial=len(mine) - len(missing), unit="q", disable=rank > 0)
-        counted: set[Any] = set()  # images of which tokens are in the log
+        # Images of which tokens are in the log.
+        counted = {key_of(image) for one in mine if one.id in answered for image in one.images}
         since = time.perf_counter()
         for one in engine.answer(missing):
             if one.problem:

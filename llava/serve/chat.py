@@ -230,7 +230,7 @@ def obey(chat: Chat, line: str, *, exif: bool) -> str:
             chat.messages = []
         case _:
             raise UserError(f"there is no command {command}: {COMMANDS}")
-    seen = as_tokens(map(len, chat.encoded)) or f"{len(chat.images)} pictures"
+    seen = as_tokens(map(len, chat.encoded)) or f"pictures: {len(chat.images)}"
     spec = chat.model.reducer.spec if chat.model is not None else chat.reducer or "of the server"
     return f"new conversation: {seen}, reducer {spec}"
 

@@ -20,17 +20,16 @@ class LlavaImageIO(ImageMediaIO):
     puts transparent ones on white: the weights were trained without either."""
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
+        most = envs.VLLM_MAX_IMAGE_PIXELS
         try:
             # Reads the header only, and none of the formats for which Pillow starts another program.
             width, height = open_image(io.BytesIO(data)).size
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(f"the picture has too many pixels ({error}): scale it down first") from error
         except Exception as error:  # a broken header raises whatever its reader meets first
-            raise ValueError("the picture cannot be read: send a PNG, JPEG or WebP file") from error
-        if width * height > envs.VLLM_MAX_IMAGE_PIXELS:
+            what = f"send a PNG, JPEG or WebP file of at most {most:,} pixels"
+            raise ValueError(f"the picture cannot be read: {what}") from error
+        if width * height > most:
             raise ValueError(
-                f"the picture has too many pixels ({width} x {height}; this server takes "
-                f"{envs.VLLM_MAX_IMAGE_PIXELS:,}): scale it down first"
+                f"the picture has {width} x {height} pixels, this server takes {most:,}: scale it down"
             )
         try:
             pixels = np.asarray(load_image(data, name="the picture"))
@@ -43,17 +42,13 @@ class LlavaImageIO(ImageMediaIO):
 class LlavaMediaConnector(MediaConnector):
     """Data URLs; http(s) from `--allowed-media-domains`, files below `--allowed-local-media-path`."""
 
-    def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> MediaWithBytes[Image.Image]:
-        self._check(image_url)
-        return self.load_from_url(image_url, LlavaImageIO(), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+    def load_from_url(self, url: str, media_io: object, **how):
+        self._check(url)
+        return super().load_from_url(url, LlavaImageIO(), **how)
 
-    async def fetch_image_async(
-        self, image_url: str, *, image_mode: str | None = "RGB"
-    ) -> MediaWithBytes[Image.Image]:
-        self._check(image_url)
-        return await self.load_from_url_async(
-            image_url, LlavaImageIO(), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT
-        )
+    async def load_from_url_async(self, url: str, media_io: object, **how):
+        self._check(url)
+        return await super().load_from_url_async(url, LlavaImageIO(), **how)
 
     def _check(self, url: str) -> None:
         scheme = url.partition(":")[0].lower()

@@ -1,6 +1,6 @@
 """The model in vLLM's engine: visual tokens -> projector -> a language model of vLLM's own."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +45,13 @@ class LlavaForVisualTokens(nn.Module, SupportsMultiModal, SupportsPP):
 
     def embed_multimodal(
         self,
-        visual_tokens: list[Tensor] | Tensor | None = None,
-        image_embeds: list[Tensor] | Tensor | None = None,
-        **kwargs: object,
-    ) -> list[Tensor]:
+        visual_tokens: Sequence[Tensor] | Tensor | None = None,
+        image_embeds: Sequence[Tensor] | Tensor | None = None,
+    ) -> Sequence[Tensor]:
         """One [K, hidden] block per picture, from blocks before the projector [K, C] or after it."""
         if image_embeds is not None:
             return list(image_embeds)
-        blocks = list(visual_tokens) if visual_tokens is not None else []
-        if not blocks:
-            return []
-        return list(self.mm_projector(torch.cat(blocks)).split([len(block) for block in blocks]))
+        return self.mm_projector(torch.cat(list(visual_tokens))).split(list(map(len, visual_tokens)))
 
     def forward(
         self,
@@ -72,7 +68,7 @@ class LlavaForVisualTokens(nn.Module, SupportsMultiModal, SupportsPP):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         logits = self.language_model.compute_logits(hidden_states)
-        if logits is not None:
+        if logits is not None:  # one rank of tensor parallelism has them
             logits[..., self.config.image_token_id] = -torch.inf  # a row of the vocabulary for our use only
         return logits
 

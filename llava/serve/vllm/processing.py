@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,8 +59,8 @@ class Encoder:
         self.model.set_vision_tower(tower_of(info, config, weights, device=plan.device, dtype=dtype))
         # For reducers that look up the question's words: of the table only the rows they ask for are read.
         table = nn.Embedding.from_pretrained(weights.tensors["model.embed_tokens.weight"])
-        parts = {"get_input_embeddings": lambda: table, "get_vision_tower": self.model.get_vision_tower}
-        self.read_question = QuestionReader(SimpleNamespace(**parts), tokenizer)
+        self.model.set_input_embeddings(table)
+        self.read_question = QuestionReader(self.model, tokenizer)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], spec: str, question: str) -> dict[str, list[Tensor]]:
