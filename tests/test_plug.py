@@ -7,7 +7,7 @@ transformers' whole towers, makes of the picture.
 import copy
 import pickle
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -586,11 +586,11 @@ def test_the_code_of_the_page_runs(root, tmp_path, monkeypatch, capsys):
     assert scope["answer"].shape[1] == scope["inputs"]["input_ids"].shape[1] + 20
 
 
-def test_the_benchmark_of_the_page_runs(root):
+def test_the_benchmark_of_the_page_runs(root, monkeypatch, capsys):
     """One layer of each; the numbers of positions are those of the reducers."""
-    small = ["--shape", "mini", "--layers", "1", "--tower-layers", "1", "--text", "8", "--rounds", "1"]
-    command = [sys.executable, root / "scripts/bench_plug.py", *small, "--device", "cpu"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    positions = {line.split()[0]: int(line.split()[1]) for line in run.stdout.splitlines()[3:]}
+    small = "--shape mini --layers 1 --tower-layers 1 --text 8 --rounds 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["bench_plug.py", *small.split()])
+    runpy.run_path(str(root / "scripts/bench_plug.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()[3:]
+    positions = {line.split()[0]: int(line.split()[1]) for line in lines}
     assert positions == {"untouched": 584, "prumerge+(tokens=144)": 153, "prumerge(tokens=32)": 41}
