@@ -29,10 +29,8 @@ from plug_models import (
     pixels_of,
     processor,
 )
-from tiny_checkpoints import edit_json, family
 from torch.nn import functional as F
 
-from llava.cli import main
 from llava.model.builder import load_pretrained_model
 from llava.plug import reduce_tokens, restore
 from llava.reducers import VisionFeatures, build_reducer
@@ -396,18 +394,6 @@ def test_a_checkpoint_records_its_reducer(tmp_path):
         reduce_tokens(tf.LlavaNextForConditionalGeneration.from_pretrained(tmp_path)).reducer.spec
         == "pool(tokens=9)"
     )
-
-
-def test_conversion_keeps_the_reducer_in_both_directions(tmp_path):
-    """From our format to transformers', reduced and saved there with another reducer, and back."""
-    ours, hf, back = family(tmp_path).full, tmp_path / "hf", tmp_path / "back"
-    edit_json(ours / "config.json", mm_token_reducer="prumerge+(tokens=4)")
-    assert main(["tools", "convert", "--to", "llava-hf", "--model-path", str(ours), "--out", str(hf)]) == 0
-    model = reduce_tokens(tf.LlavaForConditionalGeneration.from_pretrained(hf))
-    assert model.reducer.spec == "prumerge+(tokens=4)"
-    reduce_tokens(model, "topk(tokens=5)").save_pretrained(hf)
-    assert main(["tools", "convert", "--to", "llava", "--model-path", str(hf), "--out", str(back)]) == 0
-    assert load_pretrained_model(back, device="cpu")[1].reducer.spec == "topk(tokens=5)"
 
 
 def test_copies_and_pickles_reduce_as_well():
