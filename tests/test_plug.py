@@ -7,7 +7,7 @@ transformers' whole towers, makes of the picture.
 import copy
 import pickle
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -29,10 +29,8 @@ from plug_models import (
     pixels_of,
     processor,
 )
-from tiny_checkpoints import edit_json, family
 from torch.nn import functional as F
 
-from llava.cli import main
 from llava.model.builder import load_pretrained_model
 from llava.plug import reduce_tokens, restore
 from llava.reducers import VisionFeatures, build_reducer
@@ -398,18 +396,6 @@ def test_a_checkpoint_records_its_reducer(tmp_path):
     )
 
 
-def test_conversion_keeps_the_reducer_in_both_directions(tmp_path):
-    """From our format to transformers', reduced and saved there with another reducer, and back."""
-    ours, hf, back = family(tmp_path).full, tmp_path / "hf", tmp_path / "back"
-    edit_json(ours / "config.json", mm_token_reducer="prumerge+(tokens=4)")
-    assert main(["tools", "convert", "--to", "llava-hf", "--model-path", str(ours), "--out", str(hf)]) == 0
-    model = reduce_tokens(tf.LlavaForConditionalGeneration.from_pretrained(hf))
-    assert model.reducer.spec == "prumerge+(tokens=4)"
-    reduce_tokens(model, "topk(tokens=5)").save_pretrained(hf)
-    assert main(["tools", "convert", "--to", "llava", "--model-path", str(hf), "--out", str(back)]) == 0
-    assert load_pretrained_model(back, device="cpu")[1].reducer.spec == "topk(tokens=5)"
-
-
 def test_copies_and_pickles_reduce_as_well():
     kind, model = "Llava", reduce_tokens(build("Llava"), "prumerge")
     inputs = batch(kind, mixed(False))
@@ -586,11 +572,11 @@ def test_the_code_of_the_page_runs(root, tmp_path, monkeypatch, capsys):
     assert scope["answer"].shape[1] == scope["inputs"]["input_ids"].shape[1] + 20
 
 
-def test_the_benchmark_of_the_page_runs(root):
+def test_the_benchmark_of_the_page_runs(root, monkeypatch, capsys):
     """One layer of each; the numbers of positions are those of the reducers."""
-    small = ["--shape", "mini", "--layers", "1", "--tower-layers", "1", "--text", "8", "--rounds", "1"]
-    command = [sys.executable, root / "scripts/bench_plug.py", *small, "--device", "cpu"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    positions = {line.split()[0]: int(line.split()[1]) for line in run.stdout.splitlines()[3:]}
+    small = "--shape mini --layers 1 --tower-layers 1 --text 8 --rounds 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["bench_plug.py", *small.split()])
+    runpy.run_path(str(root / "scripts/bench_plug.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()[3:]
+    positions = {line.split()[0]: int(line.split()[1]) for line in lines}
     assert positions == {"untouched": 584, "prumerge+(tokens=144)": 153, "prumerge(tokens=32)": 41}

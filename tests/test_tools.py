@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_checkpoints import (
     IMAGE_SIZE,
     VISUAL_TOKENS,
@@ -257,18 +257,6 @@ def test_convert_golden_llava_hf(golden, tmp_path):
         name for name in clip if name.startswith("vision_model.") and "position_ids" not in name
     }
     assert all(torch.equal(tower[name], clip[name]) for name in tower)
-
-
-def test_spellings_of_transformers_5_in_memory(tiny):
-    """A state dict saved by hand from transformers' model has its in-memory names; it loads too."""
-    from transformers import LlavaForConditionalGeneration
-
-    hf = tiny.root / "hf"
-    convert("llava-hf", tiny.full, hf)
-    state = LlavaForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).state_dict()
-    assert "model.vision_tower.pre_layrnorm.weight" in state
-    save_file({name: tensor.clone() for name, tensor in state.items()}, hf / "model.safetensors")
-    assert torch.equal(logits(hf), logits(tiny.full))
 
 
 def test_convert_with_a_named_tower(tiny):
