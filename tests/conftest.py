@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 LONGEST = (
-    *("test_train_distributed.py", "test_mini_model.py", "test_train.py"),
-    *("test_demo.py", "test_tour.py", "test_eval_loop.py", "test_reducers.py", "test_plug.py"),
+    *("test_train_distributed.py", "test_demo.py", "test_train.py", "test_tour.py"),
+    *("test_eval_loop.py", "test_plug.py", "test_mini_model.py", "test_reducers.py"),
 )
 
 

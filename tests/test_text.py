@@ -139,7 +139,7 @@ def test_ids_are_sentencepieces(kind, late_spaces, tmp_path):
     parts = ["USER", "ASSISTANT:", " ", "  ", " " * 5, " " * 17, "\n", "é", "日本", "😀", "5", "47", "dog",
              "bridge", "hello", "</s>", "<s>", "<unk>", ".", "▁", "\t", "x", "  red", " kite"]  # fmt: skip
     rng = random.Random(0)
-    for _ in range(800):
+    for _ in range(300):
         text = "".join(rng.choices(parts, k=rng.randint(0, 9)))
         expected = slow(text)
         assert tokenizer(text).input_ids == expected, text

@@ -3,13 +3,10 @@
 import argparse
 import json
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from forked import PROCESSES
 from tiny_training import STAGES, Tiny, losses, make, prepare, silent
 from torch.nn.functional import cross_entropy
 
@@ -25,7 +22,6 @@ from llava.train.arguments import parse
 from llava.train.plot import read_log
 from llava.train.plot import run as plot
 from llava.train.setup import build
-from llava.train.train import train
 from llava.train.trainer import LlavaTrainer, epoch_order
 
 
@@ -312,22 +308,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert_same_run(tmp_path, uninterrupted[stage])
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-@pytest.mark.slow
-def test_a_run_ended_by_sigkill_goes_on(tiny, uninterrupted, tmp_path):
-    """A process of its own, killed as soon as a checkpoint stands."""
-    flags = f"{STAGES['lora']} {RESUMABLE}"
-    process = PROCESSES.Process(target=train, kwargs={"argv": tiny.argv(tmp_path, flags)})
-    process.start()
-    while not (tmp_path / "checkpoint-2").exists():
-        assert process.is_alive()
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    tiny.train(tmp_path, flags)
-    assert_same_run(tmp_path, uninterrupted["lora"])
 
 
 def test_a_checkpoint_that_was_cut_short_is_never_taken(tiny, tmp_path):

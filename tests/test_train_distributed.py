@@ -1,15 +1,18 @@
-"""Two processes on the CPU take the steps one process takes with the same global batch: DDP, ZeRO, FSDP."""
+"""Several processes on the CPU: DDP, ZeRO and FSDP take the steps of one; what a killed run leaves."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from forked import in_two_processes, shard_on_cpus
+from forked import PROCESSES, in_two_processes, shard_on_cpus
+from test_train import assert_same_run
 from tiny_training import STAGES, Tiny, losses, make
 
 from llava.model.checkpoints import read_tensors
@@ -142,3 +145,19 @@ def test_zero3_in_bfloat16(stage, root, tiny, single, tmp_path):
     two = launch(root, tiny, tmp_path / "two", flags)
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=0.01)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=0.2)
+
+
+def test_a_run_ended_by_sigkill_goes_on(tiny, tmp_path):
+    """A process of its own, killed as soon as a checkpoint stands. (Here one is quickly started.)"""
+    flags = f"{STAGES['lora']} --max_steps 6 --save_steps 2"
+    tiny.train(tmp_path / "whole", flags)
+    process = PROCESSES.Process(target=train, kwargs={"argv": tiny.argv(tmp_path / "killed", flags)})
+    process.start()
+    while not (tmp_path / "killed/checkpoint-2").exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    tiny.train(tmp_path / "killed", flags)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")

@@ -19,19 +19,12 @@ MIXED = "questions and labels are of different releases or splits"
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
-    """A picture that is part of the question file, base64."""
-
-    base64: str
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """One question."""
 
     id: str | int  # question_id with the type the question file gives it; answers files keep it
     text: str  # what the question file holds for the model
-    image: Path | Embedded | None  # None: a question of text only
+    image: Path | str | None  # str: a data URL, where the question file holds it; None: text only
     unit: str  # what the bootstrap draws, usually the image
     where: str  # file:line of the question
     category: str = ""

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from llava.errors import UserError
 from llava.eval import benchmarks
 from llava.eval.answers import read_answers
-from llava.eval.benchmarks.base import Benchmark, Embedded, MissingFile, Protocol, Sample
+from llava.eval.benchmarks.base import Benchmark, MissingFile, Protocol, Sample
 from llava.eval.doctor import as_lines, examine
 from llava.eval.provenance import Files
 from llava.eval.score import as_text, report_problems
@@ -165,12 +165,9 @@ def requests_of(
     return requests, lines
 
 
-def with_image(text: str, image: Path | Embedded | None) -> dict[str, Any]:
+def with_image(text: str, image: Path | str | None) -> dict[str, Any]:
     """`text` and `images` of a Request. The image tag is put in here, so that a second one is a problem."""
-    if image is None:
-        return {"text": text}
-    source = f"data:image;base64,{image.base64}" if isinstance(image, Embedded) else image
-    return {"text": f"<image>\n{text}", "images": (source,)}
+    return {"text": f"<image>\n{text}", "images": (image,)} if image else {"text": text}
 
 
 def refuse_if_no_image_is_there(images: Sequence[Any]) -> None:

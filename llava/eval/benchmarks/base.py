@@ -17,7 +17,6 @@ from llava.errors import UserError
 from llava.eval.answers import Row, join, read_answers
 from llava.eval.questions import LETTER as LETTER
 from llava.eval.questions import SHORT as SHORT
-from llava.eval.questions import Embedded as Embedded
 from llava.eval.questions import Sample, by_id
 from llava.eval.reading import MissingFile as MissingFile
 

@@ -16,7 +16,7 @@ import msgspec
 
 from llava.eval.benchmarks import base
 from llava.eval.mmbench_sheet import write_sheet
-from llava.eval.questions import Embedded, Sample
+from llava.eval.questions import Sample
 from llava.eval.reading import read_table
 
 ROTATION = 1_000_000
@@ -43,14 +43,12 @@ def load(root: Path, questions: Path | None = None) -> list[Sample]:
     samples, images = [], dict[str, str]()
     for _, row in read_table(file, Row):
         # Newer releases store a picture once; other rows hold the index of the row that has it.
-        image = images[str(row.index)] = images.get(row.image, row.image)
+        image = images[str(row.index)] = images.get(row.image) or f"data:image;base64,{row.image}"
         options = tuple(takewhile(bool, (row.A, row.B, row.C, row.D)))
         stem = f"{row.hint}\n{row.question}" if row.hint else row.question
         text, unit, where = question_text(stem, options), str(row.index % ROTATION), str(file)
         label = (row.answer, row.l2_category) if row.answer else None
-        samples.append(
-            Sample(row.index, text, Embedded(image), unit, where, row.category, label, stem, options)
-        )
+        samples.append(Sample(row.index, text, image, unit, where, row.category, label, stem, options))
     return samples
 
 
