@@ -81,11 +81,7 @@ class EndpointEngine:
             raise UserError(f"{base_url}/models lists no models ({error}): check the address.") from error
         names = [one.id for one in found.data]
         if model not in names and (model or len(names) != 1):
-            raise UserError(
-                f"{base_url} has no model {model}: --model takes {', '.join(names)}."
-                if model
-                else f"{base_url} has {len(names)} models: choose one by --model ({', '.join(names)})."
-            )
+            raise UserError(f"{base_url} has the models {', '.join(names)}: choose one of them by --model.")
         self.model = model or names[0]
 
     @property
@@ -199,8 +195,9 @@ class EndpointEngine:
         """What an error means: this request has a problem, or no request can be answered."""
         problem = self._problem(error)
         unreachable = isinstance(error, self._openai.APIConnectionError)
-        of_all = unreachable or getattr(error, "status_code", 0) in OF_ALL
-        return UserError(problem) if of_all else Answer(request.id, problem=problem)
+        if unreachable or getattr(error, "status_code", 0) in OF_ALL:
+            return UserError(problem)
+        return Answer(request.id, problem=problem)
 
     def _problem(self, error: "openai.OpenAIError") -> str:
         openai, where = self._openai, f"the server at {self.base_url}"
