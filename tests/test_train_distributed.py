@@ -1,5 +1,6 @@
-"""Two processes on the CPU take the steps one process takes with the same global batch: DDP, ZeRO, FSDP. And a
-process that is killed.
+"""Two processes on the CPU take the steps one process takes with the same global batch: DDP, ZeRO, FSDP.
+
+And one that is killed goes on.
 """
 
 import importlib
