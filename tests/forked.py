@@ -13,9 +13,7 @@ from typing import Any
 import torch.multiprocessing
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["llava.train.trainer", "llava.train.visual_cache", "llava.engine", "deepspeed"]
-)
+PROCESSES.set_forkserver_preload(["llava.train.trainer", "llava.train.visual_cache", "deepspeed"])
 
 
 def in_two_processes(function: Callable[..., None], *args: Any, **environment: str) -> None:
