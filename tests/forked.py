@@ -16,9 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["llava.train.trainer", "llava.train.visual_cache", "llava.engine", "deepspeed"]
-)
+PROCESSES.set_forkserver_preload(["llava.train.trainer", "llava.train.visual_cache", "deepspeed"])
 
 
 def in_two_processes(function: Callable[..., None], *args: Any, **environment: str) -> None:
