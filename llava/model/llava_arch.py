@@ -1,7 +1,7 @@
 """Everything LLaVA adds to a decoder language model: tower, reducer, projector, splice.
 
 Three mixins, for a language model's config, body and causal model (whose way with pictures is told in
-`llava.model.pictures`); `llava.model.language_model` has one file for each language model that combines them.
+`llava.model.images`); `llava.model.language_model` has one file for each language model that combines them.
 The result is a transformers model like any other (save_pretrained, from_pretrained, device_map,
 quantization_config, Trainer). Two things differ from a text model:
 
@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
-from llava.model.pictures import Images, PictureMixin
+from llava.model.images import Images, ImageMixin
 from llava.model.projector import build_projector
 from llava.model.splice import Layout, gather, lay_out, split_padding
 from llava.model.vision_tower import VisionTower
@@ -123,7 +123,7 @@ class LlavaMetaModel(_Model):
             initialization.normal_(self.image_newline, std=self.config.hidden_size**-0.5)
 
 
-class LlavaMetaForCausalLM(PictureMixin):
+class LlavaMetaForCausalLM(ImageMixin):
     """LLaVA on a language model. See the file's head for what it takes."""
 
     config_class: type[LlavaMetaConfig]

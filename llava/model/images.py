@@ -40,7 +40,7 @@ Images = Tensor | Sequence[Tensor]
 _Model: Any = PreTrainedModel if TYPE_CHECKING else object
 
 
-class PictureMixin(_Model):
+class ImageMixin(_Model):
     """What a LLaVA model does with pictures; `llava.model.llava_arch` joins it with a language model.
 
     Attributes:
