@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
-from llava.model.images import Images, ImageMixin
+from llava.model.images import ImageMixin, Images
 from llava.model.projector import build_projector
 from llava.model.splice import Layout, gather, lay_out, split_padding
 from llava.model.vision_tower import VisionTower
