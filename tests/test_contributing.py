@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,11 @@ def test_the_new_reducer(root, tmp_path, monkeypatch):
 
 
 def test_the_new_benchmark(root, tmp_path, monkeypatch, capsys):
-    page, code = root / "CONTRIBUTING.md", tmp_path / "colors.py"
-    code.write_text(blocks(page, "python")[1])
+    page = root / "CONTRIBUTING.md"
+    tree = shutil.copytree(
+        root / "llava", tmp_path / "tree/llava", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (code := tree / "eval/benchmarks/colors.py").write_text(blocks(page, "python")[1])
     spec = importlib.util.spec_from_file_location("llava.eval.benchmarks.colors", code)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     monkeypatch.setitem(benchmarks.BENCHMARKS, "colors", module.BENCHMARK)
@@ -54,8 +58,8 @@ def test_the_new_benchmark(root, tmp_path, monkeypatch, capsys):
     (answers := tmp_path / "answers.jsonl").write_text("".join(rows))
 
     score = ["score", "colors", "--root", str(tmp_path / "eval"), "--answers", str(answers), "--json"]
-    assert cli.main(score) == 0
-    result = json.loads(capsys.readouterr().out)
+    found = subprocess.run([sys.executable, "-m", "llava.cli", *score], capture_output=True, cwd=tree.parent)
+    result = json.loads(found.stdout)
     assert result["metrics"] == {"accuracy": 75.0} and result["notes"] == []
     assert cli.main(["doctor", "eval", "colors", "--root", str(tmp_path / "eval")]) == 1  # no images
     assert "https://example.org/colors.zip" in capsys.readouterr().out
