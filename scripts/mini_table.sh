@@ -15,6 +15,7 @@ bed() {
 }
 llava mini prepare > /dev/null
 [ -e "$DATA/test/world.json" ] || llava mini world --split test --n 400 --seed 1 --out "$DATA/test" > /dev/null
+python -m pip install --quiet --disable-pip-version-check --no-deps easy-vqa  # 3 MB of pictures and questions
 llava mini easy-vqa --split test --out "$DATA/easy-vqa" > /dev/null
 bed "$DATA/test" scenes &
 bed "$DATA/easy-vqa" easy-vqa
