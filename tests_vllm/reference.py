@@ -4,7 +4,7 @@ from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.question import QuestionReader
 
-SPECS = ("none", "prumerge+", "prumerge+(max_tokens=144)", "prumerge", "random(tokens=97)")
+SPECS = ("none", "prumerge+(max_tokens=144)", "prumerge", "topk(tokens=16)", "random(tokens=16)")
 
 
 def prompt_of(conv_mode: str, *texts: str) -> str:
