@@ -118,7 +118,8 @@ def _card(name: str, answer: Answer | None, longest: float) -> str:
     rows = {"visual tokens": f"{sum(answer.visual_tokens):,}"} if answer.visual_tokens else {}
     bar = ""
     if took := answer.timing:
-        phases = {"vision": took.vision_ms, "prefill": took.prefill_ms}
+        known = {"vision": took.vision_ms, "prefill": took.prefill_ms}
+        phases = {name: ms for name, ms in known.items() if ms}  # a server does not tell all
         phases["decoding"] = took.total_ms - sum(phases.values())
         parts = [
             f'<i class="{name}" style="width:{100 * ms / longest:.1f}%"></i>' for name, ms in phases.items()
