@@ -17,8 +17,9 @@ start, and in float32 the answers are those of asking one question at a time (te
 """
 
 from llava.engine.endpoint import EndpointEngine
-from llava.engine.local import LocalEngine, Look, ModelSource, check_template
+from llava.engine.local import LocalEngine, Look, check_template
 from llava.engine.requests import Answer, Engine, Request, Timing, finish, key_of
+from llava.engine.source import ModelSource
 
 __all__ = [
     "Answer",

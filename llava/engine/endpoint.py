@@ -10,9 +10,7 @@ import contextlib
 import io
 import os
 import time
-from argparse import Namespace
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,6 @@ import msgspec
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.engine.local import ModelSource
 from llava.engine.requests import Answer, ImageSource, Request, Timing, texts_of
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path, load_image, load_image_from_base64
@@ -268,34 +265,3 @@ def visual_tokens(request: Request, usage: Any) -> tuple[int, ...]:
     details = getattr(usage, "prompt_tokens_details", None)
     counts = getattr(details, "multimodal_tokens", None)
     return (counts["image"],) if counts and len(request.images) == 1 else ()
-
-
-# --- flags ---
-
-LOCAL_FLAGS: dict[str, Any] = {
-    **{one.name: one.default for one in fields(ModelSource) if one.name not in ("path", "base", "reducer")},
-    **{"model_base": None, "num_beams": 1, "batch_tokens": None, "decode_workers": None, "workers": None},
-}
-ENDPOINT_FLAGS: dict[str, Any] = {"model": None, "concurrency": 32}
-"""Flags of commands that take either engine, and their defaults: how a model is loaded and run here; what to
-ask a server for."""
-
-
-def source_of(args: Namespace) -> ModelSource | EndpointEngine:
-    """What the flags of a command say: the server of --endpoint, else the checkpoint of --model-path.
-
-    Raises:
-        UserError: flags of both together; what EndpointEngine raises.
-    """
-    wrong = LOCAL_FLAGS if args.endpoint else ENDPOINT_FLAGS
-    given = [name for name, default in wrong.items() if getattr(args, name, default) != default]
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise UserError(
-            f"--endpoint and {flags}: the model of a server was loaded when that was started."
-            if args.endpoint
-            else f"{flags} without --endpoint URL, which names the server to ask."
-        )
-    if not args.endpoint:
-        return ModelSource.of(args)
-    return EndpointEngine(args.endpoint, args.model, concurrency=getattr(args, "concurrency", 32))

@@ -3,10 +3,9 @@
 import threading
 import time
 import zlib
-from argparse import Namespace
 from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates, default_conv_mode
+from llava.conversation import conv_templates
 from llava.engine.batching import batches, chunked, free_memory, is_out_of_memory
 from llava.engine.requests import DEFAULT_REQUEST, Answer, ImageSource, Request, Timing, key_of, texts_of
 from llava.engine.streaming import TextStream
 from llava.errors import UserError
-from llava.mm_utils import get_model_name_from_path, image_tag, tokenizer_image_token
+from llava.mm_utils import image_tag, tokenizer_image_token
 from llava.model import prefix
 from llava.model.question import QuestionReader
 from llava.pixels import Decoding, Pixels, Source, decode, in_workers
@@ -29,61 +28,6 @@ from llava.reducers import ReducedTokens, Reducer, VisionFeatures
 
 CPU_BATCH_TOKENS = 8192
 IMAGES_AT_ONCE = 32
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A checkpoint and how to load it: arguments of `load_pretrained_model`, and the prompt template."""
-
-    path: str
-    base: str | None = None
-    conv_mode: str | None = None  # None: the one the model was trained with
-    reducer: str | None = None
-    vision_tower: str | None = None
-    anyres: str | None = None
-    dtype: str | None = None
-    attention: str | None = None
-    device: str = "cuda"
-    load_8bit: bool = False
-    load_4bit: bool = False
-
-    @classmethod
-    def of(cls, args: Namespace) -> "ModelSource":
-        """What the flags of a command say: --model-path, --model-base, and those named as the fields here."""
-        given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
-        return cls(args.model_path, args.model_base, **given)
-
-    @property
-    def name(self) -> str:
-        return get_model_name_from_path(self.path)
-
-    def load(self, **options: Any) -> "LocalEngine":
-        """`options`: keywords of `LocalEngine`.
-
-        Raises:
-            UserError: no such template, a model without vision, and what `load_pretrained_model` raises.
-        """
-        from llava.model.builder import load_pretrained_model
-
-        if self.conv_mode is not None:  # before the weights are read
-            check_template(self.conv_mode)
-        tokenizer, model, image_processor, _ = load_pretrained_model(
-            self.path,
-            self.base,
-            self.name,
-            load_8bit=self.load_8bit,
-            load_4bit=self.load_4bit,
-            device=self.device,
-            reducer=self.reducer,
-            vision_tower=self.vision_tower,
-            anyres=self.anyres,
-            dtype=self.dtype,
-            attn_implementation=self.attention,
-        )
-        if image_processor is None:
-            raise UserError(f"{self.path} is a language model without vision; a LLaVA checkpoint is needed.")
-        conv_mode = self.conv_mode or default_conv_mode(self.name, tokenizer)
-        return LocalEngine(model, tokenizer, image_processor, conv_mode, **options)
 
 
 def check_template(conv_mode: str) -> None:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     benchmark = benchmarks.get(args.benchmark)
     protocol = protocol_of(benchmark, args.protocol)
 
-    from llava.engine.endpoint import source_of
+    from llava.engine.source import source_of
     from llava.eval.loop import Job, answer
 
     source = source_of(args)

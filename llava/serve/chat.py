@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
         from llava.video import read_frames
 
         images += read_frames(args.video_file, args.frames)
-    from llava.engine.endpoint import EndpointEngine, source_of
+    from llava.engine import EndpointEngine
+    from llava.engine.source import source_of
 
     source = source_of(args)
     if isinstance(source, EndpointEngine):
