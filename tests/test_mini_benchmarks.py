@@ -16,7 +16,7 @@ from scene_truth import truth, type_of
 from llava.errors import UserError
 from llava.eval.benchmarks import mmbench, mme, pope, scienceqa, textvqa, vqav2
 from llava.eval.benchmarks.base import SHORT
-from llava.mini import benchmarks, world
+from llava.mini import benchmarks, formats, world
 
 N = 8
 MODULES = {"pope": pope, "mme": mme, "textvqa": textvqa, "vqav2": vqav2, "scienceqa": scienceqa}
@@ -62,7 +62,7 @@ def right_answer(sample, root, scenes):
     options = [match.groups() for line in lines if (match := re.match(r"([A-D])\. (.*)", line))]
     if sample.image is None:
         kind = re.match(r"Which of these is an? (\w+)", question)[1]
-        return next(letter for letter, text in options if text in benchmarks.KINDS[kind])
+        return next(letter for letter, text in options if text in formats.KINDS[kind])
     answer = truth(question, scene_of(sample, root, scenes))
     return next(letter for letter, text in options if text == answer) if options else answer
 
@@ -72,7 +72,7 @@ def test_labels_are_true_and_score_full_marks(loaded, root, scenes):
     assert all(sample.reference is not None for sample in samples)
     answers = [right_answer(sample, root, scenes) for sample in samples]
     result = benchmark.score(samples, answers)["metrics"]
-    full = 200 * len(benchmarks.SUBTASKS) if benchmark.name == "mme" else 100
+    full = 200 * len(formats.SUBTASKS) if benchmark.name == "mme" else 100
     assert result[benchmark.headline] == pytest.approx(full)
     wrong = ["gibberish" for _ in samples]
     floor = benchmark.score(samples, wrong)["metrics"][benchmark.headline]
@@ -124,7 +124,7 @@ def test_pope_is_balanced_and_its_categories_differ(root, scenes):
 
 def test_mme_holds_one_yes_and_one_no_a_picture(root):
     samples = mme.load(root)
-    assert len(samples) == 2 * N * len(benchmarks.SUBTASKS)
+    assert len(samples) == 2 * N * len(formats.SUBTASKS)
     pairs = {}
     for sample in samples:
         pairs.setdefault(sample.unit, []).append(sample.reference)
@@ -161,7 +161,7 @@ def test_every_letter_is_equally_often_right(root):
 def test_blind_scores_are_those_of_the_scorers(root):
     blind = json.loads((root / "mini.json").read_text())["blind"]
     assert blind["pope"]["answer"] == "Yes" and blind["pope"]["score"] == pytest.approx(200 / 3)
-    assert blind["mme"]["score"] == pytest.approx(50 * len(benchmarks.SUBTASKS))
+    assert blind["mme"]["score"] == pytest.approx(50 * len(formats.SUBTASKS))
     assert blind["mmbench"]["score"] == 0 and blind["scienceqa"]["score"] <= 40
 
 
