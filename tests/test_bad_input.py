@@ -45,7 +45,7 @@ def refused(result: tuple[int, str, str], command: str, *says: str) -> None:
 
 
 # What else a picture can have is told in test_mm_utils.py, whose sentences these commands print.
-@pytest.mark.parametrize("content", [None, encoded(NOISE, "JPEG")[:700]])
+@pytest.mark.parametrize("content", [None, b"", encoded(NOISE, "JPEG")[:700], b"<html>404</html>"])
 @pytest.mark.parametrize("command", ["chat", "show"])
 def test_pictures(content, command, tiny, tmp_path, llava):
     path, out = tmp_path / "picture.img", tmp_path / "out" / "x.png"
@@ -91,3 +91,10 @@ def test_eval_leaves_no_answers_behind(tiny, root, tmp_path, llava):
 def test_no_such_checkpoint(tmp_path, llava):
     refused(llava("chat", "--model-path", tmp_path / "nowhere", "--query", "?"), "chat", "--model-path")
     refused(llava("chat", "--model-path", "someone/llava-9b", "--query", "?"), "chat", "someone/llava-9b")
+
+
+def test_debug_shows_the_traceback(tiny, llava):
+    flags = ["--model-path", tiny.full, "--image-file", "nowhere.png", "--query", "?"]
+    status, out, err = llava("chat", *flags, "--debug")
+    assert (status, out) == (2, "")
+    assert err.startswith("Traceback") and "UserError: nowhere.png: no such image" in err

@@ -438,6 +438,13 @@ def test_wrong_base(tiny):
         load(tiny.lora, tiny.base)
 
 
+def test_base_with_another_vocabulary(tiny):
+    weights = {**tiny.language_model, "lm_head.weight": torch.zeros(100, HIDDEN)}
+    single_safetensors(tiny.base, weights)
+    with pytest.raises(UserError, match=r"lm_head.weight has shape \[100, 64\].*wrong base"):
+        load(tiny.projector, tiny.base)
+
+
 def test_adapter_of_another_model(tiny):
     file = tiny.lora / "adapter_model.bin"
     adapter = torch.load(file)

@@ -15,6 +15,7 @@ from tiny_checkpoints import edit_json, single_safetensors, write_json
 
 from llava.errors import UserError
 from llava.model import checkpoints
+from llava.model.builder import load_pretrained_model, load_tokenizer
 from llava.model.checkpoints import (
     canonical_name,
     check_weights,
@@ -117,6 +118,13 @@ def test_weights_beside_an_adapter_are_the_model(tiny):
     assert inspect_checkpoint(tiny.full).kind == "full"
 
 
+def test_missing_base_is_named(tiny):
+    for directory in (tiny.lora, tiny.projector):
+        with pytest.raises(UserError, match=r"someone/base-tiny.*--model-base someone/base-tiny") as error:
+            read_model_weights(inspect_checkpoint(directory))
+        assert str(directory) in str(error.value)
+
+
 # Bases
 
 
@@ -158,6 +166,14 @@ def test_hub_out_of_reach(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "hf download nobody/nothing" in done.stderr.strip().splitlines()[-1]
+
+
+def test_tokenizer_and_tower_of_a_hub_out_of_reach(tiny):
+    with pytest.raises(UserError, match="nobody/nothing"):
+        load_tokenizer("nobody/nothing")
+    edit_json(tiny.full / "config.json", mm_vision_tower="nobody/nothing")
+    with pytest.raises(UserError, match=r"nobody/nothing.*--vision-tower"):
+        load_pretrained_model(tiny.full, device="cpu")
 
 
 def test_a_local_directory_wins_over_the_hub(tiny, monkeypatch):

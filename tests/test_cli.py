@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,20 @@ def test_help_of_every_command(command, capsys):
     assert callable(importlib.import_module(cli.COMMANDS[command][0]).run)
 
 
+def test_help_of_training(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--lora_enable" in out and "--mm_token_reducer" in out
+
+
+def test_table():
+    """One or two words each; a first word is a command or a group of them, never both."""
+    words = [name.split() for name in cli.COMMANDS]
+    assert {len(parts) for parts in words} <= {1, 2}
+    assert not {parts[0] for parts in words if len(parts) == 2} & set(cli.COMMANDS)
+    assert all(summary and not summary.endswith(".") for _, summary in cli.COMMANDS.values())
+
+
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
 def test_usage_lists_everything(argv, capsys):
     assert cli.main(argv) == 0
@@ -35,11 +50,12 @@ def test_usage_lists_everything(argv, capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["scroe"], "score"),
-        (["zzz"], "zzz"),
-        (["mini"], "prepare"),
-        (["mini", "wrold"], "world"),
-        (["--model-path", "x"], "--model-path"),
+        (["scroe"], "Did you mean `score`?"),
+        (["Chat"], "Did you mean `chat`?"),
+        (["zzz"], "there is no command `zzz`. `llava --help`"),
+        (["mini"], "`mini` needs one of prepare, world,"),
+        (["mini", "wrold"], "`mini` needs one of prepare, world,"),
+        (["--model-path", "x"], "there is no command `--model-path`"),
     ],
 )
 def test_no_such_command(argv, says, capsys):
@@ -49,10 +65,26 @@ def test_no_such_command(argv, says, capsys):
     assert says in err and len(err.splitlines()) == 1
 
 
-def test_flags_that_do_not_parse(capsys):
+@pytest.mark.parametrize(
+    "argv", [["score"], ["roofline", "--no-such-flag"], ["chat", "--temperature", "warm"]]
+)
+def test_flags_that_do_not_parse(argv, capsys):
     with pytest.raises(SystemExit) as left:
-        cli.main(["chat", "--temperature", "warm"])
-    assert left.value.code == 2 and "--temperature" in capsys.readouterr().err
+        cli.main(argv)
+    assert left.value.code == 2
+    assert f"llava {argv[0]}: error: " in capsys.readouterr().err
+
+
+def test_two_words_reach_their_module(monkeypatch):
+    seen = []
+    module = SimpleNamespace(
+        add_arguments=lambda parser: parser.add_argument("--n", type=int),
+        run=lambda args: seen.append(args) or 1,
+    )
+    monkeypatch.setitem(sys.modules, "a_module_of_a_test", module)
+    monkeypatch.setattr(cli, "COMMANDS", {"try this": ("a_module_of_a_test", "nothing")})
+    assert cli.main(["try", "this", "--n", "3"]) == 1
+    assert (seen[0].n, seen[0].debug) == (3, False)
 
 
 def test_help_needs_no_torch():

@@ -337,6 +337,12 @@ def test_cutting_takes_the_images_of_cut_placeholders(tokenizer):
     assert len(batch["images"]) == 3 and batch["input_ids"].shape == (3, 5)
 
 
+def test_a_tokenizer_without_a_limit_cuts_nothing():
+    tokenizer = load_tokenizer(TOKENIZERS / "tok_mpt", model_max_length=int(1e30))
+    batch = DataCollatorForSupervisedDataset(tokenizer)([fake(list(range(1, 9)))])
+    assert batch["input_ids"].shape == (1, 8)
+
+
 def test_batch_is_one_by_one(make, tokenizer):
     dataset = make(rows_of_every_kind())
     collate = DataCollatorForSupervisedDataset(tokenizer)

@@ -26,6 +26,27 @@ def provenance(folder, name, reducer, benchmark="pope", value=80.0, tokens=144.0
     (folder / f"{name}.provenance.json").write_text(json.dumps(content))
 
 
+def shown(axes):
+    """{color: (x, y)} of the runs."""
+    lines = [bars.lines[0] for bars in axes.containers]
+    return {line.get_color(): (line.get_xdata()[0], line.get_ydata()[0]) for line in lines}
+
+
+def test_a_run_has_its_place_and_one_colour_in_every_plot(tmp_path):
+    """Published scores stand beside runs of the whole set only."""
+    for name in ("pope", "scienceqa"):
+        whole = {"questions": 8910, "answered": 8910, "questions_per_second": 4.0}
+        whole["visual_tokens"] = {"mean": 576}
+        provenance(tmp_path, name, "none", name, 85.0, summary=whole)
+        provenance(tmp_path, f"{name}+", "prumerge+", name, 84.0)
+    figure = report.plot(report.collect([tmp_path]))
+    pope, pope_time, science, _ = map(shown, figure.axes)
+    assert sorted(pope.values()) == [(144, 84), (576, 85)] and set(pope) == set(science)
+    assert set(pope_time.values()) == {(0.25, 84), (0.25, 85)}
+    crosses = [[x.get_ydata()[0] for x in axes.lines if x.get_marker() == "x"] for axes in figure.axes]
+    assert crosses == [list(benchmarks.get("pope").published), [], [], []]
+
+
 @pytest.fixture
 def runs(tmp_path):
     provenance(tmp_path / "pope", "a", "none", value=85.9, tokens=576)
@@ -37,15 +58,21 @@ def runs(tmp_path):
 
 
 def test_tables(runs):
-    (_, header, scores), _, (_, names, published) = report.tables(report.collect([runs]))
+    (_, header, scores), (_, _, took), (_, names, published) = report.tables(report.collect([runs]))
     assert header == ["model", "reducer", "dtype", "pope", "scienceqa", "scienceqa (crop)"]
-    figures = [[*row[:3], *(cell.split(" ")[0] for cell in row[3:])] for row in scores]
-    assert figures == [
-        ["mini", "none", "float32", "85.9", "-", "-"],
-        ["mini", "prumerge+", "float32", "84.0", "68.3", "67.1"],
+    assert scores == [
+        ["mini", "none", "float32", "85.9 (84.9 to 87.4)", "-", "-"],
+        ["mini", "prumerge+", "float32", "84.0 (83.0 to 85.5)", "68.3 (67.3 to 69.8)", "67.1 (66.1 to 68.6)"],
     ]
+    assert took[0][3] == "576.0 (584), 0.250 s"
     assert names == ["model", "tokens", "pope", "scienceqa"]
+    assert ["LLaVA-1.5-7B", "576", "85.9", "66.8"] in published
     assert ["PruMerge+ 7B", "144", "84.0", "68.3"] in published
+
+
+def test_a_run_of_a_part_says_so(tmp_path):
+    provenance(tmp_path, "a", "none", score={"headline": {"value": 50.0, "interval": None}, "partial": True})
+    assert report.tables(report.collect([tmp_path]))[0][2][0][3] == "50.0, a part: 100 questions"
 
 
 def test_command_writes_page_and_numbers(runs, capsys):

@@ -14,7 +14,7 @@ import pytest
 
 from llava import cli
 from llava.eval import benchmarks
-from llava.eval.benchmarks import mmbench, pope, scienceqa
+from llava.eval.benchmarks import mmbench, mme, pope, scienceqa
 from llava.eval.normalize import m4c, soft_score, vqa_official
 from llava.eval.score import score as score_of
 
@@ -108,6 +108,15 @@ def test_soft_score_is_the_leave_one_out_mean():
         others = [matches - 1] * matches + [matches] * (10 - matches)
         slow = sum(min(agreeing / 3, 1) for agreeing in others) / 10
         assert soft_score(matches) == pytest.approx(slow)
+
+
+def test_mme_reads_four_characters():
+    for text, answer in {
+        "Yes": "yes", "no": "no", "eyes wide": "yes", "know": "no", "None": "no", "not": "no",
+        "nope": "no", "unknown": "other", "I do not": "other", " yes": "yes", "": "other",
+        "Yes\nIt is.": "yes", "N\to": "other",
+    }.items():  # fmt: skip
+        assert mme.read_answer(text) == answer, text
 
 
 # --- upstream's outcomes ---
@@ -374,6 +383,9 @@ def test_options_that_look_like_missing_values():
         ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "textvqa/answers/clean.jsonl"),
         ("pope", "pope/coco/coco_pope_random.json", "pope/answers/clean.jsonl"),
         ("mme", "MME/MME_Benchmark_release_version", "MME/answers/clean.jsonl"),
+        ("scienceqa", "scienceqa/problems.json", "scienceqa/answers/clean.jsonl"),
+        ("gqa", "gqa/data/testdev_balanced_questions.json", "gqa/answers/*/*/1_0.jsonl"),
+        ("seed", "seed_bench/SEED-Bench.json", "seed_bench/answers/synth-7b/1_0.jsonl"),
         ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "mmbench/answers/*/clean.jsonl"),
     ],
 )
@@ -442,6 +454,34 @@ def test_question_files_are_made_again(tmp_path, capsys):
     for name, without_file in samples.items():
         again = benchmarks.get(name).load(tmp_path)
         assert {(s.id, s.text, s.image) for s in again} == {(s.id, s.text, s.image) for s in without_file}
+
+
+def test_mme_is_scored_without_its_images(score, tmp_path, capsys):
+    """The labels and the answers are enough, even where the question file is missing; asking needs more."""
+    shutil.copytree(root_of(HERE) / "MME", tmp_path / "MME")
+    answers = tmp_path / "MME/answers/messy.jsonl"
+    whole = scored(score("mme", tmp_path, [answers]))
+    (tmp_path / "MME/llava_mme.jsonl").unlink()
+    for image in [*tmp_path.rglob("*.jpg"), *tmp_path.rglob("*.png")]:
+        image.unlink()
+    assert scored(score("mme", tmp_path, [answers])) == whole
+    assert cli.main(["doctor", "eval", "mme", "--root", str(tmp_path), "--rebuild"]) == 1
+    assert "cannot be made" in capsys.readouterr().out and not (tmp_path / "MME/llava_mme.jsonl").exists()
+
+
+def test_scienceqa_ids_of_either_type(score, tmp_path):
+    """Also in the question file and the split."""
+    shutil.copytree(root_of(HERE) / "scienceqa", tmp_path / "scienceqa")
+    answers = tmp_path / "scienceqa/answers/messy.jsonl"
+    whole = scored(score("scienceqa", tmp_path, [answers]))
+    for name in ("llava_test_CQM-A.json", "pid_splits.json"):
+        table = json.loads((tmp_path / "scienceqa" / name).read_text())
+        if name == "pid_splits.json":
+            table = {split: [int(x) for x in ids] for split, ids in table.items()}
+        else:
+            table = [row | {"id": int(row["id"])} for row in table]
+        (tmp_path / "scienceqa" / name).write_text(json.dumps(table))
+        assert scored(score("scienceqa", tmp_path, [answers])) == whole
 
 
 def test_protocols():

@@ -71,6 +71,15 @@ def test_mini():
     assert asked[-1][0] == "report" and cli.build_parser("report").parse_args(asked[-1][1:])
 
 
+def test_help_names_the_settings():
+    done = subprocess.run(["bash", str(SCRIPTS / "sqa.sh"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "PROTOCOL=crop" in done.stdout and "visual token reducer" in done.stdout
+
+
+def test_all_runs_every_script():
+    assert {line[1] for line in commands("all") if line[0] == "eval"} == set(benchmarks.BENCHMARKS)
+
+
 def test_the_layout_page_says_what_the_benchmarks_declare():
     page = (Path(__file__).parents[1] / "playground/data/README.md").read_text()
     rows = [line.strip("|").split(" | ") for line in page.splitlines() if line.startswith("| ")]

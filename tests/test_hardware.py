@@ -69,6 +69,10 @@ def test_impossible_attention_is_refused(kind, capability, dtype, attention, pac
         hardware.plan_for(kind, capability, dtype=dtype, attention=attention, flash_packages=packages)
 
 
+def test_eager_can_be_asked_for_anywhere():
+    assert hardware.plan_for("cuda", VOLTA, attention="eager").attention == "eager"
+
+
 @pytest.fixture
 def pretend_cuda(monkeypatch):
     """Makes torch report a GPU of some compute capability."""

@@ -9,7 +9,7 @@ import torch
 from llava import hardware
 from llava.analysis import bench, latency, random_model, roofline
 from llava.analysis.shapes import SHAPES, LanguageShape, Shape, TowerShape
-from llava.analysis.stopwatch import Spread
+from llava.analysis.stopwatch import Spread, Stopwatch
 from llava.errors import UserError
 from llava.mm_utils import process_images
 from llava.model.language_model import LANGUAGE_MODELS
@@ -98,6 +98,16 @@ def test_summary(model):
     assert result.stages["prefill"] == Spread(50, 50) and result.stages["request"].p50 == 60
     assert result.reducer_share == 0.1
     assert 46 / 18 < result.flop_ratio < (46 / 18) ** 2
+
+
+def test_the_clock_stops_between_stages():
+    ticks = iter(range(100))
+    watch = Stopwatch(torch.device("cpu"), clock=lambda: next(ticks))
+    with watch.stage("a"):
+        next(ticks)
+    with watch.stage("b"):
+        pass
+    assert watch.ms == {"a": 2000, "b": 1000}
 
 
 def test_a_model_that_does_not_fit_is_refused(monkeypatch):

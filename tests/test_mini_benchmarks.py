@@ -140,6 +140,16 @@ def test_textvqa_gives_no_ocr_away(root):
         assert sample.reference[0] not in sample.text.lower().split()
 
 
+def test_vqav2_upload_lists_all_of_test2015(root, tmp_path):
+    samples = vqav2.load(root)
+    outside = vqav2.BENCHMARK.optional(root, samples)
+    assert outside and not {s.id for s in samples} & {s.id for s in outside}
+    out = tmp_path / "upload.json"
+    vqav2.BENCHMARK.write(out, root, {str(sample.id): "Yes" for sample in samples})
+    assert len(json.loads(out.read_text())) == len(samples) + len(outside)
+    assert {reference[0] for reference in (s.reference for s in samples)} >= {"yes/no", "other"}
+
+
 def test_mmbench_rotations(root):
     groups = {}
     for sample in mmbench.load(root):

@@ -11,10 +11,11 @@ from llava import cli
 def test_it_answers_about_scenes_it_never_saw(mini, tmp_path, capsys):
     checkpoint, base = mini
     world, out = tmp_path / "world", tmp_path / "table"
-    made = f"mini world --split test --n 8 --seed 3 --out {world}"
+    made = f"mini world --split test --n 16 --seed 3 --out {world}"
     asked = f"mini evaluate --model-path {checkpoint} --model-base {base} --data {world} --out {out}"
     assert cli.main(made.split()) == 0
-    assert cli.main([*asked.split(), "--reducers", "prumerge(tokens=96)", "--device", "cpu"]) == 0
+    which = ["--reducers", "prumerge(tokens=96)", "random(tokens=96)"]
+    assert cli.main([*asked.split(), *which, "--device", "cpu"]) == 0
     report = json.loads((out / "table.json").read_text())
     questions = (world / "questions.jsonl").read_text().splitlines()
     assert report["questions"] == len(questions)
@@ -27,6 +28,8 @@ def test_it_answers_about_scenes_it_never_saw(mini, tmp_path, capsys):
     assert points_over_constant("presence") > 10
     assert points_over_constant("naming") > 5
     assert "constant answer" in capsys.readouterr().out
+    (pair,) = (pair for pair in report["pairs"] if pair["other"] == "random(tokens=96)")
+    assert pair["only_first"] > pair["only_other"]
 
 
 def test_the_checkpoint_says_how_many_tokens_it_wants(root):

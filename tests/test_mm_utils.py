@@ -274,6 +274,15 @@ def test_square_helpers_are_the_references(text_data):
         assert list(mm_utils.unpad_image(features, size).shape[1:]) == case["unpadded_hw"], case
 
 
+def test_tiles_put_together_are_the_picture(noise):
+    padded = mm_utils.resize_and_pad_image(noise, (672, 1008))
+    tiles = mm_utils.divide_to_patches(padded, 336)
+    again = Image.new("RGB", padded.size)
+    for i, tile in enumerate(tiles):
+        again.paste(tile, (i % 2 * 336, i // 2 * 336))
+    assert again.tobytes() == padded.tobytes()
+
+
 # ----------------------------------------------------------------------------------------- ids and names
 
 

@@ -111,6 +111,18 @@ def test_penalties_see_the_answer_alone(model, visual, processor):
     assert all(same(row, one[0]) for row, one in zip(out, reference, strict=True))
 
 
+def test_a_prefix_is_not_changed_by_use(model, visual):
+    start = begin(model, HEAD)
+    prefix = extend(model, start, model.project(visual), [0, 0, 0])
+    before = [tensor.clone() for part in (start, prefix) for layer in part.layers for tensor in layer]
+    first = answer(model, prefix, QUESTIONS[:3], [0, 1, 2], **GREEDY)
+    extend(model, prefix, model.project(visual), [2, 2, 0])
+    answer(model, prefix, QUESTIONS[:3], [0, 1, 2], **GREEDY, num_beams=2)
+    after = [tensor for part in (start, prefix) for layer in part.layers for tensor in layer]
+    assert all(map(torch.equal, before, after))
+    assert answer(model, prefix, QUESTIONS[:3], [0, 1, 2], **GREEDY).equal(first)
+
+
 def test_text_alone_with_and_without_a_beginning(model):
     reference = [model.generate(torch.cat([HEAD, one])[None], **GREEDY)[0] for one in QUESTIONS]
     rows = [0] * len(QUESTIONS)

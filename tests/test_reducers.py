@@ -19,6 +19,7 @@ from llava.reducers import (
     available_reducers,
     build_reducer,
 )
+from llava.reducers.baselines import grid_shape
 from llava.reducers.scores import patch_scores
 
 HERE = Path(__file__).parent
@@ -292,9 +293,9 @@ def test_contract_flat_attention(spec):
 @pytest.mark.parametrize("kind", ["random", "near ties"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_batch_equals_one_by_one(spec, kind, dtype):
-    """The choice of tokens bit for bit, at several batch sizes; the tokens to rounding."""
+    """The choice of tokens bit for bit, at every batch size; the tokens to rounding."""
     reducer = build_reducer(spec)
-    for batch in (2, 3, 5, 8) if dtype == torch.float32 else (2, 3):
+    for batch in range(1, 10) if dtype == torch.float32 else (2, 7):
         features = make_features(batch, (24, 24), width=48, seed=batch, dtype=dtype, sharp=1.5)
         if kind == "near ties":  # few different keys, and most of those a last bit apart
             few = features.key[:, torch.arange(577) % 40]
@@ -312,14 +313,35 @@ def test_batch_equals_one_by_one(spec, kind, dtype):
                 )
 
 
+def test_a_batch_changes_nobody():
+    """An all-zero placeholder image among real ones affects none of them."""
+    features = make_features(4, sharp=2.0)
+    for tensor in (features.patches, features.query, features.key):
+        tensor[2] = 0
+    for spec in SPECS:
+        reduced = build_reducer(spec)(features)
+        for image in (0, 1, 3):
+            alone = build_reducer(spec)(features[image : image + 1])
+            count = int(alone.lengths)
+            assert torch.equal(reduced.kept[image, :count], alone.kept[0])
+            torch.testing.assert_close(reduced.tokens[image, :count], alone.tokens[0])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["patches", "query", "key"])
-@pytest.mark.parametrize("spec", ["prumerge", "prumerge+(tokens=20)"])
+@pytest.mark.parametrize("spec", [spec for spec in READS_CLS if not spec.startswith("topk")])
 def test_not_finite_is_refused(spec, where, value):
     features = make_features(3)
     getattr(features, where)[1].view(-1)[7] = value
     with pytest.raises(ReducerInputError, match="image 1"):
         build_reducer(spec)(features)
+
+
+def test_topk_refuses_nan_scores():
+    features = make_features(3)
+    features.query[2, 0] = math.nan
+    with pytest.raises(ReducerInputError, match="image 2"):
+        build_reducer("topk(tokens=4)")(features)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -384,6 +406,18 @@ def test_gradients_flow(spec, dtype):
     features.patches.requires_grad_()
     build_reducer(spec)(features).tokens.float().sum().backward()
     assert features.patches.grad.isfinite().all() and features.patches.grad.any()
+
+
+def test_strided_features():
+    """Features need not lie in one piece."""
+    features = make_features(2, sharp=2.0)
+    wide = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in (features.patches, features.key)]
+    apart = dataclasses.replace(features, patches=wide[0], key=wide[1])
+    assert not wide[0].is_contiguous()
+    for spec in ("prumerge", "prumerge+"):
+        whole, other = build_reducer(spec)(features), build_reducer(spec)(apart)
+        assert torch.equal(whole.kept, other.kept)
+        torch.testing.assert_close(whole.tokens, other.tokens)
 
 
 class Spy(TorchDispatchMode):
@@ -534,6 +568,23 @@ def test_grid_is_two_dimensional():
     assert len(kept) == 64
     taken = features.patches[0, kept]
     assert torch.equal(build_reducer("grid(tokens=64)")(features).tokens[0], taken)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid", "shape"),
+    [
+        (64, (24, 24), (8, 8)),
+        (144, (24, 24), (12, 12)),
+        (38, (24, 24), (6, 6)),
+        (576, (24, 24), (24, 24)),
+        (9999, (24, 24), (24, 24)),
+        (1, (24, 24), (1, 1)),
+        (8, (1, 40), (1, 8)),
+        (18, (10, 20), (3, 6)),
+    ],
+)
+def test_grid_shape(tokens, grid, shape):
+    assert grid_shape(tokens, *grid) == shape
 
 
 def test_topk_is_head_mean_attention_in_raster_order():

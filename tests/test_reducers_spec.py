@@ -45,6 +45,12 @@ def test_canonical(spec, canonical):
     assert build_reducer(reducer) is reducer
 
 
+def test_python_numbers_round_trip():
+    assert PruMerge(ratio=1).spec == "prumerge(ratio=1.0)"
+    for ratio in (1 / 3, 1 / 17, 0.1 + 0.2):
+        assert build_reducer(PruMerge(ratio=ratio).spec).ratio == ratio
+
+
 @pytest.mark.parametrize(
     ("spec", "named"),
     [

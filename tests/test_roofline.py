@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava.analysis import gpus, paper_table, roofline, roofline_report
-from llava.analysis.shapes import CLIP_L_336, SHAPES, decoder_weights
+from llava.analysis.shapes import CLIP_L_336, SHAPES, LanguageShape, decoder_weights
 from llava.errors import UserError
 
 # The paper's table recomputed elsewhere at four digits: TFLOPs, prefill ms, memory GB, activation GB.
@@ -90,6 +90,17 @@ def test_whole_tower(name, ms):
     assert found.tflops == pytest.approx(0.38, abs=0.005)
 
 
+def test_prefill_flops_are_two_per_weight_and_token_and_the_attention():
+    language = LanguageShape(64, 96, 3, 4, 2, vocab_size=100)
+    tokens, batch = 10, 2
+    weights = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3
+    attention = 4 * tokens**2 * 64 + 5 * tokens**2 * 4
+    pointwise = tokens * (2 * 7 * 64 + 2 * 64 + 2 * 96)
+    expected = batch * (3 * (2 * weights * tokens + attention + pointwise) + 2 * 64 * 100)
+    operators = roofline.decoder_operators(language, tokens, tokens, batch)
+    assert sum(operator.flops for operator in operators) == expected
+
+
 # The parameters that the makers of these models publish.
 PARAMETERS = {
     "7b": 6_738_415_616,
@@ -128,6 +139,27 @@ def test_decoding_reads_every_weight_and_the_cache_once():
     assert found.bytes_share == pytest.approx(1.0)
 
 
+def test_bound_changes_sides_at_the_break_even():
+    text = 8
+    edge = round(roofline.break_even(gpus.find_gpu("A100-80G"))) - text
+    few, at_edge, many = (request("A100-80G", edge + more, text=text).prefill for more in (-60, 0, 60))
+    assert few.bytes_share > 0.5 > many.bytes_share
+    assert at_edge.ms / few.ms < 1.06  # below: next to nothing gained
+    assert many.ms / at_edge.ms > 1.25  # above: time goes with tokens
+
+
+def test_batches_restore_the_gain():
+    speedup = {
+        batch: request("H100", 576, batch=batch).prefill.ms / request("H100", 32, batch=batch).prefill.ms
+        for batch in (1, 32)
+    }
+    assert speedup[1] < 2.5 < 8 < speedup[32]
+
+
+def test_nothing_is_reduced_when_all_patches_stay():
+    assert request("V100", 576).reduce.ms == 0 < request("V100", 144).reduce.ms
+
+
 def test_gpu_json(capsys):
     assert run("--gpu", "v100", "--visual", "144", "32", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
@@ -137,6 +169,19 @@ def test_gpu_json(capsys):
         parts = sum(row[stage]["ms"] for stage in ("vision", "reduce", "project", "prefill"))
         assert row["first_token_ms"] == pytest.approx(parts)
     assert answer["rows"][0]["prefill_speedup"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [((), len(gpus.GPUS)), (("--gpu", "V100"), 5), (("--paper",), 8), (("--shape", "mini"), len(gpus.GPUS))],
+)
+def test_tables_for_people(arguments, rows, capsys):
+    assert run(*arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rule = next(index for index, line in enumerate(lines) if set(line) == {"-", " "})
+    columns = len(lines[rule].split())
+    table = [line for line in lines[rule + 1 :] if len(line.split("  ")) >= columns]
+    assert len(table) == rows and max(map(len, lines)) < 200
 
 
 @pytest.mark.parametrize(
@@ -171,3 +216,9 @@ def test_gpus_are_found_by_either_name(said, name):
     if name is None:
         with pytest.raises(ValueError, match="RTX 4090"):
             gpus.find_gpu(said)
+
+
+def test_the_table_is_plausible():
+    assert len({gpu.name for gpu in gpus.GPUS}) == len(gpus.GPUS)
+    for gpu in gpus.GPUS:
+        assert 3e11 <= gpu.bandwidth < 1e13 and 1e13 < gpu.half < 2e15 and gpu.source, gpu.name

@@ -47,6 +47,13 @@ def inside(image: Image.Image, patch: int) -> np.ndarray:
     return np.asarray(image)[y * C + 3 : (y + 1) * C - 3, x * C + 3 : (x + 1) * C - 3].astype(float)
 
 
+def test_where_patches_went():
+    what = pictures.Assignment.of(EXAMPLE)
+    assert np.flatnonzero(what.kept).tolist() == [5, 10]
+    assert np.flatnonzero(~what.merged & ~what.kept).tolist() == [3]
+    assert what.tokens == 3
+
+
 def test_kept_patches_stay_as_they_are_and_others_do_not(picture):
     painted = pictures.overlay(picture, EXAMPLE, GRID)
     canvas = picture.resize(painted.size, Image.Resampling.LANCZOS)

@@ -139,7 +139,7 @@ def test_ids_are_sentencepieces(kind, late_spaces, tmp_path):
     parts = ["USER", "ASSISTANT:", " ", "  ", " " * 5, " " * 17, "\n", "é", "日本", "😀", "5", "47", "dog",
              "bridge", "hello", "</s>", "<s>", "<unk>", ".", "▁", "\t", "x", "  red", " kite"]  # fmt: skip
     rng = random.Random(0)
-    for _ in range(300):
+    for _ in range(800):
         text = "".join(rng.choices(parts, k=rng.randint(0, 9)))
         expected = slow(text)
         assert tokenizer(text).input_ids == expected, text
@@ -166,6 +166,12 @@ def test_keywords_win():
     legacy = load_tokenizer(folder, legacy=True)(text).input_ids
     assert legacy == load_tokenizer(COPY / "tokenizers" / "tok_legacy")(text).input_ids
     assert legacy != tokenizer(text).input_ids
+
+
+def test_legacy_where_only_the_model_is_there(tmp_path):
+    """transformers 4 took `legacy` for True when no file said anything."""
+    shutil.copy(COPY / "tokenizers" / "tok_legacy" / "tokenizer.model", tmp_path)
+    agree(load_tokenizer(tmp_path), json.loads((COPY / "raw_tokenize.json").read_text())["legacy"])
 
 
 def test_other_kinds_are_read_as_they_are(chatml):

@@ -1,6 +1,7 @@
 """Training runs on a tiny model: what is learnt, what is saved, and how a killed run goes on."""
 
 import argparse
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -291,7 +292,7 @@ def assert_same_run(ours: Path, whole: Path) -> None:
     ("stage", "moment"),
     [
         *(("lora", moment) for moment in MOMENTS),
-        *(("projector", "in a step"), ("full", "in a step"), ("full", "after the weights")),
+        *itertools.product(("projector", "full"), ("in a step", "after the weights", "before the rename")),
     ],
 )
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
@@ -378,6 +379,13 @@ def test_a_log_line_says_what_went_through(tiny, tmp_path):
     assert row["text_tokens_per_second"] * seconds == pytest.approx(text)
     assert row["memory_gib"] > 0.05
     assert {"loss", "learning_rate", "grad_norm", "step", "epoch", "time"} <= row.keys()
+
+
+def test_text_alone_counts_no_visual_tokens(tiny, tmp_path):
+    flags = f"{STAGES['full']} --max_steps 1 --per_device_train_batch_size 4 --save_strategy no"
+    [row] = texts_alone(tiny, tmp_path).train(tmp_path / "run", flags)
+    assert row["visual_tokens_per_second"] == 0
+    assert "visual_tokens_per_image" not in row
 
 
 def test_a_run_writes_down_what_it_was(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """The training command line: defaults, old names, decisions and refusals; and every script's flags."""
 
 import itertools
+import json
 import os
 import shlex
 import subprocess
@@ -103,6 +104,7 @@ def test_warmup_means_what_it_meant(argv, flags, steps):
     [
         ("--fp16 True --bf16 True", ["--fp16", "--bf16"]),
         ("--bf16 True --precision fp16", ["--bf16", "--precision"]),
+        ("--fp16 True", ["--fp16"]),
         ("--tf32 True", ["--tf32"]),
         ("--attn_implementation flash_attention_2", ["--attn_implementation"]),
         ("--bits 4", ["--bits", "--lora_enable"]),
@@ -114,13 +116,17 @@ def test_warmup_means_what_it_meant(argv, flags, steps):
         ("--tune_mm_mlp_adapter True --mm_use_im_start_end True", ["--mm_use_im_start_end"]),
         ("--warmup_ratio 1.5", ["--warmup_ratio"]),
         ("--mm_token_reducer prumerg", ["--mm_token_reducer", "prumerge"]),
+        ("--per_device_train_batch_size 0", ["--per_device_train_batch_size"]),
         ("--global_batch_size 0", ["--global_batch_size"]),
         ("--mm_projector_rl 1", ["--mm_projector_rl", "--mm_projector_lr"]),
         ("--data_path ''", ["--data_path"]),
+        ("--save_steps 2.5", ["save_steps"]),
         ("--image_aspect_ratio anyres", ["--image_aspect_ratio", "pad"]),
         ("--mm_vision_select_feature cls", ["--mm_vision_select_feature", "cls_patch"]),
         ("--mm_projector_type mlp2x", ["mm_projector_type", "mlp2x_gelu"]),
         ("--lora_enable True --lora_r 0", ["--lora_r"]),
+        ("--dataloader_num_workers -1", ["--dataloader_num_workers"]),
+        ("--optim adamw_8bits", ["adamw_8bits"]),
         ("--eval_strategy steps", ["--eval_strategy", "llava eval"]),
         ("--resume_from_checkpoint nowhere", ["--resume_from_checkpoint"]),
         ("--deepspeed scripts/zero2.json --fsdp full_shard", ["--deepspeed", "--fsdp"]),
@@ -200,6 +206,13 @@ def test_an_explicit_accumulation_wins_over_the_global_batch(argv):
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (20, 2)
 
 
+def test_trackers_that_are_not_installed_are_left_out(argv):
+    said: list[str] = []
+    _, _, training = parse([*argv, "--report_to", "clearml"], said.append)
+    assert training.report_to == []
+    assert any("clearml" in line for line in said)
+
+
 SCRIPTS = ("pretrain", "finetune", "finetune_lora", "finetune_qlora", "finetune_task", "finetune_task_lora")
 RECIPES = {
     # learning rate, global batch, LoRA (r, alpha), projector's learning rate
@@ -222,15 +235,22 @@ def dry_run(root: Path, script: str, *flags: str, **settings: str) -> list[str]:
     return shlex.split(done.stdout)
 
 
+def files_to_train_on(folder: Path) -> dict[str, str]:
+    """A script's settings, of files that are there."""
+    (folder / "data.json").write_text("[]")
+    (folder / "mm_projector.bin").write_text("")
+    return {
+        "DATA": str(folder / "data.json"),
+        "IMAGES": str(folder),
+        "PROJECTOR": str(folder / "mm_projector.bin"),
+        "OUT": str(folder / "out"),
+    }
+
+
 @pytest.mark.parametrize("mini", ["", "1"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_scripts_flags_are_flags(script, mini, root, tmp_path, monkeypatch):
-    files = {"DATA": tmp_path / "data.json", "PROJECTOR": tmp_path / "mm_projector.bin"}
-    for path in files.values():
-        path.write_text("[]")
-    files |= {"IMAGES": tmp_path, "OUT": tmp_path / "out"}
-    settings = {name: str(path) for name, path in files.items()}
-    settings |= {"MINI": mini, "GPUS": "0", "REDUCER": "prumerge+"}
+    settings = {**files_to_train_on(tmp_path), "MINI": mini, "GPUS": "0", "REDUCER": "prumerge+"}
     command = dry_run(root, script, "--use_cpu", "True", **settings)
     assert command[:2] == ["python", "llava/train/train_mem.py"]
     # Precision is left to the hardware: nothing asks a V100 for bfloat16, tf32 or flash-attn.
@@ -252,12 +272,18 @@ def test_every_scripts_flags_are_flags(script, mini, root, tmp_path, monkeypatch
     assert (model.mm_vision_select_layer, model.mm_projector_type) == (-2, "mlp2x_gelu")
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune_lora"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_starts_one_process_per_gpu_and_a_flag_wins(script, root):
-    machines = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}
-    command = dry_run(root, script, "--learning_rate", "7", GPUS="3", **machines)
+    command = dry_run(
+        root, script, "--learning_rate", "7", GPUS="3", NNODES="2", NODE_RANK="1", MASTER_ADDR="a"
+    )
     assert command[:3] == ["python", "-m", "torch.distributed.run"]
-    for flag, value in (("--nproc_per_node", "3"), *((f"--{x.lower()}", y) for x, y in machines.items())):
+    for flag, value in (
+        ("--nproc_per_node", "3"),
+        ("--nnodes", "2"),
+        ("--node_rank", "1"),
+        ("--master_addr", "a"),
+    ):
         assert command[command.index(flag) + 1] == value
     assert command[-2:] == ["--learning_rate", "7"]
     config = command[command.index("--deepspeed") + 1]
@@ -278,3 +304,27 @@ def test_gpus_are_counted_as_cuda_does(visible, count, root):
         assert command[command.index("--nproc_per_node") + 1] == str(count)
     else:
         assert command[:2] == ["python", "llava/train/train_mem.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_setting(script, root):
+    path = root / "scripts/v1_5" / f"{script}.sh"
+    shown = subprocess.run(["bash", str(path), "--help"], capture_output=True, text=True, check=True).stdout
+    text = path.read_text() + (path.parent / "common.sh").read_text()
+    names = [line.split()[1] for line in text.splitlines() if line.startswith("setting ")]
+    assert len(names) > 15
+    for name in [*names, "MINI"]:
+        assert f"  {name} " in shown
+    assert "$" not in shown.replace("$0", "")
+
+
+def test_the_shipped_deepspeed_configs_gather_and_leave_the_schedule(root):
+    for name, stage in (("zero2", 2), ("zero3", 3), ("zero3_offload", 3)):
+        config = json.loads((root / "scripts" / f"{name}.json").read_text())
+        zero = config["zero_optimization"]
+        assert zero["stage"] == stage
+        assert "scheduler" not in config  # it would replace the cosine of the recipes
+        assert "optimizer" not in config  # it would replace the parameter groups
+        if stage == 3:
+            assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+    assert {"offload_optimizer", "offload_param"} <= zero.keys()

@@ -1,5 +1,6 @@
 """Frames of a video, against one whose every frame is known."""
 
+import builtins
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,16 @@ def test_what_is_no_video_is_named(tmp_path):
         read_frames(tmp_path / "text.mp4", 4)
     with pytest.raises(UserError, match=r"none\.mp4"):
         read_frames(tmp_path / "none.mp4", 4)
+
+
+def test_a_missing_reader_is_named(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_av(name: str, *args: object, **kwargs: object) -> object:
+        if name == "av":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_av)
+    with pytest.raises(UserError, match=r"llava\[video\]"):
+        read_frames(tmp_path / "film.mp4", 4)
