@@ -1,7 +1,7 @@
 """The figures of `llava mini evaluate`: accuracy with intervals, areas under the curve, tests, a plot."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -124,8 +124,22 @@ def constants(questions: Sequence[dict]) -> list[dict]:
     return [{"right": one, "logprob": math.nan, "margin": 0.0} for one in right]
 
 
-def write_report(out: Path, questions: Sequence[dict], rows: Mapping[str, Mapping[str, dict]]) -> None:
-    """table.md, table.json and accuracy.png from the answers by reducer and image."""
+def against_references(first: str, other: str) -> bool:
+    return name_of(other) in REFERENCES and name_of(first) != "random" and first != other
+
+
+def write_report(
+    out: Path,
+    questions: Sequence[dict],
+    rows: Mapping[str, Mapping[str, dict]],
+    tested: Callable[[str, str], bool] = against_references,
+) -> None:
+    """table.md, table.json and accuracy.png from the answers by reducer and image.
+
+    Args:
+        rows: of each reducer (or whatever is compared, "name(...)"; a name is a line of the plot), by image.
+        tested: whether the first is tested against the other, where both keep as many tokens.
+    """
     draws = resample(questions, np.random.default_rng(0))
     answers = {
         spec: [of[question["image"]]["answers"][str(question["question_id"])] for question in questions]
@@ -138,8 +152,7 @@ def write_report(out: Path, questions: Sequence[dict], rows: Mapping[str, Mappin
     pairs = [
         Pair(first, other, *only_one_right(answers[first], answers[other]))
         for first, other in product(answers, answers)
-        if name_of(other) in REFERENCES and name_of(first) != "random" and first != other
-        if abs(tokens[first] - tokens[other]) < 1.5
+        if tested(first, other) and abs(tokens[first] - tokens[other]) < 1.5
     ]
     corrected = holm([pair.p for pair in pairs])
     write_text(out / "table.md", as_markdown(questions, table, tokens, pairs, corrected))
@@ -192,24 +205,45 @@ def as_markdown(
 
 
 def plot(file: Path, table: Mapping[str, Mapping[str, Figure]], tokens: Mapping[str, float]) -> None:
-    """Mean accuracy against visual tokens, a line a reducer, with its intervals."""
+    """Mean accuracy against visual tokens: a panel a reducer, with its intervals, before all others."""
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(7, 4.5), layout="constrained")
-    axes = canvas.subplots()
-    curves: dict[str, list[str]] = {}
-    for spec in tokens:
-        curves.setdefault(name_of(spec), []).append(spec)
-    for name, specs in curves.items():
-        specs.sort(key=tokens.__getitem__)
-        means = [table[spec]["mean"] for spec in specs]
-        spread = [[one.value - one.low for one in means], [one.high - one.value for one in means]]
-        axes.errorbar(
-            [tokens[spec] for spec in specs], [one.value for one in means], spread, label=name, marker="o"
-        )
-    axes.axhline(
-        table["constant answer"]["mean"].value, color="grey", linestyle="--", label="constant answer"
-    )
-    axes.set(xscale="log", xlabel="visual tokens", ylabel="percent right, mean over kinds of questions")
-    axes.legend(fontsize="small", ncols=2)
-    canvas.savefig(file, dpi=120)
+    curves: dict[str, list[tuple[float, Figure]]] = {}
+    for spec, count in tokens.items():
+        curves.setdefault(name_of(spec), []).append((count, table[spec]["mean"]))
+    curves = {name: sorted(curve, key=lambda point: point[0]) for name, curve in curves.items()}
+    # `none` has one count: it is a point in every panel.
+    lines = [name for name, curve in curves.items() if len(curve) > 1] or list(curves)
+    wide = min(5, len(lines))
+    high = -(-len(lines) // wide)
+    canvas = Canvas(figsize=(2.3 * wide + 0.5, 2 * high + 0.9), layout="constrained")
+    panels = canvas.subplots(high, wide, sharex=True, sharey=True, squeeze=False).flatten()
+    counts = {round(count) for count in tokens.values()}
+    ticks = sorted(count for count in counts if count - 1 not in counts)  # PruMerge keeps one more
+    looks = {
+        "prumerge+": {"color": "black", "linestyle": "--"},
+        "random": {"color": "black", "linestyle": ":"},
+    }
+    for place, (axes, name) in enumerate(zip(panels, lines, strict=False)):
+        for other, curve in curves.items():
+            label = other if other in looks or other not in lines else None
+            look = looks.get(other, {"color": "black" if label else "0.85", "zorder": 0})
+            x, y = [count for count, _ in curve], [mean.value for _, mean in curve]
+            axes.plot(
+                x, y, linewidth=1, marker="s" if len(curve) == 1 else "", markersize=4, label=label, **look
+            )
+        x, means = [count for count, _ in curves[name]], [mean for _, mean in curves[name]]
+        axes.fill_between(x, [one.low for one in means], [one.high for one in means], alpha=0.25, linewidth=0)
+        axes.plot(x, [one.value for one in means], "o-", color="C0", markersize=4)
+        axes.axhline(table["constant answer"]["mean"].value, color="C3", linewidth=1, label="constant answer")
+        axes.set_title(name, fontsize="medium")
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize="small")
+        axes.minorticks_off()
+        axes.tick_params(labelbottom=place + wide >= len(lines))
+    for axes in panels[len(lines) :]:
+        axes.set_axis_off()
+    canvas.supxlabel("visual tokens", fontsize="medium")
+    canvas.supylabel("percent right, mean over kinds", fontsize="medium")
+    canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    canvas.savefig(file, dpi=110)
