@@ -9,14 +9,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -n "${VIRTUAL_ENV:-}" ] || source scripts/setup.sh train,mini
 export DATA="${DATA:-playground/data/mini2}" ALIGN="${ALIGN:-checkpoints/mini2-align}"
 DIR="${DIR:-outputs/mini-budgets}"
-# A scene costs 10 ms a position: visual tokens (201 in the mean, 145 or 33), 230 of text, and the tower as much as 60. So
-# for the price of 190 varied steps there are 214 at 144 tokens and 288 at 32.
+# A scene costs 10 ms a position: visual tokens (167 in the mean, 145 or 33), 220 of text, and the tower as much as 60. So
+# for the price of 190 varied steps there are 200 at 144 tokens and 271 at 32.
 train() {
     RUN="$DIR/$1-run" OUT="$DIR/$1" STEPS=$2 bash scripts/train_mini2.sh "${@:3}"
 }
 train varied 190 "$@"
-train 144 214 --mm_token_reducer 'prumerge+(tokens=144)' "$@"
-train 32 288 --mm_token_reducer 'prumerge+(tokens=32)' "$@"
+train 144 200 --mm_token_reducer 'prumerge+(tokens=144)' "$@"
+train 32 271 --mm_token_reducer 'prumerge+(tokens=32)' "$@"
 for trained in 32 144 varied; do
     llava mini evaluate --model-path "$DIR/$trained" --data "$DATA/test" --scenes "${SCENES:-200}" \
         --reducers prumerge+ --tokens 16 32 64 144 --out "$DIR/bed-$trained" > /dev/null

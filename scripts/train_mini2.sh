@@ -22,7 +22,7 @@ llava mini world --edition 2 --split dev --n 300 --seed 0 --out "$DATA/dev"
 llava mini world --edition 2 --split test --n 300 --seed 0 --out "$DATA/test"
 # Stage 1 in short: patches to words, without the language model.
 [ -f "$ALIGN/mm_projector.bin" ] ||
-    llava mini align --data "$DATA/train" --scenes 400 --steps 1500 --batch 1024 --out "$ALIGN"
+    llava mini align --data "$DATA/train" --scenes 1200 --steps 1500 --batch 1024 --out "$ALIGN"
 # Stage 2: LoRA on the language model and the projector in full. Each scene draws how many tokens it keeps, so that
 # one checkpoint serves every budget. One scene at a time: the draws differ in length, and padding would cost as much
 # as tokens. No visual cache: the tower sees each scene once an epoch, a tenth of a step.
@@ -31,7 +31,7 @@ torchrun --standalone --nproc_per_node "${PROCESSES:-1}" -m llava.cli train \
     --vision_tower checkpoints/mini-base/vision_tower --mm_vision_select_layer -2 \
     --mm_projector_type mlp2x_gelu --pretrain_mm_mlp_adapter "$ALIGN/mm_projector.bin" \
     --mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad \
-    --mm_token_reducer 'prumerge+(tokens=144); prumerge+(tokens=64); prumerge+(tokens=16); none' \
+    --mm_token_reducer 'prumerge+(tokens=144); prumerge+(tokens=64); prumerge+(tokens=32); prumerge+(tokens=16); none' \
     --data_path "$DATA/train/conversations.json" --image_folder "$DATA/train" \
     --lora_enable True --lora_r 32 --lora_alpha 64 --lora_dropout 0 \
     --learning_rate 4e-4 --mm_projector_lr 2e-4 --warmup_steps 40 --weight_decay 0 \

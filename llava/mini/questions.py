@@ -331,15 +331,25 @@ def ask(rng: np.random.Generator, scene, coins: Sequence[bool]) -> list[Question
     ]
 
 
-def converse(rng: np.random.Generator, questions: Sequence[Question]) -> list[Question]:
+def converse(
+    rng: np.random.Generator, questions: Sequence[Question], names_first: bool = False
+) -> list[Question]:
     """The turns of a training conversation in random order, without those that earlier turns give away.
 
     Presence comes first (in 70 % of the scenes) or not at all: later, the other questions would have named
     what is there. Naming is left out once its class was mentioned, position once its region was.
+
+    Args:
+        names_first: naming comes before what mentions the same classes, and presence in half of the scenes
+            only (edition 2): some five times as many names are asked for.
     """
-    first = [q for q in questions if q.type == "presence"] if rng.random() < 0.7 else []
+    first = (
+        [q for q in questions if q.type == "presence"] if rng.random() < (0.5 if names_first else 0.7) else []
+    )
     rest = [q for q in questions if q.type != "presence"]
     ordered = [first[i] for i in rng.permutation(len(first))] + [rest[i] for i in rng.permutation(len(rest))]
+    if names_first:
+        ordered.sort(key=lambda q: {"presence": 0, "naming": 1, "small": 1}.get(q.type, 2))
     turns: list[Question] = []
     mentioned: set[str] = set()
     for question in ordered:

@@ -335,7 +335,8 @@ def interview(world: World, scene: Scene) -> tuple[list[Question], list[Question
     asked += [q for q in questions if q.type != "presence"]
     fit = "naming" if shape.asks_presence else "presence"
     alone = len({t.name for t in scene.objects}) == 1
-    turns = converse(rng, [q for q in asked if not (alone and q.type == fit)])
+    fitting = [q for q in asked if not (alone and q.type == fit)]
+    turns = converse(rng, fitting, names_first=world.edition > 1)
     return questions, turns[: MOST_TURNS if scene.dense else None]
 
 
