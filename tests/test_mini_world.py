@@ -258,6 +258,16 @@ def test_sheet_is_small_and_carries_its_licence():
     assert "SIL OPEN FONT LICENSE" in licence and re.search(r"Copyright .*Google", licence)
 
 
+def test_workers_write_what_one_process_writes(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    world.generate(World("dev", 5, edition=2), 18, one)  # more than a worker takes at once
+    world.generate(World("dev", 5, edition=2), 18, two, workers=2)
+    files = sorted(file.relative_to(one) for file in one.rglob("*.*"))
+    assert len(files) == 18 + 4
+    for file in files:
+        assert (one / file).read_bytes() == (two / file).read_bytes()
+
+
 def test_a_finished_world_is_kept_and_another_refused(tmp_path, capsys):
     out = tmp_path / "w"
     command = ["mini", "world", "--split", "test", "--seed", "1", "--out", str(out)]

@@ -20,11 +20,16 @@ be asked alone); world.json (the manifest, written last).
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -440,8 +445,12 @@ def constant_answers(questions: Sequence[dict]) -> dict[str, dict]:
     return table
 
 
-def generate(world: World, count: int, out: Path) -> dict:
-    """Write `count` scenes of a world into `out` and return its manifest. A finished equal world is kept."""
+def generate(world: World, count: int, out: Path, workers: int = 1) -> dict:
+    """Write `count` scenes of a world into `out` and return its manifest. A finished equal world is kept.
+
+    Args:
+        workers: processes that draw; what they write does not depend on their number.
+    """
     wanted = manifest(world, count)
     done = out / "world.json"
     if done.exists():
@@ -453,8 +462,14 @@ def generate(world: World, count: int, out: Path) -> dict:
             f"{found.get('n')} scenes): choose another --out or remove it."
         )
     (out / "images").mkdir(parents=True, exist_ok=True)
-    bar = tqdm(range(count), desc=f"{world.split} scenes", file=sys.stderr, mininterval=1)
-    entries, shown, asked = zip(*(_write_scene(world, index, out) for index in bar), strict=True)
+    draw = partial(_write_scene, world, out=out)
+    with ExitStack() as stack:
+        written: Iterator[tuple[dict, dict, list[dict]]] = map(draw, range(count))
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn")))
+            written = pool.map(draw, range(count), chunksize=16)
+        bar = tqdm(written, f"{world.split} scenes", count, file=sys.stderr, mininterval=1)
+        entries, shown, asked = zip(*bar, strict=True)
     questions = [row for rows in asked for row in rows]
     conversations = ",\n".join(map(json.dumps, entries))
     write_text(out / "conversations.json", f"[\n{conversations}\n]\n")
@@ -473,12 +488,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.n < 1 or args.seed < 0:
-        raise UserError("--n must be at least 1 and --seed at least 0.")
-    made = generate(World(args.split, args.seed, args.edition), args.n, args.out)
+    if min(args.n, args.workers) < 1 or args.seed < 0:
+        raise UserError("--n and --workers must be at least 1 and --seed at least 0.")
+    # A process takes a second to start: a few scenes are drawn in this one.
+    workers = args.workers if args.n >= 100 else 1
+    made = generate(World(args.split, args.seed, args.edition), args.n, args.out, workers)
     print(f"{args.out}: {made['n']} {made['split']} scenes, {len(made['classes'])} classes")
     print(f"{'questions':<18} {'n':>7}  constant answer")
     for name, row in made["constant_answers"].items():
