@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Does one checkpoint serve every budget? The second small model's recipe three times at equal cost: trained on varied
-# numbers of visual tokens, on 144 only, on 32 only. Each is asked at 16, 32, 64, 144 and 576 tokens of PruMerge+.
+# numbers of visual tokens, on 144 only, on 32 only, each from the first model on (which knows 144). Each is asked at
+# 16, 32, 64, 144 and 576 tokens of PruMerge+.
 #   bash scripts/mini_budgets.sh [flags of the training entry]
 # Some 60 minutes of training each on two cores, then SCENES (200) of the test split: 30 minutes. Writes DIR/table.md and
 # DIR/accuracy.png. A run that was stopped goes on where it was when the same command is given again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -n "${VIRTUAL_ENV:-}" ] || source scripts/setup.sh train,mini
-export DATA="${DATA:-playground/data/mini2}" ALIGN="${ALIGN:-checkpoints/mini2-align}"
+export DATA="${DATA:-playground/data/mini2}"
 DIR="${DIR:-outputs/mini-budgets}"
 # A scene costs 10 ms a position: visual tokens (167 in the mean, 145 or 33), 220 of text, and the tower as much as 60. So
 # for the price of 190 varied steps there are 200 at 144 tokens and 271 at 32.

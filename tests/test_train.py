@@ -345,6 +345,24 @@ def test_the_checkpoint_asked_for_is_taken(tiny, tmp_path):
         tiny.train(tmp_path / "c", f"{flags} --resume_from_checkpoint {tmp_path / 'a'}")
 
 
+def test_training_goes_on_from_a_lora(tiny, tmp_path):
+    """The new run starts with the weights of the old one's result, in the optimizer's first step too."""
+    first, run = prepare(tiny, tmp_path / "a", f"{STAGES['lora']} --max_steps 2")
+    run.train()
+    run.save_model()
+    start = f"--lora_weight_path {tmp_path / 'a'}"
+    second, _ = prepare(tiny, tmp_path / "b", f"{STAGES['lora']} {start}")
+    wanted = dict(first.model.named_parameters())
+    trains = {name: p for name, p in second.model.named_parameters() if p.requires_grad}
+    assert any("lora_B" in name and p.any() for name, p in trains.items())
+    for name, parameter in trains.items():
+        assert torch.equal(parameter, wanted[name]), name
+    other_rank = "--lora_enable True --lora_r 2 --lora_alpha 8"
+    for flags in (f"{other_rank} {start}", start, f"{STAGES['lora']} --lora_weight_path {tiny.models.base}"):
+        with pytest.raises(UserError, match="--lora_weight_path"):
+            prepare(tiny, tmp_path / "c", flags)
+
+
 # The order of the samples
 
 

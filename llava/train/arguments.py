@@ -98,7 +98,7 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_r: int = flag(64, "LoRA rank")
     lora_alpha: int = flag(16, "LoRA scale: alpha / r multiplies the update")
     lora_dropout: float = flag(0.05, "dropout before LoRA's A")
-    lora_weight_path: str = flag("", "without effect, as in LLaVA")
+    lora_weight_path: str = flag("", "LoRA checkpoint to go on from (LLaVA reads this flag nowhere)")
     lora_bias: Literal["none", "all", "lora_only"] = flag("none", "which biases train beside LoRA")
     mm_projector_lr: float | None = flag(None, "learning rate of the projector, where it differs")
     group_by_modality_length: bool = flag(False, "batches of one modality and of similar length")
@@ -149,6 +149,7 @@ EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
 PATHS: dict[str, tuple[Callable[[Path], bool], str]] = {
     "image_folder": (Path.is_dir, "folder"),
     "pretrain_mm_mlp_adapter": (Path.is_file, "file; scripts/v1_5/pretrain.sh writes it"),
+    "lora_weight_path": (Path.is_dir, "folder of a LoRA checkpoint"),
     "resume_from_checkpoint": (Path.is_dir, "checkpoint folder"),
 }
 """What has to be there, and what it is."""
@@ -222,6 +223,8 @@ def _refuse(values: argparse.Namespace) -> None:
     for one, other, why in EXCLUSIVE:
         if getattr(values, one) and getattr(values, other):
             raise UserError(f"--{one} and --{other} exclude one another: {why}.")
+    if values.lora_weight_path and not values.lora_enable:
+        raise UserError("--lora_weight_path goes on with a LoRA: add --lora_enable True.")
     if values.eval_strategy != "no":
         raise UserError(
             f"--eval_strategy {values.eval_strategy}: a run has no evaluation data; see `llava eval`."

@@ -29,6 +29,7 @@ from llava.model.checkpoints import (
     CheckpointInfo,
     inspect_checkpoint,
     llava_config_dict,
+    read_adapter,
     read_json,
     read_model_weights,
     read_projector,
@@ -124,9 +125,11 @@ def build(model: ModelArguments, data: DataArguments, training: TrainingArgument
     set_seed(training.seed)  # a new projector's start; how many numbers loading drew depends on sharding
     llava.set_vision_tower(tower)
     if model.pretrain_mm_mlp_adapter:
-        _load_projector(llava, Path(model.pretrain_mm_mlp_adapter))
+        _load_projector(llava, Path(model.pretrain_mm_mlp_adapter), "--pretrain_mm_mlp_adapter")
 
     trainable = _with_lora(llava, training) if stage == "lora" else llava
+    if training.lora_weight_path:
+        _load_lora(trainable, Path(training.lora_weight_path), training)
     choose_trainables(llava, stage, model, training)
     _cast(trainable, training)
     for line in describe(trainable):
@@ -159,7 +162,8 @@ def _base(name: str) -> CheckpointInfo:
         return info
     raise UserError(
         f"--model_name_or_path {name} is {KINDS[info.kind]}: give a language model or a whole LLaVA "
-        "checkpoint (`llava tools merge-lora` and `llava tools convert` make one)."
+        "checkpoint (`llava tools merge-lora` and `llava tools convert` make one); a LoRA is trained further "
+        "by --lora_weight_path."
     )
 
 
@@ -225,8 +229,8 @@ def _tokenizer(
     return tokenizer
 
 
-def _load_projector(llava: LlavaMetaForCausalLM, file: Path) -> None:
-    """The weights of the pre-training stage (and of the tokens it added, where there are any)."""
+def _load_projector(llava: LlavaMetaForCausalLM, file: Path, flag: str) -> None:
+    """The projector's weights in a file (and those of the tokens that were added, where there are any)."""
     found = read_projector(file).tensors
     wanted = dict(llava.get_model().mm_projector.named_parameters(prefix="model.mm_projector"))
     if "model.embed_tokens.weight" in found:
@@ -235,13 +239,35 @@ def _load_projector(llava: LlavaMetaForCausalLM, file: Path) -> None:
     given = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if shapes != given:
         raise UserError(
-            f"--pretrain_mm_mlp_adapter {file} does not fit: it holds {given}, needed are {shapes}; "
+            f"{flag} {file} does not fit: it holds {given}, needed are {shapes}; "
             "check --mm_projector_type, --vision_tower and the language model."
         )
     with torch.no_grad(), gathered(list(wanted.values()), modify=True):
         for name, parameter in wanted.items():
             if parameter.numel():
                 parameter.copy_(found[name])
+
+
+def _load_lora(model: Any, folder: Path, training: TrainingArguments) -> None:
+    """Adapter and projector of a LoRA checkpoint, which training goes on from."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    info = inspect_checkpoint(folder)
+    if info.kind != "lora":
+        raise UserError(f"--lora_weight_path {folder} is {KINDS[info.kind]}: give a LoRA checkpoint.")
+    adapter = read_json(folder / "adapter_config.json")
+    rank, alpha = adapter.get("r"), adapter.get("lora_alpha")
+    if (rank, alpha) != (training.lora_r, training.lora_alpha):
+        raise UserError(
+            f"--lora_weight_path {folder} has rank {rank} and alpha {alpha}: "
+            f"give --lora_r {rank} --lora_alpha {alpha}."
+        )
+    weights = read_adapter(info)
+    own = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    if own != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
+        raise UserError(f"--lora_weight_path {folder} does not fit: it is of another language model.")
+    set_peft_model_state_dict(model, weights)
+    _load_projector(model.get_base_model(), folder / "non_lora_trainables.bin", "--lora_weight_path")
 
 
 # What trains
