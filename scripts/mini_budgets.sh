@@ -3,7 +3,7 @@
 # numbers of visual tokens, on 144 only, on 32 only, each from the first model on (which knows 144). Each is asked at
 # 16, 32, 64, 144 and 576 tokens of PruMerge+.
 #   bash scripts/mini_budgets.sh [flags of the training entry]
-# Some 60 minutes of training each on two cores, then SCENES (200) of the test split: 30 minutes. Writes DIR/table.md and
+# Some 75 minutes of training each on two cores, then SCENES (200) of the test split: 30 minutes. Writes DIR/table.md and
 # DIR/accuracy.png. A run that was stopped goes on where it was when the same command is given again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -346,7 +346,7 @@ def test_the_checkpoint_asked_for_is_taken(tiny, tmp_path):
 
 
 def test_training_goes_on_from_a_lora(tiny, tmp_path):
-    """The new run starts with the weights of the old one's result, in the optimizer's first step too."""
+    """The new run starts with the weights of the old one's result."""
     first, run = prepare(tiny, tmp_path / "a", f"{STAGES['lora']} --max_steps 2")
     run.train()
     run.save_model()

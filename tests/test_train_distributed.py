@@ -135,6 +135,14 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_file()}
 
 
+def test_a_lora_trains_further_under_zero3(root, tiny, single, tmp_path):
+    pytest.importorskip("deepspeed")
+    further = f"--lora_weight_path {single('lora')}"
+    flags = f"{flags_of('lora')} {further} --deepspeed {root}/scripts/zero3.json"
+    ours = launch(root, tiny, tmp_path, flags, how="zero3")
+    assert_same(ours, losses(single("lora", further)), 2e-4)
+
+
 @pytest.mark.parametrize("stage", ["lora", "full"])
 def test_zero3_in_bfloat16(stage, root, tiny, single, tmp_path):
     """The weights themselves are rounded to bfloat16; one process trains float32 weights under autocast, so

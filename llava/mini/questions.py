@@ -341,7 +341,7 @@ def converse(
 
     Args:
         names_first: naming comes before what mentions the same classes, and presence in half of the scenes
-            only (edition 2): some five times as many names are asked for.
+            only (edition 2): four times as many names are asked for.
     """
     first = (
         [q for q in questions if q.type == "presence"] if rng.random() < (0.5 if names_first else 0.7) else []
