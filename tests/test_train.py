@@ -351,12 +351,13 @@ def test_training_goes_on_from_a_lora(tiny, tmp_path):
     run.train()
     run.save_model()
     start = f"--lora_weight_path {tmp_path / 'a'}"
-    second, _ = prepare(tiny, tmp_path / "b", f"{STAGES['lora']} {start}")
     wanted = dict(first.model.named_parameters())
-    trains = {name: p for name, p in second.model.named_parameters() if p.requires_grad}
-    assert any("lora_B" in name and p.any() for name, p in trains.items())
-    for name, parameter in trains.items():
-        assert torch.equal(parameter, wanted[name]), name
+    for tokens in ("", "--mm_use_im_patch_token True"):  # a token more than the first run's vocabulary
+        second, _ = prepare(tiny, tmp_path / "b", f"{STAGES['lora']} {start} {tokens}")
+        trains = {name: p for name, p in second.model.named_parameters() if p.requires_grad}
+        assert any("lora_B" in name and p.any() for name, p in trains.items())
+        for name, parameter in trains.items():
+            assert torch.equal(parameter, wanted[name]), name
     other_rank = "--lora_enable True --lora_r 2 --lora_alpha 8"
     for flags in (f"{other_rank} {start}", start, f"{STAGES['lora']} --lora_weight_path {tiny.models.base}"):
         with pytest.raises(UserError, match="--lora_weight_path"):

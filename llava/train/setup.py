@@ -263,7 +263,9 @@ def _load_lora(model: Any, folder: Path, training: TrainingArguments) -> None:
             f"give --lora_r {rank} --lora_alpha {alpha}."
         )
     weights = read_adapter(info)
-    own = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    # Without embeddings: PEFT adds them where the vocabulary has grown, and an adapter's file has none.
+    adapted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = {name: tuple(tensor.shape) for name, tensor in adapted.items()}
     if own != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
         raise UserError(f"--lora_weight_path {folder} does not fit: it is of another language model.")
     set_peft_model_state_dict(model, weights)
