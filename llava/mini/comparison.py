@@ -205,34 +205,31 @@ def as_markdown(
 
 
 def plot(file: Path, table: Mapping[str, Mapping[str, Figure]], tokens: Mapping[str, float]) -> None:
-    """Mean accuracy against visual tokens: a panel a reducer, with its intervals, before all others."""
+    """Mean accuracy against visual tokens: a panel a reducer, with its intervals, in front of the others."""
     from matplotlib.figure import Figure as Canvas
 
-    curves: dict[str, list[tuple[float, Figure]]] = {}
-    for spec, count in tokens.items():
-        curves.setdefault(name_of(spec), []).append((count, table[spec]["mean"]))
-    curves = {name: sorted(curve, key=lambda point: point[0]) for name, curve in curves.items()}
-    # `none` has one count: it is a point in every panel.
-    lines = [name for name, curve in curves.items() if len(curve) > 1] or list(curves)
+    curves: dict[str, list[str]] = {}
+    for spec in sorted(tokens, key=tokens.__getitem__):
+        curves.setdefault(name_of(spec), []).append(spec)
+    # In the order of the table. `none` has one count: it is a point in every panel.
+    names = list(dict.fromkeys(map(name_of, tokens)))
+    lines = [name for name in names if len(curves[name]) > 1] or names
     wide = min(5, len(lines))
     high = -(-len(lines) // wide)
     canvas = Canvas(figsize=(2.3 * wide + 0.5, 2 * high + 0.9), layout="constrained")
     panels = canvas.subplots(high, wide, sharex=True, sharey=True, squeeze=False).flatten()
     counts = {round(count) for count in tokens.values()}
     ticks = sorted(count for count in counts if count - 1 not in counts)  # PruMerge keeps one more
-    looks = {
-        "prumerge+": {"color": "black", "linestyle": "--"},
-        "random": {"color": "black", "linestyle": ":"},
-    }
+    dashes = dict(zip(REFERENCES, ("--", ":"), strict=True))
     for place, (axes, name) in enumerate(zip(panels, lines, strict=False)):
-        for other, curve in curves.items():
-            label = other if other in looks or other not in lines else None
-            look = looks.get(other, {"color": "black" if label else "0.85", "zorder": 0})
-            x, y = [count for count, _ in curve], [mean.value for _, mean in curve]
-            axes.plot(
-                x, y, linewidth=1, marker="s" if len(curve) == 1 else "", markersize=4, label=label, **look
-            )
-        x, means = [count for count, _ in curves[name]], [mean for _, mean in curves[name]]
+        for other in names:
+            x, y = zip(*((tokens[spec], table[spec]["mean"].value) for spec in curves[other]), strict=True)
+            look = {"linewidth": 1, "markersize": 4, "marker": "s" if len(x) == 1 else ""}
+            if other in dashes or other not in lines:
+                axes.plot(x, y, color="black", linestyle=dashes.get(other, "-"), label=other, **look)
+            else:
+                axes.plot(x, y, color="0.85", zorder=0, **look)
+        x, means = zip(*((tokens[spec], table[spec]["mean"]) for spec in curves[name]), strict=True)
         axes.fill_between(x, [one.low for one in means], [one.high for one in means], alpha=0.25, linewidth=0)
         axes.plot(x, [one.value for one in means], "o-", color="C0", markersize=4)
         axes.axhline(table["constant answer"]["mean"].value, color="C3", linewidth=1, label="constant answer")

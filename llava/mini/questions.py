@@ -343,9 +343,8 @@ def converse(
         names_first: naming comes before what mentions the same classes, and presence in half of the scenes
             only (edition 2): four times as many names are asked for.
     """
-    first = (
-        [q for q in questions if q.type == "presence"] if rng.random() < (0.5 if names_first else 0.7) else []
-    )
+    share = 0.5 if names_first else 0.7
+    first = [q for q in questions if q.type == "presence"] if rng.random() < share else []
     rest = [q for q in questions if q.type != "presence"]
     ordered = [first[i] for i in rng.permutation(len(first))] + [rest[i] for i in rng.permutation(len(rest))]
     if names_first:

@@ -23,9 +23,9 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -463,11 +463,8 @@ def generate(world: World, count: int, out: Path, workers: int = 1) -> dict:
         )
     (out / "images").mkdir(parents=True, exist_ok=True)
     draw = partial(_write_scene, world, out=out)
-    with ExitStack() as stack:
-        written: Iterator[tuple[dict, dict, list[dict]]] = map(draw, range(count))
-        if workers > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn")))
-            written = pool.map(draw, range(count), chunksize=16)
+    with ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext() as pool:
+        written = pool.map(draw, range(count), chunksize=16) if pool else map(draw, range(count))
         bar = tqdm(written, f"{world.split} scenes", count, file=sys.stderr, mininterval=1)
         entries, shown, asked = zip(*bar, strict=True)
     questions = [row for rows in asked for row in rows]
