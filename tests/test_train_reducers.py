@@ -30,18 +30,24 @@ def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
     return out, tiny.train(out, FLAGS)
 
 
-def test_each_sample_has_the_tokens_of_the_reducer_it_drew(tiny: Tiny, run: tuple[Path, list[dict]]) -> None:
+def test_each_batch_has_the_tokens_of_the_reducer_it_drew(tiny: Tiny, run: tuple[Path, list[dict]]) -> None:
     rows = json.loads(tiny.data.read_text())
     choices = [build_reducer(spec) for spec in SPECS]
     expected: list[int | None] = []
     for epoch in range(2):
         drawn = draw_reducers(choices, len(rows), 3, epoch)
-        for row in epoch_order(len(rows), 3 + epoch):
-            count = {"topk": 2, "pool": 4, "none": 16}[drawn[row].name]
+        for reducer, row in zip(drawn, epoch_order(len(rows), 3 + epoch), strict=True):
+            count = {"topk": 2, "pool": 4, "none": 16}[reducer.name]
             expected.append(count if "image" in rows[row] else None)
     seen = [line.get("visual_tokens_per_image") for line in run[1]]
     assert seen == expected[:16]
     assert set(seen) == {2, 4, 16, None}
+
+
+def test_the_samples_of_a_batch_share_a_draw(tiny: Tiny, tmp_path: Path) -> None:
+    lines = tiny.train(tmp_path, f"{FLAGS} --per_device_train_batch_size 3 --max_steps 8 --logging_steps 1")
+    counts = [line.get("visual_tokens_per_image") for line in lines]
+    assert set(counts) <= {2, 4, 16, None} and len(set(counts) - {None}) > 1
 
 
 def test_draws_depend_on_seed_and_epoch_and_on_how_often_a_reducer_is_named() -> None:

@@ -59,7 +59,7 @@ class ModelArguments:
     mm_token_reducer: str | None = flag(
         None,
         "visual token reduction, such as prumerge+ or prumerge(ratio=0.125); several, separated by `;`: each "
-        "sample draws one, and inference takes the first; default: what the checkpoint records, else none",
+        "batch draws one, and inference takes the first; default: what the checkpoint records, else none",
         aliases="--reducer",
     )
 

@@ -67,7 +67,7 @@ class Prepared:
     """A model ready to train, with what goes with it.
 
     Attributes:
-        reducers: each sample draws one of them; the more often one is named, the likelier it is.
+        reducers: each batch draws one of them; the more often one is named, the likelier it is.
     """
 
     model: LlavaMetaForCausalLM | PeftModel

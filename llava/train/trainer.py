@@ -39,9 +39,9 @@ def epoch_order(size: int, seed: int, lengths: list[int] | None = None, **groupi
         return length_grouped_order(lengths, **grouping)
 
 
-def draw_reducers(choices: Sequence[Reducer], size: int, seed: int, epoch: int) -> list[Reducer]:
-    """One of `choices` for each sample of an epoch: the same on every rank, and in a resumed run."""
-    draws = np.random.default_rng([seed, epoch]).integers(len(choices), size=size)
+def draw_reducers(choices: Sequence[Reducer], batches: int, seed: int, epoch: int) -> list[Reducer]:
+    """One of `choices` for each batch of an epoch: the same on every rank, and in a resumed run."""
+    draws = np.random.default_rng([seed, epoch]).integers(len(choices), size=batches)
     return [choices[draw] for draw in draws]
 
 
@@ -120,8 +120,10 @@ class LlavaTrainer(Trainer):
             choices = self.prepared.reducers
             if len(choices) == 1:
                 return rows
-            drawn = draw_reducers(choices, size, seed, epoch)
-            return [(row, drawn[row]) for row in rows]
+            # A device's batch draws as one: samples of 16 and of 576 visual tokens in it would be padding.
+            batch = args.train_batch_size
+            drawn = draw_reducers(choices, -(-size // batch), seed, epoch)
+            return [(row, drawn[place // batch]) for place, row in enumerate(rows)]
 
         return OrderedSampler(size, order)
 
