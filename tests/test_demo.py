@@ -26,7 +26,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: p
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 
-SPEC = "prumerge+(max_tokens=144)"
+SPEC = "prumerge+(tokens=144)"
 """What checkpoints/mini-lora records."""
 LONG = 120_000
 """Milliseconds; the machine may be busy."""
@@ -76,7 +76,7 @@ def visit(browser, server):
         page.on("request", lambda request: asked.add(request.url.split("/")[2]))
         page.on("pageerror", lambda error: thrown.append(str(error)))
         page.goto(f"http://127.0.0.1:{server.port}")
-        playwright.expect(page.get_by_label("Question")).to_have_value(re.compile("cat"), timeout=LONG)
+        playwright.expect(page.get_by_label("Question")).to_have_value(re.compile("animal"), timeout=LONG)
         return page
 
     yield visit

@@ -128,3 +128,34 @@ def test_the_constant_answer_is_the_most_frequent_right_one() -> None:
     ]
     said = comparison.constants(questions)
     assert [one["right"] for one in said] == [True, False, True] and math.isnan(said[0]["logprob"])
+
+
+def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp_path: Path) -> None:
+    """Right in half of 40 questions, in all, in as many others, in none: 20 pairs to 0 are p = 2 / 2^20."""
+    questions = [
+        {"question_id": n, "image": f"{n // 4}", "type": "naming", "form": "open", "answer": "x"}
+        for n in range(40)
+    ]
+    half = [n % 2 == 0 for n in range(40)]
+    right = {
+        "prumerge+(tokens=8)": (9, half),
+        "good(tokens=8)": (8, [True] * 40),
+        "other(tokens=8)": (8, [not one for one in half]),
+        "bad(tokens=8)": (8, [False] * 40),
+        "good(tokens=4)": (4, [False] * 40),
+    }
+    rows: dict[str, dict[str, dict]] = {}
+    for spec, (tokens, flags) in right.items():
+        for question, flag in zip(questions, flags, strict=True):
+            empty: dict = {"tokens": tokens, "answers": {}}
+            answers = rows.setdefault(spec, {}).setdefault(question["image"], empty)["answers"]
+            answers[str(question["question_id"])] = {"right": flag, "logprob": -1.0, "margin": 0.0}
+    comparison.write_report(tmp_path, questions, rows)
+    head, _, *lines = (tmp_path / "table.md").read_text().splitlines()[:6]
+    assert head == "| reducer | 4 | 8 |"
+    assert lines == [
+        "| prumerge+ |  | 50.0 ± 0.0 |",
+        "| good | 0.0 ± 0.0 | 100.0 ± 0.0 ▲ |",
+        "| other |  | 50.0 ± 0.0 |",
+        "| bad |  | 0.0 ± 0.0 ▼ |",
+    ]

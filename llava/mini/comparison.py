@@ -175,6 +175,35 @@ def only_one_right(first: Sequence[dict], other: Sequence[dict]) -> tuple[int, i
     return both.count((True, False)), both.count((False, True))
 
 
+def budgets(tokens: Mapping[str, float]) -> list[int]:
+    """The numbers of tokens that were tried; PruMerge keeps one more than it is asked for."""
+    counts = {round(count) for count in tokens.values()}
+    return sorted(count for count in counts if count - 1 not in counts)
+
+
+def by_budget(
+    table: Mapping[str, Mapping[str, Figure]],
+    tokens: Mapping[str, float],
+    pairs: Sequence[Pair],
+    corrected: Sequence[float],
+) -> list[str]:
+    """A row a reducer, a column a number of tokens: the mean, and ▲ or ▼ where the corrected test calls it
+    better or worse than the first of `REFERENCES`."""
+    marks = {
+        pair.first: "▲" if pair.only_first > pair.only_other else "▼"
+        for pair, p in zip(pairs, corrected, strict=True)
+        if name_of(pair.other) == REFERENCES[0] and p < 0.05
+    }
+    columns = budgets(tokens)
+    cells: dict[str, dict[int, str]] = {}
+    for spec, count in tokens.items():
+        column = max(budget for budget in columns if budget <= round(count))
+        cells.setdefault(name_of(spec), {})[column] = f"{table[spec]['mean']} {marks.get(spec, '')}".strip()
+    rows = [[name, *(row.get(column, "") for column in columns)] for name, row in cells.items()]
+    lines = [["reducer", *map(str, columns)], ["---"] * (len(columns) + 1), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
 def as_markdown(
     questions: Sequence[dict],
     table: Mapping[str, Mapping[str, Figure]],
@@ -186,6 +215,8 @@ def as_markdown(
     kinds = [kind_of(question) for question in questions]
     sizes = [str(kinds.count(name)) if name in kinds else "" for name in columns]
     lines = [
+        *by_budget(table, tokens, pairs, corrected),
+        "",
         "| reducer | tokens | " + " | ".join(columns) + " |",
         "|---|---|" + "---|" * len(columns),
         "| *questions* | | " + " | ".join(sizes) + " |",
@@ -218,8 +249,7 @@ def plot(file: Path, table: Mapping[str, Mapping[str, Figure]], tokens: Mapping[
     high = -(-len(lines) // wide)
     canvas = Canvas(figsize=(2.3 * wide + 0.5, 2 * high + 0.9), layout="constrained")
     panels = canvas.subplots(high, wide, sharex=True, sharey=True, squeeze=False).flatten()
-    counts = {round(count) for count in tokens.values()}
-    ticks = sorted(count for count in counts if count - 1 not in counts)  # PruMerge keeps one more
+    ticks = budgets(tokens)
     dashes = dict(zip(REFERENCES, ("--", ":"), strict=True))
     for place, (axes, name) in enumerate(zip(panels, lines, strict=False)):
         for other in names:

@@ -16,7 +16,7 @@ from llava.files import read_json
 
 MODEL, BASE = "checkpoints/mini-lora", "checkpoints/mini-base"
 PICTURES = Path("playground/pictures")
-REDUCERS = ("none", "prumerge+", "prumerge+(max_tokens=144)", "prumerge")
+REDUCERS = ("none", "prumerge+", "prumerge+(tokens=144)", "prumerge")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
