@@ -103,6 +103,15 @@ def test_the_first_edition_stays_what_it_was(made):
     assert (digest == FIRST_EDITION.get(made_of.split)) == (made_of.edition == 1)
 
 
+def test_in_the_second_edition_people_also_ask_without_the_prompt_for_a_short_answer(made):
+    made_of, folder, _ = made
+    talks = [entry["conversations"] for entry in json.loads((folder / "conversations.json").read_text())]
+    short = [talk[0]["value"].endswith(SHORT) for talk in talks if len(talk[1]["value"].split()) == 1]
+    share = short.count(False) / len(short)
+    # A letter is asked for by another prompt, so a few are always without this one.
+    assert 0.25 < share < 0.6 if made_of.edition == 2 else share < 0.25
+
+
 def test_dense_scenes_are_dense(plans):
     dense = [scene for scene in plans[WORLDS[2]] if scene.dense]
     assert 0.5 < len(dense) / len(plans[WORLDS[2]]) < 0.7

@@ -372,15 +372,19 @@ def read_scenes(folder: Path) -> list[Scene]:
     return scenes
 
 
-def to_llava(name: str, image: str, turns: list[Question]) -> dict:
+def to_llava(name: str, image: str, turns: list[Question], bare: bool) -> dict:
     """One entry of LLaVA's training JSON; the first turn carries the image tag.
 
     As in LLaVA's own mixture, the prompt for a short answer is given once and holds for the turns after it.
+
+    Args:
+        bare: without that prompt. People ask so, and a model that never saw it describes the picture instead.
     """
     talk: list[dict[str, str]] = []
     for turn in turns:
-        text = turn.text.removesuffix(SHORT) if talk else f"<image>\n{turn.text}"
-        talk += [{"from": "human", "value": text}, {"from": "gpt", "value": turn.answer}]
+        text = turn.text.removesuffix(SHORT) if talk or bare else turn.text
+        tag = "" if talk else "<image>\n"
+        talk += [{"from": "human", "value": tag + text}, {"from": "gpt", "value": turn.answer}]
     return {"id": name, "image": image, "conversations": talk}
 
 
@@ -407,7 +411,8 @@ def _write_scene(world: World, index: int, out: Path) -> tuple[dict, dict, list[
     questions, turns = interview(world, scene)
     rows = question_rows(questions, scene.image, index)
     name = f"{world.split}-{world.seed}-{index:06d}"
-    return to_llava(name, scene.image, turns), describe(scene, scene.image), rows
+    bare = world.edition > 1 and index % 3 == 0
+    return to_llava(name, scene.image, turns, bare), describe(scene, scene.image), rows
 
 
 def manifest(world: World, count: int) -> dict:
