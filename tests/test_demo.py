@@ -76,7 +76,7 @@ def visit(browser, server):
         page.on("request", lambda request: asked.add(request.url.split("/")[2]))
         page.on("pageerror", lambda error: thrown.append(str(error)))
         page.goto(f"http://127.0.0.1:{server.port}")
-        playwright.expect(page.get_by_label("Question")).to_have_value(re.compile("animal"), timeout=LONG)
+        playwright.expect(page.get_by_label("Question")).to_have_value(re.compile("dog"), timeout=LONG)
         return page
 
     yield visit
