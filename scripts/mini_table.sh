@@ -3,8 +3,8 @@
 # (table.md and a plot in BED/scenes and BED/easy-vqa), then the small model on its six benchmarks.
 #   bash scripts/mini_table.sh [flags of `llava eval`]
 # DATA/test may hold another world; SCENES=N takes the first N pictures of each (310 composed scenes: 4,000 questions).
-# About 10 hours on two cores, one for each world (SCENES=40: one hour), then 20 minutes for the benchmarks. A run that
-# was stopped goes on where it was when the same command is given again.
+# About 12 hours on two cores, one for each world (SCENES=40: an hour and a half), then 40 minutes for the benchmarks. A
+# run that was stopped goes on where it was when the same command is given again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -n "${VIRTUAL_ENV:-}" ] || source scripts/setup.sh mini,eval

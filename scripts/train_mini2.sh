@@ -16,7 +16,7 @@ STEPS="${STEPS:-1200}"
 
 [ -d "$FIRST" ] || RUN= DATA= OUT="$FIRST" bash scripts/train_mini.sh  # in folders of its own
 llava mini prepare > /dev/null
-llava mini world --edition 2 --split train --n "${SCENES:-40000}" --seed 0 --out "$DATA/train"
+llava mini world --edition 2 --split train --n "${TRAIN_SCENES:-40000}" --seed 0 --out "$DATA/train"
 llava mini world --edition 2 --split dev --n 300 --seed 0 --out "$DATA/dev"
 llava mini world --edition 2 --split test --n 400 --seed 0 --out "$DATA/test"
 # LoRA on the language model and the projector in full, from where the first half ended: dense scenes alone teach slowly

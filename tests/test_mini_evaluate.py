@@ -143,6 +143,7 @@ def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp
         "other(tokens=8)": (8, [not one for one in half]),
         "bad(tokens=8)": (8, [False] * 40),
         "good(tokens=4)": (4, [False] * 40),
+        "good(merge=false, tokens=4)": (4, half),
     }
     rows: dict[str, dict[str, dict]] = {}
     for spec, (tokens, flags) in right.items():
@@ -151,11 +152,12 @@ def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp
             answers = rows.setdefault(spec, {}).setdefault(question["image"], empty)["answers"]
             answers[str(question["question_id"])] = {"right": flag, "logprob": -1.0, "margin": 0.0}
     comparison.write_report(tmp_path, questions, rows)
-    head, _, *lines = (tmp_path / "table.md").read_text().splitlines()[:6]
+    head, _, *lines = (tmp_path / "table.md").read_text().splitlines()[:7]
     assert head == "| reducer | 4 | 8 |"
     assert lines == [
         "| prumerge+ |  | 50.0 ± 0.0 |",
         "| good | 0.0 ± 0.0 | 100.0 ± 0.0 ▲ |",
         "| other |  | 50.0 ± 0.0 |",
         "| bad |  | 0.0 ± 0.0 ▼ |",
+        "| good(merge=false, tokens=4) | 50.0 ± 0.0 |  |",
     ]

@@ -198,7 +198,10 @@ def by_budget(
     cells: dict[str, dict[int, str]] = {}
     for spec, count in tokens.items():
         column = max(budget for budget in columns if budget <= round(count))
-        cells.setdefault(name_of(spec), {})[column] = f"{table[spec]['mean']} {marks.get(spec, '')}".strip()
+        row = cells.setdefault(name_of(spec), {})
+        if column in row:  # the same method with other options
+            row = cells.setdefault(spec, {})
+        row[column] = f"{table[spec]['mean']} {marks.get(spec, '')}".strip()
     rows = [[name, *(row.get(column, "") for column in columns)] for name, row in cells.items()]
     lines = [["reducer", *map(str, columns)], ["---"] * (len(columns) + 1), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
