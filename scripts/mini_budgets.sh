@@ -2,7 +2,7 @@
 # Does one checkpoint serve every budget? The second half of the small model's recipe three times at equal cost: trained
 # on varied numbers of visual tokens, on 144 only, on 32 only, each from the first half's model on (which knows 144).
 # Each is asked at 16, 32, 64, 144 and 576 tokens of PruMerge+.
-#   bash scripts/mini_budgets.sh [flags of the training entry]
+#   bash scripts/mini_budgets.sh [flags of the training entry]     on a CPU: BATCH=1 PROCESSES=2 OMP_NUM_THREADS=1
 # Some two hours of training each on two cores (two minutes each on an H100, the three beside one another), then SCENES
 # (200) of the test split: 90 minutes of a core. Writes DIR/table.md and DIR/accuracy.png. A run that was stopped goes on
 # where it was when the same command is given again.

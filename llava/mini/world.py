@@ -383,8 +383,8 @@ def to_llava(name: str, image: str, turns: list[Question], bare: bool) -> dict:
     talk: list[dict[str, str]] = []
     for turn in turns:
         text = turn.text.removesuffix(SHORT) if talk or bare else turn.text
-        tag = "" if talk else "<image>\n"
-        talk += [{"from": "human", "value": tag + text}, {"from": "gpt", "value": turn.answer}]
+        talk += [{"from": "human", "value": text}, {"from": "gpt", "value": turn.answer}]
+    talk[0]["value"] = f"<image>\n{talk[0]['value']}"
     return {"id": name, "image": image, "conversations": talk}
 
 
