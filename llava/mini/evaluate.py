@@ -179,16 +179,18 @@ def score(model: Any, tokenizer: Any, visual: Tensor, questions: Sequence[dict])
         position_ids=torch.cat(positions)[None].to(model.device),
         use_cache=False,
     ).last_hidden_state[0, len(opening) :]
+    labels = torch.cat(targets)
+    scored = (labels != IGNORE_INDEX).nonzero().flatten()  # each is predicted one position before it
+    logits = model.lm_head(hidden[scored - 1]).float()
+    wanted = labels[scored].to(model.device)
+    likeliest = (logits.argmax(-1) == wanted).float()
+    chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
     yes, no = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("Yes", "No"))
+    # One transfer for all questions: on a GPU that several processes share, each waits for its turn.
+    table = torch.stack([likeliest, chosen, logits[:, yes] - logits[:, no]]).cpu()
     answers = []
-    for states, target in zip(hidden.split([len(ids) for ids in own]), targets, strict=True):
-        scored = (target != IGNORE_INDEX).nonzero().flatten()  # each is predicted one position before it
-        logits = model.lm_head(states[scored - 1]).float().cpu()
-        wanted = target[scored]
-        chosen = logits.log_softmax(-1).gather(1, wanted[:, None])
-        answer = {
-            "right": bool((logits.argmax(-1) == wanted).all()),
-            "logprob": round(float(chosen.sum()), 4),
-        }
-        answers.append(answer | {"margin": round(float(logits[0, yes] - logits[0, no]), 4)})
+    for number in range(len(questions)):
+        right, logprob, margin = table[:, owner[len(opening) :][scored] == number]
+        answer = {"right": bool(right.all()), "logprob": round(float(logprob.sum()), 4)}
+        answers.append(answer | {"margin": round(float(margin[0]), 4)})
     return answers
