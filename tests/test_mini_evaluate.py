@@ -144,6 +144,7 @@ def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp
         "bad(tokens=8)": (8, [False] * 40),
         "good(tokens=4)": (4, [False] * 40),
         "good(merge=false, tokens=4)": (4, half),
+        "good(tokens=8, merge=false)": (8, half),
     }
     rows: dict[str, dict[str, dict]] = {}
     for spec, (tokens, flags) in right.items():
@@ -159,5 +160,5 @@ def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp
         "| good | 0.0 ± 0.0 | 100.0 ± 0.0 ▲ |",
         "| other |  | 50.0 ± 0.0 |",
         "| bad |  | 0.0 ± 0.0 ▼ |",
-        "| good(merge=false, tokens=4) | 50.0 ± 0.0 |  |",
+        "| good(merge=false) | 50.0 ± 0.0 | 50.0 ± 0.0 |",
     ]

@@ -1,6 +1,7 @@
 """The figures of `llava mini evaluate`: accuracy with intervals, areas under the curve, tests, a plot."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -167,7 +168,8 @@ def write_report(
 
 
 def name_of(spec: str) -> str:
-    return spec.partition("(")[0]
+    """The method with its options but for how many tokens: one row of the table, one line of the plot."""
+    return re.sub(r"(?<=\()tokens=\d+(, *)?|, *tokens=\d+", "", spec).replace("()", "")
 
 
 def only_one_right(first: Sequence[dict], other: Sequence[dict]) -> tuple[int, int]:
@@ -199,7 +201,7 @@ def by_budget(
     for spec, count in tokens.items():
         column = max(budget for budget in columns if budget <= round(count))
         row = cells.setdefault(name_of(spec), {})
-        if column in row:  # the same method with other options
+        if column in row:  # it keeps what it finds, and that happens to be as many
             row = cells.setdefault(spec, {})
         row[column] = f"{table[spec]['mean']} {marks.get(spec, '')}".strip()
     rows = [[name, *(row.get(column, "") for column in columns)] for name, row in cells.items()]
