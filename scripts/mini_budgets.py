@@ -24,7 +24,7 @@ def main() -> None:
     for name in args.names:
         for file in sorted((args.folder / f"bed-{name}").glob("*.jsonl")):
             for _, row in read_rows(file, dict):
-                rows.setdefault(f"{name}({row['prompt']})", {})[row["question_id"]] = row
+                rows.setdefault(f"{name}(tokens={row['tokens']})", {})[row["question_id"]] = row
     rows = dict(sorted(rows.items(), key=lambda item: next(iter(item[1].values()))["tokens"]))
     scenes = read_scenes(args.world)
     answered = [image for image in scenes if all(image in there for there in rows.values())]

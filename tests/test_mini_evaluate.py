@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 from itertools import product
 from pathlib import Path
 
@@ -145,6 +146,7 @@ def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp
         "good(tokens=4)": (4, [False] * 40),
         "good(merge=false, tokens=4)": (4, half),
         "good(tokens=8, merge=false)": (8, half),
+        "good": (4, half),
     }
     rows: dict[str, dict[str, dict]] = {}
     for spec, (tokens, flags) in right.items():
@@ -153,7 +155,7 @@ def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp
             answers = rows.setdefault(spec, {}).setdefault(question["image"], empty)["answers"]
             answers[str(question["question_id"])] = {"right": flag, "logprob": -1.0, "margin": 0.0}
     comparison.write_report(tmp_path, questions, rows)
-    head, _, *lines = (tmp_path / "table.md").read_text().splitlines()[:7]
+    head, _, *lines = (tmp_path / "table.md").read_text().splitlines()[:8]
     assert head == "| reducer | 4 | 8 |"
     assert lines == [
         "| prumerge+ |  | 50.0 ± 0.0 |",
@@ -161,4 +163,46 @@ def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp
         "| other |  | 50.0 ± 0.0 |",
         "| bad |  | 0.0 ± 0.0 ▼ |",
         "| good(merge=false) | 50.0 ± 0.0 | 50.0 ± 0.0 |",
+        "| good at 4.0 | 50.0 ± 0.0 |  |",
     ]
+
+
+def test_checkpoints_are_compared_as_reducers_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """scripts/mini_budgets.py: one checkpoint right in all of 40 questions, one in none, at each number."""
+    names = ("low", "2nd")
+    questions = [
+        {"question_id": n, "image": f"{n // 4}", "type": "naming", "form": "open", "answer": "x"}
+        for n in range(40)
+    ]
+    write_lines(tmp_path / "world" / "questions.jsonl", questions)
+    for spec, tokens in (("prumerge+(tokens=16)", 17), ("none", 576)):
+        for name in names:
+            answer = {"right": name == "2nd", "logprob": -1.0, "margin": 0.0}
+            rows = [
+                {
+                    "question_id": f"{scene}",
+                    "prompt": spec,
+                    "tokens": tokens,
+                    "answers": {str(4 * scene + n): answer for n in range(4)},
+                }
+                for scene in range(10)
+            ]
+            write_lines(tmp_path / f"bed-{name}" / f"{tokens}.jsonl", rows)
+    monkeypatch.setattr("sys.argv", ["mini_budgets.py", f"{tmp_path / 'world'}", f"{tmp_path}", *names])
+    runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "mini_budgets.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        "| reducer | 17 | 576 |",
+        "| --- | --- | --- |",
+        "| low | 0.0 ± 0.0 | 0.0 ± 0.0 |",
+        "| 2nd | 100.0 ± 0.0 | 100.0 ± 0.0 |",
+    ]
+    pairs = [line for line in lines if line.startswith("| 2nd(tokens=") and "| low(tokens=" in line]
+    assert len(pairs) == 2 and all("| 40 | 0 |" in pair for pair in pairs)
+
+
+def write_lines(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -138,7 +138,7 @@ def write_report(
     """table.md, table.json and accuracy.png from the answers by reducer and image.
 
     Args:
-        rows: of each reducer (or whatever is compared, "name(...)"; a name is a line of the plot), by image.
+        rows: of each reducer (or of what is compared, "name(tokens=N)"), by image.
         tested: whether the first is tested against the other, where both keep as many tokens.
     """
     draws = resample(questions, np.random.default_rng(0))
@@ -201,8 +201,8 @@ def by_budget(
     for spec, count in tokens.items():
         column = max(budget for budget in columns if budget <= round(count))
         row = cells.setdefault(name_of(spec), {})
-        if column in row:  # it keeps what it finds, and that happens to be as many
-            row = cells.setdefault(spec, {})
+        if column in row:  # one that finds its number itself may find one that is there
+            row = cells.setdefault(f"{name_of(spec)} at {count:.1f}", {})
         row[column] = f"{table[spec]['mean']} {marks.get(spec, '')}".strip()
     rows = [[name, *(row.get(column, "") for column in columns)] for name, row in cells.items()]
     lines = [["reducer", *map(str, columns)], ["---"] * (len(columns) + 1), *rows]

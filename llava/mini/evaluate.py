@@ -189,8 +189,7 @@ def score(model: Any, tokenizer: Any, visual: Tensor, questions: Sequence[dict])
     # One transfer for all questions: on a GPU that several processes share, each waits for its turn.
     table = torch.stack([likeliest, chosen, logits[:, yes] - logits[:, no]]).cpu()
     answers = []
-    for number in range(len(questions)):
-        right, logprob, margin = table[:, owner[len(opening) :][scored] == number]
+    for right, logprob, margin in table.split([int((one != IGNORE_INDEX).sum()) for one in targets], dim=1):
         answer = {"right": bool(right.all()), "logprob": round(float(logprob.sum()), 4)}
         answers.append(answer | {"margin": round(float(margin[0]), 4)})
     return answers
