@@ -13,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from llava import __version__
 from llava.errors import UserError, exit_status
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -92,6 +93,9 @@ def dispatch(argv: Sequence[str]) -> int:
     """Run what is asked for."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"llava {__version__}")
         return 0
     command = command_of(argv)
     if command is None:

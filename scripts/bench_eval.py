@@ -63,7 +63,7 @@ def whole_prompts(engine: LocalEngine, requests: Sequence[Request], visual: Sequ
     lengths = [len(one) - 1 + len(tokens) for one, tokens in zip(ids, visual, strict=True)]
     order = sorted(range(len(ids)), key=lambda place: -lengths[place])
     new = requests[0].max_new_tokens
-    answers = {}
+    answers: Answers = {}
     for part in batches(
         [lengths[place] for place in order], lambda rows, most: rows * (most + new) <= engine.batch_tokens
     ):
@@ -86,7 +86,7 @@ def encoded(engine: LocalEngine, requests: Sequence[Request]) -> list[Tensor]:
 
 
 def one_at_a_time(engine: LocalEngine, requests: Sequence[Request]) -> Answers:
-    answers = {}
+    answers: Answers = {}
     for request in requests:
         answers |= whole_prompts(engine, [request], encoded(engine, [request]))
     return answers

@@ -32,7 +32,7 @@ def build(language: LanguageShape, tower_layers: int, plan: hardware.Plan) -> Ll
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**vision),
         text_config=AutoConfig.for_model(**text),
-        image_token_id=IMAGE,
+        image_token_index=IMAGE,
     )
     with torch.device(plan.device):
         return LlavaForConditionalGeneration._from_config(config, dtype=plan.dtype).eval()

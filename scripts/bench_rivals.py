@@ -64,7 +64,8 @@ def smooth_features(batch: int) -> VisionFeatures:
 def released_scope(f: VisionFeatures, i: int, count: int) -> list[int]:
     unit = F.normalize(f.patches[i], dim=1)
     similarity, weight = unit @ unit.T, f.cls_attn[i].sum(0)
-    best, chosen = torch.zeros(PATCHES), []
+    best = torch.zeros(PATCHES)
+    chosen: list[int] = []
     for _ in range(count):
         gain = torch.clamp(similarity - best, min=0).sum(1) * weight
         gain[chosen] = -torch.inf
@@ -77,7 +78,8 @@ def released_mmtok(f: VisionFeatures, i: int, count: int) -> list[int]:
     unit, projected, text = (F.normalize(x, dim=1) for x in (f.patches[i], f.projected[i], f.text_tokens[i]))
     words = (text @ projected.T / 0.02).softmax(1) / len(text)
     covers = torch.cat([words, 0.5 * (unit @ unit.T / 0.2).softmax(1) / PATCHES])
-    best, chosen = torch.zeros(len(covers), 1), []
+    best = torch.zeros(len(covers), 1)
+    chosen: list[int] = []
     for _ in range(count):
         gain = torch.clamp(covers - best, min=0).sum(0)
         gain[chosen] = -torch.inf

@@ -2,11 +2,12 @@
 
     python scripts/bench_train_step.py [--rounds 5] [--reducers none prumerge+ prumerge] [--json out.json]
 
-The small model (checkpoints/mini-base, made by `llava mini prepare`) on composed scenes, through the real
-trainer: forward, backward, clipping, AdamW; the same texts for every reducer, visual tokens made before, so
-the tower takes no part. The reducers take turns in each round, so that a busy machine slows all of them
-alike; times are medians. On a CPU one thread's processor time is measured, which is what a wall clock shows
-on an idle machine. FLOPs are counted by torch over the same steps (attention as products of all with all).
+The small model (checkpoints/mini-base, made by `llava mini prepare`), or `--shape 7b`, on composed
+scenes (some 120 text tokens each), through the real trainer: forward, backward, clipping, AdamW; the same
+texts for every reducer, visual tokens made before, so the tower takes no part. The reducers take turns in
+each round, so that a busy machine slows all of them alike; times are medians. On a CPU one thread's
+processor time is measured, which is what a wall clock shows on an idle machine. FLOPs are counted by torch
+over the same steps (attention as products of all with all).
 
 achieved = (1 - time / time with every token) / (1 - FLOPs / FLOPs with every token)
 cache = what `--visual_cache` saves of a step in which tower and reducer run
@@ -14,9 +15,12 @@ cache = what `--visual_cache` saves of a step in which tower and reducer run
 
 import argparse
 import shlex
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +28,15 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from llava import hardware
+from llava.analysis.shapes import SHAPES
 from llava.analysis.stopwatch import CLOCKS, Stopwatch
 from llava.analysis.tables import render
 from llava.data import DataCollatorForSupervisedDataset
 from llava.files import write_json
-from llava.mini.world import generate
+from llava.mini.world import World, generate
 from llava.train.arguments import parse
 from llava.train.setup import build, open_dataset
 from llava.train.trainer import LlavaTrainer
@@ -39,6 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--base", default="checkpoints/mini-base", help="language model, vision_tower/ inside"
+    )
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="a language model with random weights; 7b: 14 GB on disk"
     )
     parser.add_argument("--version", default="smollm2", help="conversation template")
     parser.add_argument("--reducers", nargs="+", default=["none", "prumerge+", "prumerge"])
@@ -61,29 +71,36 @@ def main() -> None:
     tower_times: dict[str, list[float]] = {spec: [] for spec in batches}
     flops = {spec: count_flops(trainer, batch) for spec, batch in batches.items()}  # warms up, too
     llava = trainer.prepared.llava
+    peaks: dict[str, int | None] = dict.fromkeys(batches)
     for _ in range(args.rounds):
         for spec, batch in batches.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             times[spec].append(timed(partial(step, trainer, batch), device))
+            if device.type == "cuda":
+                peaks[spec] = torch.cuda.max_memory_allocated(device)
             llava.set_reducer(spec)
             tower_times[spec].append(timed(partial(llava.encode_images, pixels[spec]), device))
-    report(trainer, batches, times, tower_times, flops, args.json)
+    report(trainer, batches, times, tower_times, flops, peaks, args.json)
 
 
 def make_trainer(args: argparse.Namespace, folder: Path) -> LlavaTrainer:
     """Everything a LoRA run has, with 64 scenes to choose samples from."""
-    generate("train", 0, 64, folder / "data")
+    generate(World("train", edition=2), 64, folder / "data")
+    language = random_weights(args.shape, args.base, folder / "language") if args.shape else args.base
     flags = (
-        f"--model_name_or_path {args.base} --version {args.version} --vision_tower {args.base}/vision_tower "
+        f"--model_name_or_path {language} --version {args.version} --vision_tower {args.base}/vision_tower "
         f"--data_path {folder}/data/conversations.json --image_folder {folder}/data "
         f"--output_dir {folder}/run "
         "--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False "
         f"--image_aspect_ratio pad --lora_enable True --lora_r {args.lora_r} --lora_dropout 0 "
-        f"--precision {args.precision} --model_max_length 2048 --per_device_train_batch_size {args.batch}"
+        f"--precision {args.precision} --report_to none --model_max_length 2048 "
+        f"--per_device_train_batch_size {args.batch}"
     )
     model_args, data_args, training_args = parse(shlex.split(flags))
     torch.manual_seed(0)
     prepared = build(model_args, data_args, training_args, print)
-    dataset = open_dataset(prepared, model_args, data_args, cache_dir=folder / "cache")
+    dataset = open_dataset(prepared, model_args, data_args)
     trainer = LlavaTrainer(
         prepared, training_args, dataset, DataCollatorForSupervisedDataset(prepared.tokenizer)
     )
@@ -91,6 +108,25 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> LlavaTrainer:
     trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
+
+
+def random_weights(shape: str, base: str, folder: Path) -> Path:
+    """A language model of `shape` with `base`'s vocabulary, in `folder`; time does not depend on weights."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors", "vision_tower"))
+    config = AutoConfig.from_pretrained(folder)
+    language = replace(SHAPES[shape].language, vocab_size=config.vocab_size)
+    plan = hardware.plan()
+    with torch.device(plan.device):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(
+                **{name: value for name, value in asdict(language).items() if value is not None},
+                bos_token_id=config.bos_token_id,
+                eos_token_id=config.eos_token_id,
+            ),
+            dtype=plan.dtype,
+        )
+    model.save_pretrained(folder)
+    return folder
 
 
 def make_batch(trainer: LlavaTrainer, spec: str, size: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -111,8 +147,9 @@ def step(trainer: LlavaTrainer, batch: dict[str, Any]) -> None:
 
 
 def count_flops(trainer: LlavaTrainer, batch: dict[str, Any]) -> int:
-    # The CPU's fused attention is not counted; products of matrices are.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # A CPU's fused attention is not counted, products are; a GPU's is counted, and products may not fit.
+    plain = sdpa_kernel(SDPBackend.MATH) if trainer.args.device.type == "cpu" else nullcontext()
+    with plain, FlopCounterMode(display=False) as counter:
         step(trainer, batch)
     return counter.get_total_flops()
 
@@ -130,10 +167,11 @@ def report(
     times: dict[str, list[float]],
     tower_times: dict[str, list[float]],
     flops: dict[str, int],
+    peaks: dict[str, int | None],
     out: Path | None,
 ) -> None:
     first, *_ = batches
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for spec, batch in batches.items():
         seconds = statistics.median(times[spec])
         visual = [len(tokens) for tokens in batch["visual_tokens"]]
@@ -145,6 +183,7 @@ def report(
             "saved_by_cache": tower / (seconds + tower),
             "teraflop": flops[spec] / 1e12,
             "gigaflop_per_second": flops[spec] / seconds / 1e9,
+            "peak_bytes": peaks[spec],
         }
         if spec != first:
             row["saved"] = 1 - seconds / rows[first]["seconds"]
@@ -153,9 +192,10 @@ def report(
         rows[spec] = row
     size = len(batches[first]["visual_tokens"])
     print(
-        f"LoRA step, {size} samples, {rows[first]['text_tokens']} text tokens in all, {trainer.args.device}"
+        f"LoRA step, {size} samples, {rows[first]['text_tokens']} text tokens in all, "
+        f"{trainer.prepared.llava.dtype}, {hardware.device_name(trainer.args.device)}"
     )
-    header = ["reducer", "tok/image", "s/step", "tower s", "cache", "TFLOP", "GFLOP/s"]
+    header = ["reducer", "tok/image", "s/step", "tower s", "cache", "TFLOP", "GFLOP/s", "peak GB"]
     header += ["saved", "by FLOPs", "achieved"]
     lines = [
         [
@@ -166,6 +206,7 @@ def report(
             f"{row['saved_by_cache']:.1%}",
             f"{row['teraflop']:.3f}",
             f"{row['gigaflop_per_second']:.1f}",
+            f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "",
             *(
                 [f"{row['saved']:.1%}", f"{row['saved_by_flops']:.1%}", f"{row['achieved']:.2f}"]
                 if spec != first
@@ -176,7 +217,7 @@ def report(
     ]
     print(render(header, lines))
     if out is not None:
-        write_json(out, {"device": str(trainer.args.device), "rows": rows})
+        write_json(out, {"device": hardware.device_name(trainer.args.device), "rows": rows})
 
 
 if __name__ == "__main__":

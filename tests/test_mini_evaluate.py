@@ -142,7 +142,7 @@ def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp
         "prumerge+(tokens=8)": (9, half),
         "good(tokens=8)": (8, [True] * 40),
         "other(tokens=8)": (8, [not one for one in half]),
-        "bad(tokens=8)": (8, [False] * 40),
+        "random(tokens=8)": (8, [False] * 40),
         "good(tokens=4)": (4, [False] * 40),
         "good(merge=false, tokens=4)": (4, half),
         "good(tokens=8, merge=false)": (8, half),
@@ -161,7 +161,7 @@ def test_the_report_marks_who_is_better_than_prumerge_plus_at_as_many_tokens(tmp
         "| prumerge+ |  | 50.0 ± 0.0 |",
         "| good | 0.0 ± 0.0 | 100.0 ± 0.0 ▲ |",
         "| other |  | 50.0 ± 0.0 |",
-        "| bad |  | 0.0 ± 0.0 ▼ |",
+        "| random |  | 0.0 ± 0.0 ▼ |",
         "| good(merge=false) | 50.0 ± 0.0 | 50.0 ± 0.0 |",
         "| good at 4.0 | 50.0 ± 0.0 |  |",
     ]

@@ -6,7 +6,6 @@ with all its questions, and write a file of their own; the first one sums up whe
 """
 
 import hashlib
-import importlib.metadata
 import multiprocessing
 import os
 import platform
@@ -23,7 +22,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from llava import hardware
+from llava import __version__, hardware
 from llava.engine import EndpointEngine, LocalEngine, ModelSource, Request, key_of
 from llava.errors import UserError
 from llava.eval.provenance import Files, fingerprint, summary
@@ -223,6 +222,6 @@ def machine_facts(engine: LocalEngine | EndpointEngine) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "llava": importlib.metadata.version("llava"),
+        "llava": __version__,
         "threads": torch.get_num_threads(),
     }

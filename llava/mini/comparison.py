@@ -192,9 +192,13 @@ def by_budget(
     """A row a reducer, a column a number of tokens: the mean, and ▲ or ▼ where the corrected test calls it
     better or worse than the first of `REFERENCES`."""
     marks = {
-        pair.first: "▲" if pair.only_first > pair.only_other else "▼"
+        spec: "▲" if gain > 0 else "▼"
         for pair, p in zip(pairs, corrected, strict=True)
-        if name_of(pair.other) == REFERENCES[0] and p < 0.05
+        for spec, against, gain in (
+            (pair.first, pair.other, pair.only_first - pair.only_other),
+            (pair.other, pair.first, pair.only_other - pair.only_first),
+        )
+        if name_of(against) == REFERENCES[0] and p < 0.05
     }
     columns = budgets(tokens)
     cells: dict[str, dict[int, str]] = {}

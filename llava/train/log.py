@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from llava import __version__
 from llava.files import write_json, write_text
 from llava.train.arguments import Arguments
 from llava.train.plot import LOG_FILE, read_log
@@ -23,13 +24,13 @@ from llava.train.plot import LOG_FILE, read_log
 def write_run_file(run: Path, arguments: Arguments, notes: list[str]) -> None:
     """RUN/run.json: all arguments, the versions, and the decisions taken for the user (`notes`)."""
     model, data, training = arguments
-    packages = ("llava", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
+    packages = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
     content = {
         "model": dataclasses.asdict(model),
         "data": dataclasses.asdict(data),
         "training": training.to_dict(),
         "processes": training.world_size,
-        "versions": {name: version(name) for name in packages if find_spec(name)},
+        "versions": {"llava": __version__} | {name: version(name) for name in packages if find_spec(name)},
         "notes": notes,
     }
     write_json(run / "run.json", content)
