@@ -3,7 +3,7 @@
     python scripts/bench_train_step.py [--rounds 5] [--reducers none prumerge+ prumerge] [--json out.json]
 
 The small model (checkpoints/mini-base, made by `llava mini prepare`), or `--shape 7b`, on composed
-scenes (some 120 text tokens each), through the real trainer: forward, backward, clipping, AdamW; the same
+scenes (some 160 text tokens each), through the real trainer: forward, backward, clipping, AdamW; the same
 texts for every reducer, visual tokens made before, so the tower takes no part. The reducers take turns in
 each round, so that a busy machine slows all of them alike; times are medians. On a CPU one thread's
 processor time is measured, which is what a wall clock shows on an idle machine. FLOPs are counted by torch

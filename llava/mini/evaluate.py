@@ -33,7 +33,7 @@ from llava.mini.comparison import write_report
 
 REDUCERS = (
     *("prumerge+", "prumerge", "random", "topk", "pool", "visionzip", "scope", "vispruner", "divprune"),
-    *("hiprune", "holov", "tome", "evit"),
+    *("hiprune", "holov", "tome", "evit", "mmtok"),
 )
 COUNTS = (16, 32, 64, 144)
 VERSION = "smollm2"  # conversation template of the small model
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-base", default="checkpoints/mini-base")
     parser.add_argument("--data", type=Path, required=True, help="folder made by `llava mini world`")
     parser.add_argument("--out", type=Path, required=True, help="folder for answers, table and plot")
-    parser.add_argument("--reducers", nargs="+", metavar="SPEC", help="default: all that read no question")
+    parser.add_argument("--reducers", nargs="+", metavar="SPEC", help=f"default: {', '.join(REDUCERS)}")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="of each (default: 16 32 64 144)")
     parser.add_argument("--scenes", type=int, default=None, help="only the first so many scenes")
     parser.add_argument("--device", default="cuda", help="default: cuda, or the CPU where there is none")
