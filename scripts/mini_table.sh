@@ -3,7 +3,7 @@
 # (table.md and a plot in BED/scenes and BED/easy-vqa), then the small model on its six benchmarks.
 #   bash scripts/mini_table.sh [flags of `llava eval`]
 # DATA/test may hold another world; SCENES=N takes the first N pictures of each, and not the 310 composed scenes and 415
-# pictures of easy-vqa that 4,000 questions are about. About 15 hours on two cores, one for each world (SCENES=40: two
+# pictures of easy-vqa that 4,000 questions are about. About 14 hours on two cores, one for each world (SCENES=40: two
 # hours), then 40 minutes for the benchmarks. A run that was stopped goes on where it was when the same command
 # is given again.
 set -euo pipefail
