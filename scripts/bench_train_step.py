@@ -20,7 +20,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llava import hardware
-from llava.analysis.shapes import SHAPES
+from llava.analysis.random_model import build_model
+from llava.analysis.shapes import SHAPES, Shape
 from llava.analysis.stopwatch import CLOCKS, Stopwatch
 from llava.analysis.tables import render
 from llava.data import DataCollatorForSupervisedDataset
@@ -111,21 +112,11 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> LlavaTrainer:
 
 
 def random_weights(shape: str, base: str, folder: Path) -> Path:
-    """A language model of `shape` with `base`'s vocabulary, in `folder`; time does not depend on weights."""
+    """A LLaVA of `shape` on the small tower, with `base`'s vocabulary, in `folder`."""
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors", "vision_tower"))
-    config = AutoConfig.from_pretrained(folder)
-    language = replace(SHAPES[shape].language, vocab_size=config.vocab_size)
-    plan = hardware.plan()
-    with torch.device(plan.device):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(
-                **{name: value for name, value in asdict(language).items() if value is not None},
-                bos_token_id=config.bos_token_id,
-                eos_token_id=config.eos_token_id,
-            ),
-            dtype=plan.dtype,
-        )
-    model.save_pretrained(folder)
+    vocabulary = AutoConfig.from_pretrained(base).vocab_size
+    whole = Shape(SHAPES["mini"].tower, replace(SHAPES[shape].language, vocab_size=vocabulary))
+    build_model(whole, hardware.plan()).save_pretrained(folder)
     return folder
 
 

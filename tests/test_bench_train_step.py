@@ -1,7 +1,7 @@
 """scripts/bench_train_step.py on the tiny checkpoint: what it asks, counts and writes."""
 
-import importlib.util
 import json
+import runpy
 import shutil
 import sys
 
@@ -9,13 +9,10 @@ import pytest
 
 
 def test_steps_of_every_reducer_differ_in_visual_tokens_alone(root, tiny, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench_train_step", root / "scripts/bench_train_step.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
     shutil.copytree(tiny.tower, tiny.base / "vision_tower")
     command = f"bench --base {tiny.base} --version v1 --batch 2 --rounds 1 --json {tmp_path / 'out.json'}"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--reducers", "none", "topk(tokens=3)"])
-    bench.main()
+    runpy.run_path(str(root / "scripts" / "bench_train_step.py"), run_name="__main__")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     dense, reduced = rows["none"], rows["topk(tokens=3)"]
     assert dense["visual_tokens_per_image"] > reduced["visual_tokens_per_image"] == 3
